@@ -30,7 +30,8 @@ class ConduError(Exception):
         self.mend = mend.rstrip(".")
 
     def __str__(self) -> str:
-        return f"{self.message}: {self.mend}." if self.mend else f"{self.message}."
+        text = f"{self.message}: {self.mend}" if self.mend else self.message
+        return text if text.endswith("?") else text + "."
 
 
 class ConfigError(ConduError):

@@ -1,0 +1,240 @@
+"""Every setting in one place: its name, unit, default and limits.
+
+The same names are used in a YAML file (nested), on the command line (dotted: `--train.steps 500`) and in the environment
+(`CONDU_TRAIN__STEPS=500`). An option beats the environment, which beats the file, which beats the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource
+from pydantic_settings.exceptions import SettingsError
+
+from condu_ray.errors import ConfigError, nearest
+
+MethodName = Literal["condu", "condu-lora", "zero-shot", "finetune", "sequential"]
+Granularity = Literal["l1", "tensor_mean", "tensor", "row"]
+DEFAULT_MODEL = "default"
+
+# Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
+SMALL_MODEL_PARAMETERS = 50_000_000
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSpec(_Section):
+    """Which open_clip model is the base model."""
+
+    name: str = Field(DEFAULT_MODEL, min_length=1, description="open_clip name, 'local-dir:FOLDER', or 'default'")
+    pretrained: str | None = Field(None, description="open_clip tag or checkpoint file (none for 'default', local-dir)")
+
+
+class TrainConfig(_Section):
+    """How one task is fine-tuned (defaults: the published recipe, ConDU's released scripts)."""
+
+    steps: int | None = Field(None, ge=1, description="optimiser steps; unset: 10 epochs, at least 100, at most 1000")
+    batch_size: int = Field(32, ge=1, le=65536, description="pictures a step, over all workers together")
+    accumulate: int = Field(1, ge=1, description="parts that each worker's share of a batch is cut into, to save memory")
+    lr: float | None = Field(
+        None, gt=0, lt=1, description="peak learning rate; unset: 1e-5 (LoRA 1e-3), for models below 50 M parameters 5e-4 (2e-3)"
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a linearly rising rate, cosine to 0 after")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    label_smoothing: float = Field(0.2, ge=0, lt=1, description="share of the target spread over all classes")
+    towers: Literal["both", "image"] = Field("both", description="which towers learn")
+    batch_norm: Literal["frozen", "updated"] = Field(
+        "frozen", description="whether running statistics stay those of the base model"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast on a GPU that has it, else fp32"
+    )
+    checkpoint_seconds: float = Field(60.0, gt=0, description="least time between two checkpoints of a running task")
+    loader_processes: int = Field(0, ge=0, le=64, description="processes a worker that decode pictures ahead (0: in line)")
+
+
+class LoraConfig(_Section):
+    """Adapters of the method condu-lora: W + B A / sqrt(rank), A⁰ from the seed, B⁰ = 0 (our reconstruction of the released LoRA)."""
+
+    rank: int = Field(64, ge=1, le=1024, description="inner dimension of the adapters")
+    targets: Literal["mlp", "linear"] = Field(
+        "mlp", description="mlp: the blocks' MLP layers (1x1 convolutions where a tower has no blocks); linear: all of them"
+    )
+    mode: Literal["shared_a", "factors", "exact"] = Field(
+        "shared_a", description="shared_a: A frozen, B fused; factors: both fused (published); exact: no fusion"
+    )
+
+
+class FusionConfig(_Section):
+    """How deltas become one unified delta."""
+
+    granularity: Granularity = Field("row", description="over what a rescaler is shared; published: l1")
+
+
+class VoteConfig(_Section):
+    """How experts answer together."""
+
+    k: int = Field(4, ge=1, le=64, description="most experts that run for a picture, besides the base model")
+    combine: Literal["mean_logits", "weighted"] = Field("weighted", description="published: mean_logits")
+    average: Literal["logits", "probabilities"] = Field("logits", description="what `weighted` averages")
+    temperature: float = Field(0.05, gt=0, le=10, description="of the softmax over similarities, for `weighted`")
+    base_weight: float | None = Field(None, ge=0, lt=1, description="share of the base model; unset: 1 / (experts + 1)")
+    adaptive: bool = Field(True, description="run fewer experts where the similarities decide")
+    union: Literal["joint", "routed"] = Field(
+        "routed", description="joint: every expert scores all labels; routed: those of the chosen tasks"
+    )
+
+
+def _as_tasks(value: Any) -> Any:
+    """Accepts ['name=path', ...] as it comes from the command line."""
+    if not isinstance(value, list | tuple):
+        return value
+    tasks: dict[str, str] = {}
+    for item in value:
+        name, equals, source = str(item).partition("=")
+        if not (name and equals and source):
+            raise ValueError(f"'{item}' is not NAME=PATH")
+        if name in tasks:
+            raise ValueError(f"task {name} is given twice")
+        tasks[name] = source
+    return tasks
+
+
+class SessionConfig(_Section):
+    """Everything that one run of `learn` needs; one YAML file holds one of these."""
+
+    store: str = Field("./condu-store", min_length=1, description="folder that holds the versions")
+    tasks: Annotated[dict[str, str], BeforeValidator(_as_tasks)] = Field(
+        default_factory=dict, description="task name -> image folder, webdataset folder, CSV or torchvision name"
+    )
+    method: MethodName = Field("condu", description="the system that learns; see `condu-ray methods`")
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="open_clip name, 'local-dir:FOLDER', or 'default'")
+    pretrained: str | None = Field(None, description="open_clip tag or checkpoint file")
+    train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
+    fusion: FusionConfig = FusionConfig()
+    vote: VoteConfig = VoteConfig()
+    workers: int | None = Field(None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow")
+    parallel: Literal["auto", "tasks", "data"] = Field(
+        "auto", description="tasks: a worker a task; data: all workers share each task (DDP); auto: data for a single task"
+    )
+    gpu: Literal["auto", "no"] = Field("auto", description="auto: GPUs where the cluster has them")
+    seed: int = Field(0, ge=0, lt=2**31, description="of splits, order of pictures, augmentation, adapters")
+    test_share: float = Field(0.2, gt=0, lt=1, description="of the pictures, where the data has no test split")
+    eval_pictures: int = Field(1000, ge=1, description="most test pictures a task in an evaluation (stratified, seeded)")
+    tracking: str | None = Field(None, description="MLflow tracking server; unset: a file beside the store; 'off': none")
+
+    @field_validator("tasks")
+    @classmethod
+    def _names(cls, tasks: dict[str, str]) -> dict[str, str]:
+        for name in tasks:
+            check_task_name(name)
+        return tasks
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        return ModelSpec(name=self.model, pretrained=self.pretrained)
+
+
+def check_task_name(name: str) -> str:
+    """Raises ValueError unless the name can stand in a file name, a metric and a URL on every system."""
+    if not name or len(name) > 64 or not name[0].isalnum() or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
+        raise ValueError(f"task name '{name}' must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
+    return name
+
+
+def fields(section: type[BaseModel] = SessionConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yields (dotted name, field) for every setting that is not a section."""
+    for name, info in section.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from fields(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info
+
+
+def resolve(options: Mapping[str, Any], file: Path | None = None) -> tuple[SessionConfig, dict[str, str]]:
+    """Merges defaults, a YAML file, the environment and options (dotted names -> values).
+
+    Returns the settings and, for every dotted name, where its value came from.
+    Raises ConfigError that lists every fault at once.
+    """
+    known = dict(fields())
+    merged: dict[str, Any] = {}
+    origin = dict.fromkeys(known, "default")
+    layers = [(_from_file(file), f"file {file}")] if file else []
+    layers += [(_from_environment(), "environment"), (dict(options), "option")]
+    for layer, source in layers:
+        unknown = [name for name in layer if name not in known]
+        if unknown:
+            raise ConfigError(f"{source}: no setting '{unknown[0]}'", nearest(unknown[0], known))
+        for name, value in layer.items():
+            merged[name] = value
+            origin[name] = source
+    try:
+        return SessionConfig.model_validate(_nest(merged)), origin
+    except ValidationError as error:
+        raise ConfigError(_faults(error, origin), "see `condu-ray learn --help` for names and limits") from None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})", "give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML ({str(error).splitlines()[0]})", "mend that line") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}", "write settings as 'name: value' lines")
+    return flatten(content)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested settings into dotted names; `tasks` stays one value."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and prefix + str(key) != "tasks":
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + str(key)] = value
+    return flat
+
+
+def _from_environment() -> dict[str, Any]:
+    source = EnvSettingsSource(
+        cast(type[BaseSettings], SessionConfig), env_prefix="CONDU_", env_nested_delimiter="__", case_sensitive=False
+    )
+    try:
+        return flatten(source())
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}", "mend that CONDU_ variable") from None
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = name.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[leaf] = value
+    return nested
+
+
+def _faults(error: ValidationError, origin: Mapping[str, str]) -> str:
+    lines = []
+    for fault in error.errors():
+        name = ".".join(str(part) for part in fault["loc"][:2])
+        name = name if name in origin else str(fault["loc"][0])
+        message = fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{name} = {fault['input']!r} (from {origin.get(name, 'option')}): {message}")
+    return "; ".join(lines)

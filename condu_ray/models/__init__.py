@@ -1,0 +1,1 @@
+"""open_clip models: loading, features, text targets, LoRA. Knows nothing of tasks or stores."""

@@ -1,0 +1,117 @@
+"""The base model θ⁰ and experts that share it.
+
+Legend: B pictures or texts, D width of the common space, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from condu_ray.config import ModelSpec
+
+Overrides = Mapping[str, Tensor]
+"""Parameters and buffers by open_clip name that stand in for θ⁰'s own."""
+
+TEXT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Clip:
+    """θ⁰ with what belongs to it. The parameters of `model` are never written."""
+
+    spec: ModelSpec
+    model: nn.Module
+    sha256: str
+    train_transform: Callable[[Any], Tensor]
+    eval_transform: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    channels_last: bool
+    _encoder: _Encoder = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_encoder", _Encoder(self.model))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def logit_scale(self) -> float:
+        """exp of the learned log temperature (100 for OpenAI's CLIP)."""
+        return float(self.model.logit_scale.detach().float().exp())  # type: ignore[operator, union-attr]
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def images(self, pixels: Tensor, expert: Overrides | None = None) -> Tensor:
+        """f32[B, 3, H, W] -> unit features f32[B, D], by θ⁰ or by an expert."""
+        if self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return self._encode("encode_image", pixels.to(self.device), expert)
+
+    def texts(self, texts: Sequence[str], expert: Overrides | None = None) -> Tensor:
+        """Texts -> unit features f32[B, D], by θ⁰ or by an expert."""
+        parts = [
+            self._encode("encode_text", self.tokenizer(list(texts[i : i + TEXT_BATCH])).to(self.device), expert)
+            for i in range(0, len(texts), TEXT_BATCH)
+        ]
+        return torch.cat(parts)
+
+    def _encode(self, kind: str, values: Tensor, expert: Overrides | None) -> Tensor:
+        overrides = {f"clip.{name}": tensor for name, tensor in (expert or {}).items()}
+        return functional_call(self._encoder, overrides, (kind, values)).float()  # type: ignore[no-any-return]
+
+
+class _Encoder(nn.Module):
+    """One forward for both towers, since functional_call only reaches forward."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, kind: str, values: Tensor) -> Tensor:
+        features: Tensor = getattr(self.clip, kind)(values, normalize=True)
+        return features
+
+
+def class_embeddings(clip: Clip, prompts: Sequence[Sequence[str]], expert: Overrides | None = None) -> Tensor:
+    """One unit vector a class, f32[C, D]: mean of the unit vectors of its prompts, made unit again (CLIP, appendix)."""
+    means = class_means(clip, prompts, expert)
+    return means / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+@torch.no_grad()
+def class_means(clip: Clip, prompts: Sequence[Sequence[str]], expert: Overrides | None = None) -> Tensor:
+    """Mean of the unit vectors of each class's prompts, f32[C, D], not made unit again."""
+    features = clip.texts([text for texts in prompts for text in texts], expert)
+    sizes = [len(texts) for texts in prompts]
+    return torch.stack([part.mean(dim=0) for part in features.split(sizes)])
+
+
+def expert_overrides(clip: Clip, delta: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray] | None = None) -> Overrides:
+    """θ⁰ + delta by name (float32 sum, rounded once to the parameter's dtype), and a task's own buffers as they are.
+
+    delta: f32 arrays shaped as the parameters they belong to.
+    """
+    base = dict(clip.model.named_parameters())
+    overrides: dict[str, Tensor] = {}
+    for name, values in delta.items():
+        own = base[name].detach()
+        moved = (own.float() + torch.tensor(values, device=own.device)).to(own.dtype)
+        overrides[name] = _laid_out(moved, clip.channels_last)
+    for name, values in (buffers or {}).items():
+        overrides[name] = torch.tensor(values, device=clip.device)
+    return overrides
+
+
+def _laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
+    if channels_last and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor

@@ -1,0 +1,96 @@
+"""Opens an open_clip model by name and tag, local checkpoint, local folder, or the one that ships with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import open_clip
+import torch
+from torch import nn
+
+from condu_ray.config import DEFAULT_MODEL, ModelSpec
+from condu_ray.errors import ModelError, nearest
+from condu_ray.models.clip import Clip
+
+SHIPPED = Path(__file__).parent / "shipped"
+LOCAL_DIR = "local-dir:"
+
+
+def load(spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None) -> Clip:
+    """Loads θ⁰ in evaluation mode, without gradients.
+
+    Raises ModelError for an unknown name, tag or file, for a model without pretrained weights (open_clip would hand out
+    random ones), and for weights whose digest is not `expect_sha256` (those of the store).
+    """
+    name = f"{LOCAL_DIR}{SHIPPED}" if spec.name == DEFAULT_MODEL else spec.name
+    _check_names(spec, name)
+    # open_clip logs to the root logger, and what it says there is said better by the errors below.
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        model, train_transform, eval_transform = open_clip.create_model_and_transforms(
+            name, pretrained=spec.pretrained, device=device
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:
+        # open_clip raises RuntimeError, ValueError, OSError and the hub's own errors for the same few mistakes.
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {spec.name}, weights {spec.pretrained or 'of that folder'}: {reason}",
+            "check the name, the tag (open_clip.list_pretrained()) and that the weights belong to this model",
+        ) from error
+    finally:
+        logging.root.setLevel(level)
+    model.eval().requires_grad_(False)
+    channels_last = _is_convolutional(model)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    digest = weights_sha256(model)
+    if expect_sha256 and digest != expect_sha256:
+        raise ModelError(
+            f"model {spec.name} has weights {digest[:12]}, the store was made with {expect_sha256[:12]}",
+            "give the base model that the store was created with, or use another --store",
+        )
+    return Clip(
+        spec=spec,
+        model=model,
+        sha256=digest,
+        train_transform=train_transform,
+        eval_transform=eval_transform,
+        tokenizer=tokenizer,
+        channels_last=channels_last,
+    )
+
+
+def _check_names(spec: ModelSpec, name: str) -> None:
+    if name.startswith(LOCAL_DIR):
+        if not (Path(name.removeprefix(LOCAL_DIR)) / "open_clip_config.json").is_file():
+            raise ModelError(
+                f"model {spec.name}: no open_clip_config.json there", "name a folder with that file and open_clip_model.safetensors"
+            )
+        return
+    if name.startswith("hf-hub:"):
+        return
+    if name not in open_clip.list_models():
+        raise ModelError(f"model {name} is not an open_clip name", nearest(name, open_clip.list_models()))
+    if spec.pretrained is None:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ModelError(
+            f"model {name} needs weights", f"add --pretrained with a checkpoint file or a tag ({', '.join(tags[:8]) or 'no tags known'})"
+        )
+
+
+def _is_convolutional(model: nn.Module) -> bool:
+    kernels = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return len(kernels) > 4
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over name, dtype, shape and bytes of every parameter and buffer, in name order."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()

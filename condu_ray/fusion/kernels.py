@@ -1,0 +1,164 @@
+"""The one pass over a block: elect, choose, flip, sum (our reconstruction of ConDU's unifying step as one pass).
+
+All old values at a coordinate are u times a rescaler, so they share the sign of u, and a byte of mask bits is all that
+has to be looked at: one table gives the sum of the rescalers of its bits, another their maximum. The masks are packed:
+bit `t % 8` of packed[t // 8, j] belongs to task number t. A faster kernel must return the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.fusion.groups import BLOCK, Block
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Bits = NDArray[np.bool_]
+Packed = NDArray[np.uint8]
+
+_LANES = 8
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What one block gives besides its new u and masks.
+
+    born, flipped: bool[n]. sums: f64[T + 2, rows]: for each task, the new one last, the sum of |u'| over its set bits;
+    then the sum of |delta|.
+    """
+
+    born: Bits
+    flipped: Bits
+    sums: F64
+
+
+def fuse_block(block: Block, u: F32, delta: F32, packed: Packed, rescalers: F32, out_u: F32, out_packed: Packed) -> Fused:
+    """Adds a task to one block of n coordinates.
+
+    u, delta: f32[n]. packed: uint8[ceil(T / 8), n]. rescalers: f32[T, rows]. Written: out_u f32[n], finite and without
+    -0.0; out_packed uint8[T // 8 + 1, n]. A delta with NaN or Inf shows as a last sum that is not finite; the other
+    results mean nothing then.
+    """
+    tasks = len(rescalers)
+    share, largest, held = _old_tasks(block, packed, rescalers)
+    np.multiply(share, u, out=share)
+    np.add(share, delta, out=share)  # two roundings: a fused multiply-add would decide ties differently
+    positive = share > 0
+    born = ((delta > 0) == positive) & (delta != 0)
+    flipped = held & ((u < 0) == positive)
+    stays = ~flipped
+
+    largest *= np.abs(u)
+    largest *= stays
+    size = np.abs(delta)
+    size *= born
+    np.maximum(largest, size, out=size)
+    np.multiply(positive, np.float32(2), out=out_u)
+    out_u -= 1
+    out_u *= size
+    out_u += 0.0  # -0.0 becomes +0.0
+
+    out_packed[: len(packed)] = packed
+    out_packed[: len(packed)] *= stays
+    if len(out_packed) > len(packed):
+        out_packed[-1] = 0
+    out_packed[-1] |= born.view(np.uint8) << np.uint8(tasks % 8)
+
+    weights = size.astype(np.float64)
+    masses = _row_masses if block.per_row else _histogram_masses
+    norm = _lane_sums(block, np.abs(delta).astype(np.float64))
+    return Fused(born, flipped, np.vstack([masses(block, out_packed, weights, tasks + 1), norm]))
+
+
+def _old_tasks(block: Block, packed: Packed, rescalers: F32) -> tuple[F64, F32, Bits]:
+    """At each coordinate: sum (f64) and maximum (f32) of the rescalers whose bit is set, and whether any is."""
+    count = block.stop - block.start
+    share, largest, held = np.zeros(count), np.zeros(count, np.float32), np.zeros(count, np.bool_)
+    for group, bits in enumerate(packed):
+        sums, maxima = _tables(rescalers[8 * group : 8 * group + 8])
+        index = bits.astype(np.intp)
+        if block.rows > 1:
+            index += _row_index(block.row_length, block.rows, sums.shape[1])
+        # `clip` only because it is the mode without a copy; no index is out of range
+        if group == 0:
+            np.take(sums, index, out=share, mode="clip")
+            np.take(maxima, index, out=largest, mode="clip")
+        else:
+            share += np.take(sums, index, mode="clip")
+            np.maximum(largest, np.take(maxima, index, mode="clip"), out=largest)
+        held |= bits != 0
+    return share, largest, held
+
+
+def _tables(rescalers: F32) -> tuple[F64, F32]:
+    """For each row and each byte value: sum and maximum of the rescalers of its bits, ascending. f32[k <= 8, rows] in."""
+    tasks, rows = rescalers.shape
+    sums, maxima = np.zeros((rows, 1 << tasks)), np.zeros((rows, 1 << tasks), np.float32)
+    for bit, rescaler in enumerate(rescalers):
+        half = 1 << bit
+        np.add(sums[:, :half], rescaler[:, None], out=sums[:, half : 2 * half])
+        np.maximum(maxima[:, :half], rescaler[:, None], out=maxima[:, half : 2 * half])
+    return sums, maxima
+
+
+def _histogram_masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
+    """Sum of weights over each task's set bits, f64[tasks, 1]: one add a coordinate, whatever the number of tasks.
+
+    Four interleaved tables of 256 sums, one a byte value, lane = coordinate mod 4; then ((l0 + l1) + (l2 + l3)), and a
+    task's sum is that of the byte values with its bit, ascending.
+    """
+    masses = np.empty((tasks, 1))
+    for group, bits in enumerate(packed):
+        index = _table_lanes()[: weights.size] + bits
+        lanes = np.bincount(index, weights=weights, minlength=4 * 256).reshape(4, 256)
+        table = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
+        in_group = min(8, tasks - 8 * group)
+        chosen = table[_byte_values()[:in_group]]
+        masses[8 * group : 8 * group + in_group, 0] = np.add.accumulate(chosen, axis=1)[:, -1]
+    return masses
+
+
+def _row_masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
+    """Sum of weights over each task's set bits, f64[tasks, rows]; in the order of `_lane_sums`."""
+    masses = np.empty((tasks, block.rows))
+    for task in range(tasks):
+        bit = (packed[task // 8] >> np.uint8(task % 8)) & np.uint8(1)
+        masses[task] = _lane_sums(block, weights * bit)
+    return masses
+
+
+def _lane_sums(block: Block, values: F64) -> F64:
+    """Sum of each row, f64[rows]: eight lanes by (coordinate - row start) mod 8, ((0+1)+(2+3)) + ((4+5)+(6+7))."""
+    index = _lane_index(block.row_length, block.rows)
+    lane = np.bincount(index, weights=values, minlength=block.rows * _LANES).reshape(block.rows, _LANES).T
+    sums: F64 = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]))
+    return sums
+
+
+# np.bincount adds one after the other in each bin, so an index array is what fixes the order of a sum.
+
+
+@lru_cache(maxsize=8)
+def _lane_index(row_length: int, rows: int) -> NDArray[np.intp]:
+    lane = np.arange(row_length, dtype=np.intp) % _LANES
+    return (np.arange(rows, dtype=np.intp)[:, None] * _LANES + lane).reshape(-1)
+
+
+@lru_cache(maxsize=8)
+def _row_index(row_length: int, rows: int, entries: int) -> NDArray[np.intp]:
+    return np.repeat(np.arange(rows, dtype=np.intp) * entries, row_length)
+
+
+@lru_cache(maxsize=1)
+def _table_lanes() -> NDArray[np.intp]:
+    return np.arange(BLOCK, dtype=np.intp) % 4 * 256
+
+
+@lru_cache(maxsize=1)
+def _byte_values() -> NDArray[np.intp]:
+    """[8, 128]: the byte values that have bit b, ascending."""
+    return np.array([[value for value in range(256) if value >> bit & 1] for bit in range(8)], np.intp)

@@ -1,0 +1,119 @@
+"""From the fused state back to one task's delta, and how much of the trained one is left in it (fidelity)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.errors import FusionError
+from condu_ray.fusion.groups import blocks, group_of
+from condu_ray.fusion.layout import Layout, as_f32
+from condu_ray.fusion.state import FusionState
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a reconstruction is to the delta as trained.
+
+    relative_l2: norm of the difference over norm of the delta (0 is exact, 1 is as far as the base model). cosine: of the
+    angle between them. bits_alive: share of the delta's non-zero coordinates that still have their mask bit. A delta of
+    zeros has nothing to lose: 0, 1, 1.
+    """
+
+    relative_l2: float
+    cosine: float
+    bits_alive: float
+
+
+def reconstruct(state: FusionState, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """The task's delta as the fused state holds it, f32[total]: rescaler * u where the mask bit is set, else +0.
+
+    out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
+    """
+    position, total = state.position(task), state.layout.total
+    if out is None:
+        out = np.zeros(total, np.float32)
+    elif out.shape != (total,) or out.dtype != np.float32:
+        raise FusionError(f"out is {out.dtype}{list(out.shape)}, expected float32[{total}]")
+    else:
+        out[:] = 0  # padding
+    bits, rescalers = state.packed[position // 8], state.tasks[position].rescalers
+    for block in blocks(state.layout, state.granularity):
+        here = slice(block.start, block.stop)
+        value = out[here].reshape(block.rows, block.row_length)
+        scale = rescalers[block.rescalers : block.rescalers + block.rows]
+        np.multiply(state.u[here].reshape(value.shape), scale[:, None], out=value)
+        bit = (bits[here] >> np.uint8(position % 8)) & np.uint8(1)
+        out[here].view(np.int32)[:] &= -bit.astype(np.int32)  # all ones or all zeros
+    return out
+
+
+def fidelity(state: FusionState, task: str, delta: Any) -> Fidelity:
+    """Compares the task's reconstruction with its delta as trained. delta: f32[total]. Sums are taken in float64."""
+    vector = as_f32(delta)
+    if vector.shape != (state.layout.total,):
+        raise FusionError(f"the delta of task {task!r} has shape {vector.shape}, the layout needs ({state.layout.total},)")
+    restored, mask = reconstruct(state, task), state.mask(task)
+    sums = np.zeros(6)
+    for block in blocks(state.layout, state.granularity):
+        here = slice(block.start, block.stop)
+        sums += _sums(vector[here], restored[here], mask[here])
+    return _fidelity(sums)
+
+
+def probe_coordinates(layout: Layout, count: int = 65_536, seed: int = 0) -> NDArray[np.int64]:
+    """Coordinates at which a delta is kept so that its fidelity can be estimated later: int64[count], ascending.
+
+    One uniform draw from each of `count` equal strata of the parameters; all of them where there are no more. Never
+    padding. The same for every task, NumPy release and machine (raw words of PCG64).
+    """
+    sizes = np.array([entry.size for entry in layout.entries], np.int64)
+    ends = np.cumsum(sizes)
+    parameters = int(ends[-1])
+    if count >= parameters:
+        chosen = np.arange(parameters, dtype=np.int64)
+    else:
+        edges = np.arange(count + 1, dtype=np.int64) * parameters // count
+        words = np.random.PCG64(seed).random_raw(count)
+        chosen = edges[:-1] + (words % np.diff(edges).astype(np.uint64)).astype(np.int64)
+    tensor = np.searchsorted(ends, chosen, side="right")
+    return layout.offsets[tensor] + chosen - (ends - sizes)[tensor]
+
+
+def fidelity_at(state: FusionState, task: str, coordinates: NDArray[np.int64], values: Any) -> Fidelity:
+    """Estimate of `fidelity` from the delta's values at some coordinates. values: f32[n], delta[coordinates]."""
+    position, kept = state.position(task), as_f32(values)
+    if kept.shape != coordinates.shape or kept.ndim != 1:
+        raise FusionError(f"task {task!r}: {list(kept.shape)} values for {list(coordinates.shape)} coordinates")
+    mask = (state.packed[position // 8, coordinates] >> np.uint8(position % 8)) & np.uint8(1) != 0
+    scale = state.tasks[position].rescalers[group_of(state.layout, state.granularity, coordinates)]
+    restored = np.where(mask, state.u[coordinates] * scale, np.float32(0))
+    return _fidelity(_sums(kept, restored, mask))
+
+
+def _sums(delta: NDArray[np.float32], restored: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """[squared difference, product, squared delta, squared reconstruction, bits, non-zero coordinates], summed."""
+    wide, theirs = delta.astype(np.float64), restored.astype(np.float64)
+    there = delta != 0
+    return np.array(
+        [
+            np.square(wide - theirs).sum(),
+            (wide * theirs).sum(),
+            np.square(wide).sum(),
+            np.square(theirs).sum(),
+            np.count_nonzero(mask & there),
+            np.count_nonzero(there),
+        ]
+    )
+
+
+def _fidelity(sums: NDArray[np.float64]) -> Fidelity:
+    difference, product, own, theirs, bits, there = (float(value) for value in sums)
+    if own == 0:
+        return Fidelity(0.0, 1.0, 1.0)
+    cosine = product / math.sqrt(own * theirs) if theirs > 0 else 0.0
+    return Fidelity(math.sqrt(difference / own), cosine, bits / there)

@@ -1,0 +1,158 @@
+"""Image folders: CLASS/PICTURE, or train|test|val/CLASS/PICTURE."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from condu_ray.data.listing import (
+    CLASS_FILE,
+    Entry,
+    Listing,
+    Part,
+    check_names,
+    match_classes,
+    read_lines,
+    read_templates,
+)
+from condu_ray.data.task import Picture
+from condu_ray.data.templates import spoken
+from condu_ray.errors import DataError
+
+# Files that often lie beside pictures and are none; anything else is opened, and counted as skipped if it is none.
+_COMPANIONS = frozenset(
+    (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".yaml", ".yml", ".toml", ".ini", ".db")
+    + (".mat", ".npy", ".npz", ".log", ".py", ".sh")
+)
+_TRAIN = ("train", "training")
+_TEST = ("test", "testing")
+_VALIDATION = ("val", "valid", "validation")
+
+
+def list_folder(root: Path, classes: Sequence[str] | None) -> Listing:
+    """Lists an image folder.
+
+    With train/ and test/, val/ joins train; with train/ and val/ only, val/ is the test split. classnames.txt gives one
+    display name for each class folder in sorted order, or the folders' own names in label order. `classes` gives
+    the label order of the names.
+    """
+    parts = _parts(root)
+    folders = {part_folder: _class_folders(part_folder) for _, part_folder in parts}
+    names = sorted({name for found in folders.values() for name in found})
+    if not names:
+        loose = next(_pictures(root, deep=False), None)
+        if loose is not None:
+            raise DataError(
+                f"{root} holds pictures ({loose.name}) but no class folders",
+                "put each picture into a folder named as its class",
+            )
+        raise DataError(f"{root} holds no class folders", "give a folder that has one folder of pictures a class")
+    shown = _display_names(root, names)
+    check_names(list(shown.values()), str(root))
+    order = check_names(classes, "the class list") if classes is not None else tuple(shown.values())
+    labels = match_classes(order, list(shown.values()), str(root))
+    entries: list[Entry] = []
+    for part, part_folder in parts:
+        for name in folders[part_folder]:
+            before = len(entries)
+            label = labels[shown[name]]
+            for path in _pictures(part_folder / name, deep=True):
+                entries.append(Entry(Picture(str(path)), label, part, _printable(path.relative_to(root))))
+            if len(entries) == before:
+                raise DataError(
+                    f"the class folder {part_folder / name} holds no pictures", "add pictures or remove the folder"
+                )
+    return Listing(order, read_templates(root), entries, [])
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Returns the files under a folder that may be pictures, sorted; hidden files and companions are left out."""
+    return list(_pictures(folder, deep=True))
+
+
+def _parts(root: Path) -> list[tuple[Part, Path]]:
+    """The split folders, or the root itself. A class that is called 'train' holds pictures, a split holds folders."""
+    found = {child.name.casefold(): child for child in _folders(root) if _folders(child)}
+    train, test, validation = (
+        next((found[name] for name in names if name in found), None) for names in (_TRAIN, _TEST, _VALIDATION)
+    )
+    if train is None:
+        only = test if test is not None else validation
+        if only is not None and len(_folders(root)) == 1:
+            raise DataError(
+                f"{root} has {only.name}/ but no train/",
+                f"add train/, or give {only} itself to have some of its pictures set aside as a test",
+            )
+        return [("", root)]
+    if test is None and validation is None:
+        return [("", train)]
+    if test is None and validation is not None:
+        return [("train", train), ("test", validation)]
+    parts: list[tuple[Part, Path]] = [("train", train)]
+    if validation is not None:
+        parts.append(("train", validation))
+    if test is not None:
+        parts.append(("test", test))
+    return parts
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(child.name for child in _folders(folder))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [child for child in folder.iterdir() if not _hidden(child.name) and child.is_dir()]
+
+
+def _pictures(folder: Path, deep: bool) -> Iterator[Path]:
+    """Candidates in sorted order; links to files are followed, links to folders are not (they may be circles)."""
+    with os.scandir(folder) as found:
+        children = sorted(found, key=lambda child: child.name)
+    for child in children:
+        if _hidden(child.name):
+            continue
+        if child.is_dir(follow_symlinks=False):
+            if deep:
+                yield from _pictures(Path(child.path), deep)
+        elif (child.is_file() or (child.is_symlink() and not child.is_dir())) and not _companion(child.name):
+            yield Path(child.path)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _companion(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _COMPANIONS or name == "Thumbs.db"
+
+
+def _display_names(root: Path, names: list[str]) -> dict[str, str]:
+    """Class name of each class folder, in label order: its line of classnames.txt, else its own name."""
+    lines = read_lines(root / CLASS_FILE)
+    if lines is None:
+        return {name: name for name in names}
+    if len(lines) == len(names) and set(lines) == set(names):
+        return {name: name for name in lines}
+    if len(lines) != len(names):
+        unknown = [line for line in lines if line not in names]
+        without = [name for name in names if name not in lines]
+        mend = "write one line a class folder, in sorted order"
+        if unknown and len(unknown) < len(lines):
+            mend += f" (no folder: {', '.join(unknown[:3])})"
+        if without and len(without) < len(names):
+            mend += f" (no line: {', '.join(without[:3])})"
+        raise DataError(f"{root / CLASS_FILE} has {len(lines)} lines for {len(names)} class folders", mend)
+    place = {spoken(name.replace("-", " ")).casefold(): number for number, name in enumerate(names)}
+    for number, line in enumerate(lines):
+        other = place.get(spoken(line.replace("-", " ")).casefold(), number)
+        if other != number:
+            raise DataError(
+                f"{root / CLASS_FILE}: line {number + 1} is {line!r}, but that folder is {names[number]!r}",
+                "write one line a class folder, in sorted order",
+            )
+    return dict(zip(names, lines, strict=True))
+
+
+def _printable(path: Path) -> str:
+    return str(path).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,180 @@
+"""Opens a task's data: finds out what the source is, reads every picture once, checks, splits and fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from condu_ray.data.folder import list_folder, picture_files
+from condu_ray.data.listing import Entry, Listing, Part, check_names
+from condu_ray.data.scan import Progress, Seen, scan
+from condu_ray.data.split import choose_test
+from condu_ray.data.table import list_table
+from condu_ray.data.tars import holds_tars, list_tars
+from condu_ray.data.task import Picture, Sizes, Skipped, Split, TaskData
+from condu_ray.data.templates import DEFAULT_TEMPLATES, check_templates
+from condu_ray.data.torchvision_sets import KNOWN, PREFIX, list_torchvision
+from condu_ray.errors import DataError, nearest
+
+
+def open_task(
+    name: str,
+    source: str | Path,
+    *,
+    seed: int = 0,
+    test_share: float = 0.2,
+    skip_limit: float = 0.05,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> TaskData:
+    """Opens an image folder, a webdataset folder, a CSV (path,label[,split]) or a torchvision data set by name.
+
+    seed, test_share: which pictures become the test split, where the source has none. skip_limit: the largest share of
+    pictures that may be left out because they cannot be read. classes: the class list, in label order.
+    templates: prompt templates instead of the source's own. progress: called with (done, total).
+    Raises DataError for everything that is wrong with the data; nothing but the cache is written.
+    """
+    try:
+        listing = _list(str(source), classes)
+        seen = scan([entry.picture for entry in listing.entries], progress)
+    except OSError as error:
+        raise DataError(f"{name}: {error.filename or source} cannot be read ({error.strerror or error})") from error
+    kept = [(entry, one) for entry, one in zip(listing.entries, seen, strict=True) if isinstance(one, Seen)]
+    unread = [Skipped(e.shown, one) for e, one in zip(listing.entries, seen, strict=True) if isinstance(one, str)]
+    skipped = listing.skipped + unread
+    _check_skipped(str(source), skipped, len(listing.entries) + len(listing.skipped), skip_limit)
+    _check_counts(str(source), listing, [entry for entry, _ in kept])
+    split_made = all(entry.part == "" for entry, _ in kept)
+    rows = _rows(kept, listing.classes, test_share, seed) if split_made else [(e, one, e.part) for e, one in kept]
+    # Content order: whatever the files are called, training sees the same pictures in the same order.
+    rows.sort(key=lambda row: (row[1].digest, row[0].label, row[0].shown))
+    chosen = check_templates(templates, "the template list") if templates is not None else listing.templates
+    chosen = chosen or DEFAULT_TEMPLATES
+    digests = {part: {one.digest for _, one, of in rows if of == part} for part in ("train", "test")}
+    return TaskData(
+        name=name,
+        source=str(source),
+        classes=listing.classes,
+        templates=chosen,
+        train=_split(rows, "train"),
+        test=_split(rows, "test"),
+        skipped=tuple(skipped),
+        fingerprint=_fingerprint(listing.classes, chosen, ((part, e.label, one.digest) for e, one, part in rows)),
+        sizes=Sizes(_spread(one.width for _, one in kept), _spread(one.height for _, one in kept)),
+        split_made=split_made,
+        leaked=sum(1 for _, one, part in rows if part == "test" and one.digest in digests["train"]),
+    )
+
+
+def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
+    """Returns the pictures of files and folders (searched to the bottom, sorted), in the order given.
+
+    Raises DataError that names the first path that is missing or no picture, and a folder without any.
+    """
+    found: list[Picture] = []
+    for given in paths:
+        path = Path(given).expanduser()
+        try:
+            files = picture_files(path) if path.is_dir() else [path]
+        except OSError as error:
+            raise DataError(f"{error.filename or path} cannot be read ({error.strerror})") from error
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"there is no picture {path}", _similar(path))
+        if not files:
+            raise DataError(f"the folder {path} holds no pictures", "give picture files, or a folder that has some")
+        found.extend(Picture(str(file)) for file in files)
+    for picture, one in zip(found, scan(found), strict=True):
+        if isinstance(one, str):
+            raise DataError(f"{picture.path} cannot be used ({one})", "give a JPEG, PNG, WebP, GIF, BMP or TIFF file")
+    return found
+
+
+def _list(source: str, classes: Sequence[str] | None) -> Listing:
+    if source.startswith(PREFIX):
+        return list_torchvision(source.removeprefix(PREFIX), classes)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return list_tars(path, classes) if holds_tars(path) else list_folder(path, classes)
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return list_table(path, classes)
+    if path.is_file():
+        raise DataError(
+            f"{source} is neither a folder nor a .csv file", "give a folder of pictures, or a CSV: path,label"
+        )
+    if source in KNOWN:
+        return list_torchvision(source, classes)
+    mend = "give a folder of pictures, a webdataset folder, a .csv file, or a torchvision name such as CIFAR10"
+    raise DataError(f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(path)) else mend)
+
+
+def _similar(path: Path) -> str:
+    """'did you mean X?' for a name in the same folder or a torchvision name; '' if nothing is close."""
+    beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = beside + (list(KNOWN) if path.parent == Path() else [])
+    said = nearest(path.name, names)
+    return said if said.startswith("did you mean") else ""
+
+
+def _check_skipped(source: str, skipped: list[Skipped], total: int, limit: float) -> None:
+    if len(skipped) > limit * total:
+        first = "; ".join(f"{one.path[-60:]} ({one.reason[:60]})" for one in skipped[:3])
+        raise DataError(
+            f"{len(skipped)} of {total} pictures in {source} cannot be used, more than {limit:.0%}: {first}",
+            "repair or remove them",
+        )
+
+
+def _check_counts(source: str, listing: Listing, kept: list[Entry]) -> None:
+    """Every class must have pictures to learn from."""
+    check_names(listing.classes, source)
+    size = len(listing.classes)
+    listed = np.bincount([entry.label for entry in listing.entries], minlength=size)
+    usable = np.bincount([entry.label for entry in kept], minlength=size)
+    tests = np.bincount([entry.label for entry in kept if entry.part == "test"], minlength=size)
+    for label, name in enumerate(listing.classes):
+        if not listed[label]:
+            raise DataError(
+                f"{source}: the class {name!r} has no pictures", "add some or take the class out of the class list"
+            )
+        if not usable[label]:
+            raise DataError(
+                f"{source}: none of the {listed[label]} pictures of class {name!r} can be read", "replace them"
+            )
+        if usable[label] == tests[label]:
+            raise DataError(
+                f"{source}: the class {name!r} has {tests[label]} test pictures, but none to train on",
+                "add training pictures or remove the class from the test split",
+            )
+    if any(entry.part for entry in kept) and not tests.any():
+        raise DataError(f"{source}: no picture of the test split can be used", "replace them, or remove the test split")
+
+
+_Row = tuple[Entry, Seen, Part]
+
+
+def _rows(kept: list[tuple[Entry, Seen]], classes: Sequence[str], share: float, seed: int) -> list[_Row]:
+    labels = np.array([entry.label for entry, _ in kept], dtype=np.int64)
+    test = choose_test(labels, [one.digest for _, one in kept], classes, share, seed)
+    return [(entry, one, "test" if aside else "train") for (entry, one), aside in zip(kept, test.tolist(), strict=True)]
+
+
+def _split(rows: list[_Row], part: Part) -> Split:
+    chosen = [entry for entry, _, of in rows if of == part]
+    return Split(tuple(entry.picture for entry in chosen), np.array([entry.label for entry in chosen], dtype=np.int64))
+
+
+def _fingerprint(classes: Sequence[str], templates: Sequence[str], rows: Iterable[tuple[str, int, bytes]]) -> str:
+    total = hashlib.sha256(json.dumps([list(classes), list(templates)]).encode())
+    for part, label, digest in sorted(rows):
+        total.update(f"\n{part} {label} ".encode() + digest)
+    return total.hexdigest()
+
+
+def _spread(pixels: Iterable[int]) -> tuple[int, int, int]:
+    values = np.fromiter(pixels, dtype=np.int64)
+    return int(values.min()), int(np.median(values)), int(values.max())

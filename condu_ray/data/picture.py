@@ -1,0 +1,150 @@
+"""One picture: its bytes, whether they decode, and the RGB picture that a model sees."""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import IO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from condu_ray.data.task import Picture
+from condu_ray.errors import DataError
+
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 512 * 2**20
+
+# Only formats that PIL decodes by itself: some others start programs (EPS) or are no pictures of things.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Unreadable(Exception):
+    """These bytes are no picture that can be used; the message says why in a few words."""
+
+
+def load_picture(picture: Picture) -> Image.Image:
+    """Returns the picture in mode RGB: first frame, turned as EXIF says, transparent parts white, 16 bits cut to 8.
+
+    Opens its file anew on every call, so it may be called from any thread or process. Raises DataError if the file
+    went away or changed since it was opened.
+    """
+    try:
+        image = open_image(read_bytes(picture))
+        turn = _TURNS.get(_orientation(image))
+        image = to_rgb(image)
+    except (OSError, Unreadable) as error:
+        raise DataError(
+            f"the picture {picture.path} cannot be read any more ({reason(error)})", "run the command again"
+        ) from error
+    return image if turn is None else image.transpose(turn)
+
+
+def read_bytes(picture: Picture, file: IO[bytes] | None = None) -> bytes:
+    """Returns the picture's bytes, from `file` if the caller holds its file open. Raises OSError or Unreadable."""
+    if file is None:
+        with open(picture.path, "rb") as opened:
+            return read_bytes(picture, opened)
+    file.seek(max(picture.offset, 0))
+    body = file.read(min(picture.size, MAX_BYTES + 1) if picture.offset >= 0 else MAX_BYTES + 1)
+    if len(body) > MAX_BYTES:
+        raise Unreadable(f"too large: over {MAX_BYTES >> 20} MiB")
+    if picture.offset >= 0 and len(body) < picture.size:
+        raise Unreadable("its tar ends too early")
+    return body
+
+
+def inspect(body: bytes) -> tuple[int, int]:
+    """Decodes a picture whole and returns its (width, height) in pixels, as seen. Raises Unreadable."""
+    image = open_image(body)
+    width, height = image.size
+    turned = _orientation(image) >= 5
+    if image.mode in ("RGB", "L"):
+        # A JPEG decodes to an eighth here; its whole stream is read all the same, so damage is found.
+        image.draft(image.mode, (1, 1))
+        _decoded(image)
+    else:
+        to_rgb(image)
+    return (height, width) if turned else (width, height)
+
+
+def open_image(body: bytes) -> Image.Image:
+    """Returns the picture with its header read, not decoded yet. Raises Unreadable."""
+    if not body:
+        raise Unreadable("empty file")
+    try:
+        image = Image.open(io.BytesIO(body), formats=_formats())
+    except UnidentifiedImageError:
+        raise Unreadable("not a picture") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Unreadable(f"too large: over {MAX_PIXELS // 1_000_000} megapixels") from None
+    except Exception as error:  # PIL's plugins raise anything on damaged headers
+        raise Unreadable(reason(error)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Unreadable(f"too large: {width} x {height} pixels, over {MAX_PIXELS // 1_000_000} megapixels")
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns the picture in mode RGB, from any mode that PIL opens. Raises Unreadable."""
+    _decoded(image)
+    try:
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _eight_bits(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:
+        raise Unreadable(reason(error)) from error
+
+
+def reason(error: Exception) -> str:
+    """Returns why a picture cannot be read, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+    return (text or type(error).__name__).splitlines()[0][:120]
+
+
+def _decoded(image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception as error:
+        raise Unreadable(reason(error)) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey values of more than 8 bits: integers as 16 bits, floats as 0 to 1 (0 to 255 if any is above 1)."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F":
+        values = np.nan_to_num(values)
+        values = values * 255 if values.max(initial=0.0) <= 1 else values
+    else:
+        values = values / 257
+    return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged EXIF says nothing about the picture itself
+        return 1
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)

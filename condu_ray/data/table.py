@@ -1,0 +1,86 @@
+"""CSV files with the columns path, label and, if wanted, split."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from condu_ray.data.listing import Entry, Listing, Part, check_names, match_classes
+from condu_ray.data.task import Picture
+from condu_ray.errors import DataError, nearest
+
+_SPLITS: dict[str, Part] = {"train": "train", "test": "test", "val": "train", "valid": "train", "validation": "train"}
+
+
+def list_table(path: Path, classes: Sequence[str] | None) -> Listing:
+    """Lists a CSV. Paths are relative to it; val rows join train if there are test rows, else they are the test split.
+
+    Labels are class names, sorted unless `classes` gives their order; or numbers from 0 into `classes`.
+    """
+    rows = _rows(path)
+    if not rows:
+        raise DataError(f"{path} has no rows", "write one row a picture: path,label")
+    names, labels = _labels({label for _, _, label, _ in rows}, classes, path)
+    said = {split for *_, split in rows}
+    entries = []
+    for line, name, label, split in rows:
+        part: Part = ""
+        if said - {"", "train"}:
+            if split not in _SPLITS:
+                what = f"the split {split!r}" if split else "an empty split"
+                raise DataError(f"{path} line {line} has {what}", nearest(split, _SPLITS))
+            part = "test" if split != "train" and "test" not in said else _SPLITS[split]
+        entries.append(Entry(Picture(str(path.parent / name)), labels[label], part, name))
+    if all(entry.part == "test" for entry in entries):
+        raise DataError(f"{path} has no row of the split train", "name some, or leave the column split out")
+    return Listing(names, None, entries, [])
+
+
+def _rows(path: Path) -> list[tuple[int, str, str, str]]:
+    """(line number, path, label, split) of each row that is not blank."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            delimiter = max(",;\t", key=header.count)
+            columns = [name.strip().casefold() for name in next(csv.reader([header], delimiter=delimiter), [])]
+            for column in ("path", "label"):
+                if column not in columns:
+                    found = ", ".join(columns)[:100]
+                    raise DataError(f"{path} has no column {column!r} (found: {found})", "write a header: path,label")
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            for cells in reader:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                row = dict(zip(columns, (cell.strip() for cell in cells), strict=False))
+                line = reader.line_num + 1
+                for column in ("path", "label"):
+                    if not row.get(column):
+                        raise DataError(f"{path} line {line} has no {column}", "fill it in or remove the row")
+                rows.append((line, row["path"], row["label"], row.get("split", "").casefold()))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason})", "save it as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(
+            f"{path} is not a CSV file ({error})", "write a header, path,label, and a row a picture"
+        ) from error
+    return rows
+
+
+def _labels(said: set[str], classes: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Class names in label order, and the label that each way of writing one means."""
+    found = sorted(said)
+    if classes is None:
+        names = check_names(found, str(path))
+        return names, match_classes(names, found, str(path))
+    names = check_names(classes, "the class list")
+    if all(label.isdecimal() for label in found) and not said & set(names):
+        for label in found:
+            if int(label) >= len(names):
+                raise DataError(
+                    f"{path}: the label {label} is outside the class list of {len(names)} (0 to {len(names) - 1})",
+                    "add the missing names to the class list or correct the label",
+                )
+        return names, {label: int(label) for label in found}
+    return names, match_classes(names, found, str(path))

@@ -1,0 +1,124 @@
+"""Webdataset folders as clip_benchmark writes them: train/*.tar and test/*.tar with pairs KEY.jpg, KEY.cls."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from condu_ray.data.cache import plain_tar
+from condu_ray.data.listing import CLASS_FILE, Entry, Listing, Part, check_names, read_lines, read_templates
+from condu_ray.data.task import Picture, Skipped
+from condu_ray.errors import DataError, nearest
+
+_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
+_MAX_LABEL_BYTES = 32
+
+
+def holds_tars(root: Path) -> bool:
+    """Whether this is a webdataset folder."""
+    return bool(_tars(root / "train") or _tars(root / "test"))
+
+
+def list_tars(root: Path, classes: Sequence[str] | None) -> Listing:
+    """Lists a webdataset folder; nothing is unpacked under a member's name. `classes` replaces classnames.txt.
+
+    Plain tars are read where they lie; compressed ones are unpacked once into the cache.
+    """
+    train, test = _tars(root / "train"), _tars(root / "test")
+    if not train:
+        raise DataError(
+            f"{root} has test/*.tar but no train/*.tar",
+            "name the folder train/ to have some of its pictures set aside as a test",
+        )
+    where = "the class list" if classes is not None else str(root / CLASS_FILE)
+    names = classes if classes is not None else read_lines(root / CLASS_FILE)
+    if names is None:
+        raise DataError(f"{root} has no {CLASS_FILE}", "line N of it, from 0, is the name of label N")
+    checked = check_names(names, where)
+    entries: list[Entry] = []
+    skipped: list[Skipped] = []
+    parts: list[tuple[Part, list[Path]]] = [("train" if test else "", train), ("test", test)]
+    for part, tars in parts:
+        for tar in tars:
+            shown = f"{tar.parent.name}/{tar.name}"
+            for picture, label, name in _pairs(tar, shown, checked, skipped):
+                entries.append(Entry(picture, label, part, f"{shown}: {name}"))
+    return Listing(checked, read_templates(root), entries, skipped)
+
+
+def _tars(folder: Path) -> list[Path]:
+    """The folder's tars; raises DataError if nshards.txt counts another number of them."""
+    if not folder.is_dir():
+        return []
+    endings = (".tar", ".tar.gz", ".tgz")
+    tars = sorted(child for child in folder.iterdir() if child.name.endswith(endings) and child.name[0] != ".")
+    count = folder / "nshards.txt"
+    if tars and count.is_file():
+        said = count.read_text(encoding="utf-8", errors="replace").strip()
+        if said != str(len(tars)):
+            raise DataError(
+                f"{count} says {said[:20]!r}, but there are {len(tars)} tars", "fetch them all, or correct it"
+            )
+    return tars
+
+
+def _pairs(
+    tar: Path, shown: str, classes: tuple[str, ...], skipped: list[Skipped]
+) -> Iterator[tuple[Picture, int, str]]:
+    """Yields (picture, label, member name) for each pair; what has no partner is added to `skipped`."""
+    path = plain_tar(tar)
+    labels: dict[str, int] = {}
+    pictures: dict[str, tuple[Picture, str]] = {}
+    with open(path, "rb") as file:
+        for member in _members(tar, file):
+            key, _, ending = member.name.rpartition(".")
+            ending = ending.lower()
+            if ending == "cls":
+                file.seek(member.offset_data)
+                labels[key] = _label(file.read(min(member.size, _MAX_LABEL_BYTES)), shown, key, classes)
+            elif ending in _ENDINGS and key in pictures:
+                skipped.append(Skipped(f"{shown}: {member.name}", "a second picture of the same name"))
+            elif ending in _ENDINGS:
+                pictures[key] = Picture(str(path), member.offset_data, member.size), member.name
+    for key, (picture, name) in pictures.items():
+        label = labels.pop(key, None)
+        if label is None:
+            skipped.append(Skipped(f"{shown}: {name}", "no .cls file beside it"))
+        else:
+            yield picture, label, name
+    skipped.extend(Skipped(f"{shown}: {key}.cls", "no picture beside it") for key in labels)
+
+
+def _members(tar: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files of a plain tar; raises DataError if it is damaged or cut off."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
+                if member.isreg() and not member.issparse():
+                    yield member
+            end = archive.offset
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise DataError(f"{tar} is no tar or is damaged ({error})", "fetch it again") from error
+    # tarfile takes a damaged header for the end of the archive; a true end is a block of zeros.
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise DataError(f"{tar} is damaged or cut off at byte {end}", "fetch it again")
+
+
+def _label(text: bytes, shown: str, key: str, classes: tuple[str, ...]) -> int:
+    said = text.decode("utf-8", "replace").strip()
+    try:
+        label = int(said)
+    except ValueError:
+        raise DataError(
+            f"{shown}: {key}.cls holds {said!r}, not a number from 0 to {len(classes) - 1}", nearest(said, classes)
+        ) from None
+    if not 0 <= label < len(classes):
+        raise DataError(
+            f"{shown}: {key}.cls holds the label {label}, outside the {len(classes)} classes (0 to {len(classes) - 1})",
+            "add the missing names to the class list or correct the label",
+        )
+    return label

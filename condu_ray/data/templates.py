@@ -1,0 +1,40 @@
+"""Prompt templates: how a class name becomes the sentences that a text tower reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from condu_ray.errors import DataError
+
+# The plain one, then the seven that CLIP's authors found best together on ImageNet (their prompt engineering notebook).
+DEFAULT_TEMPLATES = (
+    "a photo of a {c}.",
+    "itap of a {c}.",
+    "a bad photo of the {c}.",
+    "a origami {c}.",
+    "a photo of the large {c}.",
+    "a {c} in a video game.",
+    "art of the {c}.",
+    "a photo of the small {c}.",
+)
+
+
+def prompts(classname: str, templates: Sequence[str]) -> list[str]:
+    """Returns one sentence a template, the class name (underscores as spaces) in place of {c} or {}."""
+    words = spoken(classname)
+    return [template.replace("{c}", words).replace("{}", words) for template in templates]
+
+
+def spoken(classname: str) -> str:
+    """Returns a class name as it is said in a prompt: underscores are spaces, no space twice."""
+    return " ".join(classname.replace("_", " ").split())
+
+
+def check_templates(templates: Sequence[str], where: str) -> tuple[str, ...]:
+    """Returns the templates; raises DataError for an empty list or a template without a place for the class name."""
+    if not templates:
+        raise DataError(f"{where} holds no prompt template", "write one a line, such as: a photo of a {c}.")
+    for template in templates:
+        if "{c}" not in template and "{}" not in template:
+            raise DataError(f"{where}: the template {template!r} has no place for the class", "write {c} where it goes")
+    return tuple(templates)

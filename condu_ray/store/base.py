@@ -1,0 +1,169 @@
+"""What every kind of store does, and what they share.
+
+The protocol of a session: `put` objects under names derived from their input, then `commit` one manifest. Only the
+commit changes what readers see, and only one writer gets a version number. Objects and manifests are never changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from condu_ray.errors import DamagedObject, NotFound, StoreError
+from condu_ray.store.manifest import Manifest, ObjectRef, StoreHeader
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IN_USE_S = 24 * 3600.0
+"""Seconds for which gc takes an object that no manifest names for the work of a session that still runs."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,150}")
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """What gc removed, or would remove (`dry_run`).
+
+    versions: numbers of removed versions. objects: paths of removed objects. leftovers: temporary files and work
+    folders of sessions that died. bytes: freed in all. in_use: paths kept, though no kept version names them, because
+    they are so young that a running session may need them.
+    """
+
+    versions: list[int]
+    objects: list[str]
+    leftovers: list[str]
+    bytes: int
+    in_use: list[str]
+    dry_run: bool
+
+
+@runtime_checkable
+class Store(Protocol):
+    """A place that holds versions. Safe to use from several threads, processes and machines at once."""
+
+    @property
+    def url(self) -> str:
+        """What `open_store` opens again, absolute."""
+
+    @property
+    def header(self) -> StoreHeader:
+        """What never changes in this store."""
+
+    def versions(self) -> list[int]:
+        """Returns the version numbers, oldest first."""
+
+    def manifest(self, version: int | None = None) -> Manifest:
+        """Returns the manifest of a version, None for the newest. Raises NotFound naming the versions there are."""
+
+    def put(
+        self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, str] | None = None
+    ) -> ObjectRef:
+        """Writes objects/<key>/<name>.safetensors, which appears whole or not at all.
+
+        Putting the same bytes again returns the same reference. Raises StoreError if the object exists with other
+        bytes, or nothing could be written (and then nothing was).
+        """
+
+    def find(self, key: str, name: str) -> ObjectRef | None:
+        """Returns the object that an earlier `put` finished, None if there is none; marks it as in use for gc."""
+
+    def get(self, ref: ObjectRef) -> dict[str, np.ndarray[Any, Any]]:
+        """Returns an object's arrays: read-only views of the mapped file, no copy.
+
+        The sha256 is checked on first load in this process. Raises DamagedObject, which says what still serves.
+        """
+
+    def meta(self, ref: ObjectRef) -> dict[str, str]:
+        """Returns the metadata given to `put`, checked like `get`."""
+
+    def fault(self, ref: ObjectRef) -> str | None:
+        """Reads an object's bytes again and returns what is wrong with them, None if nothing."""
+
+    def commit(self, manifest: Manifest) -> None:
+        """Publishes a version, whose number must be the newest plus one; the last and only visible step of a session.
+
+        Raises VersionTaken if another writer has the number, StoreError if an object it names is not there.
+        """
+
+    def gc(self, keep: int | None = None, *, dry_run: bool = False, in_use_s: float = IN_USE_S) -> GcReport:
+        """Removes what no kept version names.
+
+        keep: how many of the newest versions stay (at least 1; None: all). Objects that were put or found less than
+        `in_use_s` seconds ago stay if no manifest names them, and so do those of a removed version that were put or
+        found since it was committed: a session that still runs may be about to name them.
+        """
+
+    def work(self, key: str) -> Path:
+        """Returns a folder on this machine for unfinished work (checkpoints) on `key`; it survives a killed session."""
+
+    def discard_work(self, key: str) -> None:
+        """Removes the work folder of `key`, if there is one."""
+
+
+class Digest:
+    """Counts and hashes the bytes of an object as they pass by."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._bytes = 0
+
+    def update(self, piece: Any) -> None:
+        """Takes the next piece (any buffer of bytes)."""
+        self._sha256.update(piece)
+        self._bytes += len(piece)
+
+    def through(self, pieces: Iterable[Any]) -> Iterator[Any]:
+        """Yields the pieces unchanged, each taken before it is yielded."""
+        for piece in pieces:
+            self.update(piece)
+            yield piece
+
+    def ref(self, path: str) -> ObjectRef:
+        """Returns the reference to an object that holds the bytes so far."""
+        return ObjectRef(path=path, bytes=self._bytes, sha256=self._sha256.hexdigest())
+
+
+def object_path(key: str, name: str) -> str:
+    """Returns the path of an object below the store. Raises StoreError for a name that is no plain file name."""
+    for part in (key, name):
+        if not _NAME.fullmatch(part):
+            raise StoreError(f"{part!r} cannot name an object", "use letters, digits, '.', '_' and '-'")
+    return f"objects/{key}/{name}.safetensors"
+
+
+def missing_version(version: int | None, known: list[int], url: str) -> NotFound:
+    """Returns the error for a version that is not there."""
+    if not known:
+        return NotFound(f"{url} has no version yet", "learn a task first with `condu-ray learn`")
+    listed = ", ".join(map(str, known[-10:])) if len(known) <= 10 else f"{known[0]} ... {known[-1]}"
+    close = min(known, key=lambda number: abs(number - (version or 0)))
+    return NotFound(f"{url} has no version {version}", f"the nearest is {close}; there are {listed}")
+
+
+def damaged(store: Store, ref: ObjectRef, fault: str) -> DamagedObject:
+    """Returns the error for a damaged object; it names the newest version that is still whole, if there is one."""
+    known = {ref: False}
+
+    def whole(one: ObjectRef) -> bool:
+        if one not in known:
+            known[one] = store.fault(one) is None
+        return known[one]
+
+    mend = "no other version is whole: put the file back from a copy of the store"
+    for version in reversed(store.versions()):
+        try:
+            refs = list(store.manifest(version).objects.values())
+        except StoreError:
+            continue
+        if ref not in refs and all(whole(one) for one in refs):
+            mend = (
+                f"version {version} is whole and still serves (--version {version}); "
+                f"go back to it with `condu-ray rollback {version} --store {store.url}`"
+            )
+            break
+    return DamagedObject(f"{store.url}/{ref.path} is damaged ({fault})", mend)

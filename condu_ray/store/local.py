@@ -1,0 +1,278 @@
+"""A store in a folder of this machine, or of a shared file system.
+
+store.json                          the header
+versions/00000001.json              one manifest a version
+objects/<key>/<name>.safetensors    written once, never changed
+work/<key>/                         unfinished work of a session; no reader looks there
+tmp/                                files that are being written
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from condu_ray.errors import NotFound, StoreError, VersionTaken
+from condu_ray.store import tensors
+from condu_ray.store.base import IN_USE_S, Digest, GcReport, damaged, missing_version, object_path
+from condu_ray.store.files import lock, publish, refusal, temporary
+from condu_ray.store.local_gc import collect
+from condu_ray.store.manifest import Manifest, ObjectRef, StoreHeader, dump, parse_header, parse_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_MANIFEST = re.compile(r"(\d{8,})\.json")
+_CHUNK = 1 << 22
+
+# What get() has checked in this process: absolute path, sha256, and the file's identity, size and time of change.
+_checked: set[tuple[str, str, int, int, int]] = set()
+
+
+class LocalStore:
+    """A `Store` in a folder. Make one with `create` or `open`."""
+
+    def __init__(self, root: Path, header: StoreHeader) -> None:
+        self.root = root
+        self._header = header
+
+    def __repr__(self) -> str:
+        return f"LocalStore({str(self.root)!r})"
+
+    @property
+    def url(self) -> str:
+        return str(self.root)
+
+    @property
+    def header(self) -> StoreHeader:
+        return self._header
+
+    @classmethod
+    def create(cls, path: str | Path, header: StoreHeader) -> LocalStore:
+        """Makes a store, or opens the one that is there if it was made with the same header (its id aside).
+
+        Raises StoreError if a store with another model, layout or method is there, or the folder cannot be written.
+        """
+        root = _root(path)
+        try:
+            for folder in (root, root / "versions", root / "objects"):
+                folder.mkdir(parents=True, exist_ok=True)
+            if not (root / "store.json").exists():
+                with (
+                    temporary(root / "tmp", [dump(header)]) as source,
+                    lock(root) as locked,
+                    suppress(FileExistsError),  # another process was first; what it made is compared below
+                ):
+                    publish(source, root / "store.json", locked)
+        except OSError as error:
+            raise refusal(error, "make a store in", root) from error
+        store = cls.open(root)
+        differ = [name for name in StoreHeader.model_fields if name not in ("id", "format")]
+        differ = [name for name in differ if getattr(store.header, name) != getattr(header, name)]
+        if differ:
+            there, asked = getattr(store.header, differ[0]), getattr(header, differ[0])
+            what = f"another {differ[0]}" + ("" if differ[0] == "layout" else f" ({there}, not {asked})")
+            raise StoreError(f"{root} holds a store with {what}", "choose another --store, or the settings it has")
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path) -> LocalStore:
+        """Opens a store and writes nothing. Raises NotFound if none is there, StoreError if it cannot be read."""
+        root = _root(path)
+        try:
+            if not root.exists():
+                raise NotFound(f"no store at {root}", "learn a task first with `condu-ray learn`, or check --store")
+            if not root.is_dir():
+                raise StoreError(f"{root} is a file, not the folder of a store", "choose another --store")
+            header = parse_header((root / "store.json").read_bytes(), f"{root}/store.json")
+        except FileNotFoundError as error:
+            mend = "learn a task into it with `condu-ray learn`, or check --store"
+            raise NotFound(f"{root} is a folder without a store (no store.json)", mend) from error
+        except OSError as error:
+            raise refusal(error, "read the store in", root) from error
+        return cls(root, header)
+
+    def versions(self) -> list[int]:
+        try:
+            names = os.listdir(self.root / "versions")
+        except FileNotFoundError:  # a copy that left out empty folders
+            return []
+        except OSError as error:
+            raise refusal(error, "read the versions in", self.root) from error
+        return sorted(int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name)))
+
+    def manifest(self, version: int | None = None) -> Manifest:
+        known = self.versions()
+        if not known or (version is not None and version not in known):
+            raise missing_version(version, known, self.url)
+        number = known[-1] if version is None else version
+        path = self._manifest_path(number)
+        try:
+            manifest = parse_manifest(path.read_bytes(), str(path))
+        except OSError as error:
+            raise refusal(error, "read", path) from error
+        if manifest.version != number:
+            raise StoreError(f"{path} says that it is version {manifest.version}", "put the file back from a copy")
+        return manifest
+
+    def put(
+        self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, str] | None = None
+    ) -> ObjectRef:
+        path = object_path(key, name)
+        target = self.root / path
+        total = Digest()
+        try:
+            if target.exists():
+                for piece in tensors.pieces(arrays, meta):
+                    total.update(piece)
+            else:
+                with (
+                    temporary(self.root / "tmp", total.through(tensors.pieces(arrays, meta))) as source,
+                    lock(self.root) as locked,
+                    suppress(FileExistsError),  # another process was first; its bytes are compared below
+                ):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    publish(source, target, locked)
+                    return total.ref(path)
+        except OSError as error:
+            raise refusal(error, "write", target) from error
+        if self.find(key, name) != total.ref(path):
+            mend = "use `find` before the work is done again, or remove the file if no version names it"
+            raise StoreError(f"{target} exists with other bytes", mend)
+        return total.ref(path)
+
+    def find(self, key: str, name: str) -> ObjectRef | None:
+        path = object_path(key, name)
+        file = self.root / path
+        try:
+            digest = _hash(file)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise refusal(error, "read", file) from error
+        with suppress(OSError):  # no permission: then nobody collects garbage here either
+            os.utime(file)
+        return digest.ref(path)
+
+    def get(self, ref: ObjectRef) -> dict[str, np.ndarray[Any, Any]]:
+        return tensors.read(self._map(ref), f"{self.root}/{ref.path}")
+
+    def meta(self, ref: ObjectRef) -> dict[str, str]:
+        return tensors.read_meta(self._map(ref), f"{self.root}/{ref.path}")
+
+    def fault(self, ref: ObjectRef) -> str | None:
+        try:
+            size = (self.root / ref.path).stat().st_size
+            if size != ref.bytes:
+                return f"{size} bytes instead of {ref.bytes}"
+            found = _hash(self.root / ref.path).ref(ref.path).sha256
+        except FileNotFoundError:
+            return "the file is missing"
+        except OSError as error:
+            return f"it cannot be read: {error.strerror}"
+        return None if found == ref.sha256 else f"its sha256 is {found[:12]}..., not {ref.sha256[:12]}..."
+
+    def commit(self, manifest: Manifest) -> None:
+        path = self._manifest_path(manifest.version)
+        body = dump(manifest)
+        taken = VersionTaken(f"version {manifest.version} of {self.url} exists already", "read it and go on from there")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with temporary(self.root / "tmp", [body]) as source, lock(self.root) as locked:
+                newest = max(self.versions(), default=0)
+                if manifest.version <= newest:
+                    raise taken
+                if manifest.version > newest + 1:
+                    raise StoreError(f"version {manifest.version} cannot follow version {newest} of {self.url}")
+                self._must_be_there(manifest)
+                publish(source, path, locked)
+        except FileExistsError:
+            raise taken from None
+        except OSError as error:
+            raise refusal(error, "write", path) from error
+
+    def gc(self, keep: int | None = None, *, dry_run: bool = False, in_use_s: float = IN_USE_S) -> GcReport:
+        if keep is not None and keep < 1:
+            raise StoreError(f"gc must keep at least 1 version (found {keep})", "the newest always stays")
+        try:
+            with lock(self.root):
+                known = self.versions()
+                kept = known if keep is None else known[-keep:]
+                named = {ref.path for number in kept for ref in self.manifest(number).objects.values()}
+                gone = {number: self._manifest_path(number) for number in known if number not in kept}
+                return collect(self.root, gone, named, dry_run=dry_run, in_use_s=in_use_s)
+        except OSError as error:
+            raise refusal(error, "clean", self.root) from error
+
+    def work(self, key: str) -> Path:
+        object_path(key, "work")
+        folder = self.root / "work" / key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder)
+        except OSError as error:
+            raise refusal(error, "write in", folder) from error
+        return folder
+
+    def discard_work(self, key: str) -> None:
+        object_path(key, "work")
+        try:
+            shutil.rmtree(self.root / "work" / key)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise refusal(error, "remove", self.root / "work" / key) from error
+
+    def _manifest_path(self, version: int) -> Path:
+        return self.root / "versions" / f"{version:08d}.json"
+
+    def _must_be_there(self, manifest: Manifest) -> None:
+        for name, ref in manifest.objects.items():
+            try:
+                size = (self.root / ref.path).stat().st_size
+            except FileNotFoundError:
+                size = -1
+            if size != ref.bytes:
+                found = "is missing" if size < 0 else f"has {size} bytes instead of {ref.bytes}"
+                mend = "run the same command again; nothing was published"
+                raise StoreError(f"{self.url}/{ref.path} ({name} of version {manifest.version}) {found}", mend)
+
+    def _map(self, ref: ObjectRef) -> Any:
+        """Returns the object's bytes as a read-only map, after its sha256 was checked once in this process."""
+        path = self.root / ref.path
+        try:
+            with open(path, "rb") as file:
+                state = os.fstat(file.fileno())
+                if state.st_size != ref.bytes:
+                    raise damaged(self, ref, f"{state.st_size} bytes instead of {ref.bytes}")
+                known = (str(path), ref.sha256, state.st_ino, state.st_size, state.st_mtime_ns)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if state.st_size else b""
+        except FileNotFoundError:
+            raise damaged(self, ref, "the file is missing") from None
+        except OSError as error:
+            raise refusal(error, "read", path) from error
+        if known not in _checked:
+            fault = self.fault(ref)
+            if fault is not None:
+                raise damaged(self, ref, fault)
+            _checked.add(known)
+        return mapped
+
+
+def _root(path: str | Path) -> Path:
+    text = str(path)
+    return Path(text.removeprefix("file://")).expanduser().absolute()
+
+
+def _hash(path: Path) -> Digest:
+    total = Digest()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            total.update(chunk)
+    return total

@@ -1,0 +1,1 @@
+"""How the experts of a version answer together: prototypes, routing, weights, label spaces."""

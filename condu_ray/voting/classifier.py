@@ -1,0 +1,189 @@
+"""A version that answers: one pass of θ⁰ chooses the experts, and only those run, each once a batch.
+
+Legend: B pictures, C labels of a label space, M voters of a picture, D width of the common space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from condu_ray.config import VoteConfig
+from condu_ray.errors import DataError, NotFound, nearest
+from condu_ray.models.clip import Clip, Overrides
+from condu_ray.voting.answer import Answer, Vote
+from condu_ray.voting.combine import combine, probabilities, weights
+from condu_ray.voting.labels import Block, LabelSpace
+from condu_ray.voting.prototypes import Prototypes
+from condu_ray.voting.routing import UNCALIBRATED, Chosen, Thresholds, choose, similarities
+from condu_ray.voting.tables import Expert, Tables
+
+
+@dataclass(frozen=True, eq=False)
+class TaskExpert:
+    """A learned task as voting sees it."""
+
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    prototypes: Prototypes
+
+
+@dataclass(frozen=True)
+class _Ballot:
+    """Who votes for a picture, and which blocks of the label space count for it (indices)."""
+
+    votes: tuple[Vote, ...]
+    blocks: tuple[int, ...]
+
+
+class Classifier:
+    """θ⁰ and the experts of one version.
+
+    expert_of: a task's parameters, or None where the method leaves θ⁰ to answer for it; the last `cache` are kept.
+    thresholds: None where nothing was calibrated; then as many experts as `vote.k` allows, and θ⁰.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        experts: Sequence[TaskExpert],
+        expert_of: Callable[[str], Overrides | None],
+        vote: VoteConfig,
+        thresholds: Thresholds | None,
+        version: int,
+        cache: int = 8,
+    ) -> None:
+        self.clip = clip
+        self.experts = tuple(experts)
+        self.version = version
+        self._names = [expert.name for expert in self.experts]
+        self._prototypes = [expert.prototypes for expert in self.experts]
+        self._overrides = lru_cache(maxsize=cache)(expert_of)
+        self._vote = vote
+        self._thresholds = thresholds or UNCALIBRATED
+        self._tables = Tables(clip)
+        self._task_spaces: dict[str, LabelSpace] = {}
+
+    def classify(self, pixels: Tensor, task: str | None = None, labels: Sequence[str] | None = None) -> list[Answer]:
+        """Answers for pictures f32[B, 3, H, W] as the base model's eval_transform makes them.
+
+        task: only that expert answers, among its own classes. labels: θ⁰ and the chosen experts answer among these
+        words. Neither: among all classes learned. Raises NotFound for an unknown task, and where nothing is learned and
+        neither is given; DataError for both at once and for labels that cannot be told apart.
+        """
+        space = self.label_space(task, labels)
+        return [self._answer(space, *scored) for scored in self._scores(pixels, space)]
+
+    def label_indices(self, pixels: Tensor, space: LabelSpace) -> NDArray[np.int64]:
+        """Index into `space.labels` of the answer for each picture, i64[B], as `classify` would say."""
+        best = [columns[np.argmax(probabilities(scores))] for _, columns, scores in self._scores(pixels, space)]
+        return np.array(best, dtype=np.int64)
+
+    def label_space(self, task: str | None = None, labels: Sequence[str] | None = None) -> LabelSpace:
+        """The label space that `classify` uses for these arguments; raises what it raises."""
+        if task is not None and labels is not None:
+            raise DataError(f"task {task} and labels are both given", "give the task, or labels, or neither")
+        if labels is not None:
+            return LabelSpace.of_candidates(labels)
+        if task is not None:
+            return self._task_space(task)
+        if not self.experts:
+            raise NotFound(
+                f"version {self.version} has learned no task", "give labels (--labels a,b,c) or learn a task first"
+            )
+        return self._union
+
+    def _check_task(self, task: str) -> None:
+        if task not in self._names:
+            raise NotFound(f"task {task} is not in version {self.version}", nearest(task, self._names))
+
+    def _task_space(self, task: str) -> LabelSpace:
+        self._check_task(task)
+        if task not in self._task_spaces:
+            self._task_spaces[task] = LabelSpace.of_task(self.experts[self._names.index(task)])
+        return self._task_spaces[task]
+
+    @cached_property
+    def _union(self) -> LabelSpace:
+        return LabelSpace.of_union(self.experts)
+
+    @torch.no_grad()
+    def _scores(
+        self, pixels: Tensor, space: LabelSpace
+    ) -> list[tuple[tuple[Vote, ...], NDArray[np.int64], NDArray[np.float64]]]:
+        """For each picture: its votes, the indices of the labels that count, and their scores."""
+        if not len(pixels):
+            return []
+        base: Tensor | None = None
+        if space.kind == "task":
+            task = str(space.labels[0].task)
+            self._check_task(task)
+            ballots = [_Ballot((Vote(task, None, 1.0),), (0,))] * len(pixels)
+        else:
+            base = self.clip.images(pixels)
+            ballots = self._ballots(base, space)
+        spans = [np.arange(block.start, block.stop) for block in space.blocks]
+        logits = self._logits(pixels, base, ballots, space.blocks)
+        scored = []
+        for picture, ballot in enumerate(ballots):
+            columns = np.concatenate([spans[block] for block in ballot.blocks])
+            rows = [
+                np.concatenate([logits[vote.task, block][picture] for block in ballot.blocks]) for vote in ballot.votes
+            ]
+            scores = combine(np.stack(rows), np.array([vote.weight for vote in ballot.votes]), self._vote)
+            scored.append((ballot.votes, columns, scores))
+        return scored
+
+    def _ballots(self, base: Tensor, space: LabelSpace) -> list[_Ballot]:
+        similarity = similarities(base.cpu().numpy(), self._prototypes)
+        every = tuple(range(len(space.blocks)))
+        routed = space.kind == "union" and self._vote.union == "routed"
+        place = {block.task: index for index, block in enumerate(space.blocks)}
+        ballots = []
+        for row, chosen in zip(similarity, choose(similarity, self._vote, self._thresholds), strict=True):
+            blocks = tuple(sorted(place[self._names[task]] for task in chosen.experts)) if routed else every
+            ballots.append(_Ballot(self._votes(row, chosen), blocks))
+        return ballots
+
+    def _votes(self, similarity: NDArray[np.float32], chosen: Chosen) -> tuple[Vote, ...]:
+        near = similarity[list(chosen.experts)]
+        expert_weights, base_weight = weights(near, chosen.base, self._vote)
+        votes = [
+            Vote(self._names[task], float(value), float(weight))
+            for task, value, weight in zip(chosen.experts, near, expert_weights, strict=True)
+        ]
+        return (*votes, Vote(None, None, base_weight)) if chosen.base else tuple(votes)
+
+    def _logits(
+        self, pixels: Tensor, base: Tensor | None, ballots: Sequence[_Ballot], blocks: Sequence[Block]
+    ) -> dict[tuple[Expert, int], dict[int, NDArray[np.float32]]]:
+        """(voter, block) -> picture -> logits f32[labels of the block]; each voter sees its own pictures, once."""
+        logits: dict[tuple[Expert, int], dict[int, NDArray[np.float32]]] = {}
+        for voter in dict.fromkeys(vote.task for ballot in ballots for vote in ballot.votes):
+            pictures = [i for i, ballot in enumerate(ballots) if any(vote.task == voter for vote in ballot.votes)]
+            overrides = None if voter is None else self._overrides(voter)
+            if overrides is None and base is not None:
+                features = base[pictures]
+            else:
+                features = self.clip.images(pixels[pictures], overrides)
+            for index in dict.fromkeys(block for i in pictures for block in ballots[i].blocks):
+                table = self._tables.of(None if overrides is None else voter, overrides, blocks[index])
+                values = (self.clip.logit_scale * features @ table.T).cpu().numpy()
+                logits[voter, index] = dict(zip(pictures, values, strict=True))
+        return logits
+
+    def _answer(
+        self, space: LabelSpace, votes: tuple[Vote, ...], columns: NDArray[np.int64], scores: NDArray[np.float64]
+    ) -> Answer:
+        shares = np.zeros(len(space.labels))
+        shares[columns] = probabilities(scores)
+        ranked = tuple((space.labels[i], float(shares[i])) for i in np.argsort(-shares, kind="stable"))
+        label, probability = ranked[0]
+        return Answer(label, probability, ranked, votes, space.kind, self.version)

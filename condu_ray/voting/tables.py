@@ -1,0 +1,47 @@
+"""Class embeddings by the text tower of each expert, kept for the next picture.
+
+An embedding is fixed for a version, so those of learned classes are kept for good (4 bytes times experts, classes and
+width); those of callers' labels make room for newer ones.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor
+
+from condu_ray.models.clip import Clip, Overrides, class_embeddings
+from condu_ray.voting.labels import Block
+
+CANDIDATE_BYTES = 128 * 2**20
+Expert = str | None
+"""A task's name, or None for θ⁰."""
+
+
+class Tables:
+    """The embeddings f32[C, D] of a block of labels, by an expert or θ⁰."""
+
+    def __init__(self, clip: Clip) -> None:
+        self._clip = clip
+        self._learned: dict[tuple[Expert, str], Tensor] = {}
+        self._candidates: OrderedDict[tuple[Expert, tuple[tuple[str, ...], ...]], Tensor] = OrderedDict()
+
+    def of(self, expert: Expert, overrides: Overrides | None, block: Block) -> Tensor:
+        """Unit vectors in the order of the block's labels."""
+        if block.task is None:
+            return self._of_candidates(expert, overrides, block)
+        key = (expert, block.task)
+        if key not in self._learned:
+            self._learned[key] = class_embeddings(self._clip, block.prompts, overrides)
+        return self._learned[key]
+
+    def _of_candidates(self, expert: Expert, overrides: Overrides | None, block: Block) -> Tensor:
+        key = (expert, block.prompts)
+        table = self._candidates.pop(key, None)
+        if table is None:
+            table = class_embeddings(self._clip, block.prompts, overrides)
+        self._candidates[key] = table
+        size = sum(kept.nbytes for kept in self._candidates.values())
+        while size > CANDIDATE_BYTES and len(self._candidates) > 1:
+            size -= self._candidates.popitem(last=False)[1].nbytes
+        return table

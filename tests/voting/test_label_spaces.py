@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from condu_ray.data.templates import DEFAULT_TEMPLATES
+from condu_ray.errors import DataError
+from condu_ray.voting.labels import Block, Label, LabelSpace
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+PETS = Card("pets", ("cat", "dog"), ("a pet {c}.",))
+SIGNS = Card("signs", ("stop", "cat"), ("the sign {}.", "a sign: {}."))
+
+
+def test_a_task_speaks_by_its_own_templates() -> None:
+    space = LabelSpace.of_task(SIGNS)
+    assert space.kind == "task"
+    assert space.labels == (Label("signs", "stop"), Label("signs", "cat"))
+    assert space.prompts == (("the sign stop.", "a sign: stop."), ("the sign cat.", "a sign: cat."))
+
+
+def test_two_tasks_with_one_class_name_stay_two_labels() -> None:
+    space = LabelSpace.of_union([PETS, SIGNS])
+    assert space.kind == "union"
+    assert [label for label in space.labels if label.name == "cat"] == [Label("pets", "cat"), Label("signs", "cat")]
+    assert space.blocks == (
+        Block("pets", 0, 2, (("a pet cat.",), ("a pet dog.",))),
+        Block("signs", 2, 4, (("the sign stop.", "a sign: stop."), ("the sign cat.", "a sign: cat."))),
+    )
+
+
+def test_candidates_are_any_words() -> None:
+    space = LabelSpace.of_candidates([" red fox", "owl"])
+    assert space.kind == "candidates"
+    assert space.labels == (Label(None, "red fox"), Label(None, "owl"))
+    assert [len(texts) for texts in space.prompts] == [len(DEFAULT_TEMPLATES)] * 2
+    assert space.prompts[0][0] == "a photo of a red fox."
+    assert [(block.task, block.start, block.stop) for block in space.blocks] == [(None, 0, 2)]
+    assert LabelSpace.of_candidates(["owl"], ["an {c}"]).prompts == (("an owl",),)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "0 labels given: give 1 to 10,000"),
+        (["a", " "], "label 2 of 2 is empty"),
+        (["a", "b", "a "], "label 'a' is given 2 times"),
+        ([str(i) for i in range(10_001)], "10001 labels given"),
+    ],
+)
+def test_labels_that_cannot_be_answered_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        LabelSpace.of_candidates(names)

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource
 from pydantic_settings.exceptions import SettingsError
@@ -70,6 +77,7 @@ class LoraConfig(_Section):
     mode: Literal["shared_a", "factors", "exact"] = Field(
         "shared_a", description="shared_a: A frozen, B fused; factors: both fused (published); exact: no fusion"
     )
+    seed: int = Field(0, ge=0, lt=2**31, description="of A at the start, the same for all tasks of a store")
 
 
 class FusionConfig(_Section):
@@ -138,6 +146,19 @@ class SessionConfig(_Section):
             check_task_name(name)
         return tasks
 
+    @field_validator("model")
+    @classmethod
+    def _local_model(cls, model: str) -> str:
+        """A local folder by its absolute path: the store that remembers it may be opened from anywhere."""
+        kind, colon, folder = model.partition("local-dir:")
+        return f"{colon}{Path(folder).expanduser().resolve()}" if colon and not kind else model
+
+    @field_validator("pretrained")
+    @classmethod
+    def _local_weights(cls, pretrained: str | None) -> str | None:
+        path = Path(pretrained).expanduser() if pretrained else None
+        return str(path.resolve()) if path and path.is_file() else pretrained
+
     @property
     def model_spec(self) -> ModelSpec:
         return ModelSpec(name=self.model, pretrained=self.pretrained)
@@ -160,16 +181,37 @@ def fields(section: type[BaseModel] = SessionConfig, prefix: str = "") -> Iterat
             yield prefix + name, info
 
 
-def resolve(options: Mapping[str, Any], file: Path | None = None) -> tuple[SessionConfig, dict[str, str]]:
+def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
+    """The settings (dotted names) that a store fixes when it is created."""
+    return {
+        "method": config.method,
+        "model": config.model,
+        "pretrained": config.pretrained,
+        "train.towers": config.train.towers,
+        **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
+        **{f"fusion.{name}": value for name, value in config.fusion.model_dump().items()},
+    }
+
+
+def from_dotted(settings: Mapping[str, Any]) -> SessionConfig:
+    """Settings from dotted names that are known to be valid; defaults elsewhere."""
+    return SessionConfig.model_validate(_nest(settings))
+
+
+def resolve(
+    options: Mapping[str, Any], file: Path | None = None, fixed: Mapping[str, Any] | None = None
+) -> tuple[SessionConfig, dict[str, str]]:
     """Merges defaults, a YAML file, the environment and options (dotted names -> values).
 
+    fixed: what an existing store was made with; it stands for the defaults, and another value is refused.
     Returns the settings and, for every dotted name, where its value came from.
     Raises ConfigError that lists every fault at once.
     """
     known = dict(fields())
     merged: dict[str, Any] = {}
     origin = dict.fromkeys(known, "default")
-    layers = [(_from_file(file), f"file {file}")] if file else []
+    layers = [(dict(fixed or {}), "store")]
+    layers += [(_from_file(file), f"file {file}")] if file else []
     layers += [(_from_environment(), "environment"), (dict(options), "option")]
     for layer, source in layers:
         unknown = [name for name in layer if name not in known]
@@ -179,9 +221,17 @@ def resolve(options: Mapping[str, Any], file: Path | None = None) -> tuple[Sessi
             merged[name] = value
             origin[name] = source
     try:
-        return SessionConfig.model_validate(_nest(merged)), origin
+        config = SessionConfig.model_validate(_nest(merged))
     except ValidationError as error:
         raise ConfigError(_faults(error, origin), "see `condu-ray learn --help` for names and limits") from None
+    found = fixed_by_store(config)
+    for name, value in (fixed or {}).items():
+        if found[name] != value:
+            raise ConfigError(
+                f"{name} is {found[name]} (from {origin[name]}), but this store was made with {value}",
+                f"leave {name} out, or use another --store",
+            )
+    return config, origin
 
 
 def _from_file(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -95,8 +96,8 @@ def class_means(clip: Clip, prompts: Sequence[Sequence[str]], expert: Overrides 
     return torch.stack([part.mean(dim=0) for part in features.split(sizes)])
 
 
-def expert_overrides(clip: Clip, delta: Mapping[str, np.ndarray], buffers: Mapping[str, np.ndarray] | None = None) -> Overrides:
-    """θ⁰ + delta by name (float32 sum, rounded once to the parameter's dtype), and a task's own buffers as they are.
+def expert_overrides(clip: Clip, delta: Mapping[str, NDArray[np.float32]]) -> Overrides:
+    """θ⁰ + delta by name: float32 sum, rounded once to the parameter's dtype.
 
     delta: f32 arrays shaped as the parameters they belong to.
     """
@@ -106,8 +107,6 @@ def expert_overrides(clip: Clip, delta: Mapping[str, np.ndarray], buffers: Mappi
         own = base[name].detach()
         moved = (own.float() + torch.tensor(values, device=own.device)).to(own.dtype)
         overrides[name] = _laid_out(moved, clip.channels_last)
-    for name, values in (buffers or {}).items():
-        overrides[name] = torch.tensor(values, device=clip.device)
     return overrides
 
 

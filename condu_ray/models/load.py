@@ -28,7 +28,7 @@ def load(spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None)
     _check_names(spec, name)
     # open_clip logs to the root logger, and what it says there is said better by the errors below.
     level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
+    logging.root.setLevel(logging.CRITICAL + 1)
     try:
         model, train_transform, eval_transform = open_clip.create_model_and_transforms(
             name, pretrained=spec.pretrained, device=device

@@ -1,0 +1,121 @@
+"""What a session measures: accuracies before and after, zero-shot kept, fidelity; and the test pictures it measures on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.config import SessionConfig
+from condu_ray.data import Picture, Split, TaskData, sample
+from condu_ray.engine.crew import Crew
+from condu_ray.engine.fusing import Fused
+from condu_ray.engine.progress import Update
+from condu_ray.engine.scoring import By, Question, Snapshot
+from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Accuracy in percent on a task's test pictures by θ⁰ and by the delta as trained; neither depends on a version."""
+
+    zero_shot: float
+    own: float | None
+
+
+def test_pictures(task: TaskData, config: SessionConfig) -> Split:
+    """The test pictures that every evaluation of this task uses (stratified, seeded)."""
+    return sample(task.test, config.eval_pictures, config.seed)
+
+
+def pack_pictures(split: Split) -> dict[str, NDArray[Any]]:
+    """Where the pictures are and what they show, so that later versions are measured on the same ones."""
+    paths = json.dumps([str(Path(picture.path).absolute()) for picture in split.pictures])
+    spans = np.array([(picture.offset, picture.size) for picture in split.pictures], np.int64).reshape(-1, 2)
+    return {"paths": np.frombuffer(paths.encode(), np.uint8), "spans": spans, "labels": split.labels}
+
+
+def unpack_pictures(arrays: Mapping[str, NDArray[Any]]) -> Split | None:
+    """The pictures again; None where some are no longer there."""
+    paths = json.loads(arrays["paths"].tobytes())
+    if not all(Path(path).is_file() for path in set(paths)):
+        return None
+    pictures = tuple(Picture(path, int(at), int(size)) for path, (at, size) in zip(paths, arrays["spans"], strict=True))
+    return Split(pictures, np.array(arrays["labels"]))
+
+
+def ask(by: By, task: TaskData | TaskCard, pictures: Split, own: ObjectRef | None = None, buffers: ObjectRef | None = None) -> Question:
+    return Question(by, task.name, tuple(task.classes), tuple(task.templates), pictures, own, buffers)
+
+
+def learned_pictures(store: Store, manifest: Manifest | None) -> dict[str, Split]:
+    """Test pictures of every task of a version whose pictures are still there."""
+    found = {}
+    for card in manifest.tasks if manifest else []:
+        split = unpack_pictures(store.get(manifest.objects[f"tests-{card.uid}"]))  # type: ignore[union-attr]
+        if split is not None:
+            found[card.name] = split
+    return found
+
+
+def baseline(crew: Crew, task: TaskData, pictures: Split, own: ObjectRef | None, buffers: ObjectRef | None, update: Update) -> Baseline:
+    questions = [ask("base", task, pictures)]
+    if own is not None:
+        questions.append(ask("own", task, pictures, own, buffers))
+    scores = crew.score(questions, None, update)
+    return Baseline(scores[0], scores[1] if own is not None else None)
+
+
+def accuracies(
+    crew: Crew,
+    snapshot: Snapshot,
+    learned: Mapping[str, tuple[TaskCard, Split]],
+    unseen: Mapping[str, tuple[TaskData, Split]],
+    update: Update,
+) -> dict[str, float]:
+    """One row of the accuracy matrix: learned tasks by their expert, tasks still to come by the vote."""
+    questions = [ask("expert", card, pictures) for card, pictures in learned.values()]
+    questions += [ask("vote", task, pictures) for task, pictures in unseen.values()]
+    scores = crew.score(questions, snapshot, update)
+    return dict(zip([*learned, *unseen], scores, strict=True))
+
+
+def card_figures(
+    card: TaskCard, accuracy: Mapping[str, float], fused: Fused, before: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    """A task's figures in a new version; `before` holds those that never change."""
+    figures: dict[str, float | None] = {**before, "expert": accuracy.get(card.name)}
+    figures |= fused.fidelity.get(card.name, {})
+    figures["gain_kept"] = gain_kept(figures.get("zero_shot"), figures.get("own"), figures["expert"])
+    return figures
+
+
+def gain_kept(zero_shot: float | None, own: float | None, expert: float | None) -> float | None:
+    """Share (percent) of fine-tuning's gain over zero-shot that the expert still has; None without a gain."""
+    if zero_shot is None or own is None or expert is None or own <= zero_shot:
+        return None
+    return 100 * (expert - zero_shot) / (own - zero_shot)
+
+
+def fixed_figures(figures: Mapping[str, Any]) -> dict[str, float | None]:
+    """Those of a task's figures that later versions carry on unchanged."""
+    return {name: figures.get(name) for name in ("zero_shot", "own", "before")}
+
+
+def matrix_rows(manifests: Sequence[Manifest]) -> tuple[list[str], list[list[float | None]]]:
+    """Tasks of the newest version in the order learned, and row by row what the version that learned each measured."""
+    if not manifests:
+        return [], []
+    newest = manifests[-1]
+    by_version = {manifest.version: manifest for manifest in manifests}
+    names = [card.name for card in newest.tasks]
+    rows = []
+    for card in newest.tasks:
+        accuracy = by_version[card.learned_in].figures.get("accuracy", {}) if card.learned_in in by_version else {}
+        rows.append([accuracy.get(name) for name in names])
+    return names, rows

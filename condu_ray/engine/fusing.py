@@ -1,0 +1,94 @@
+"""Adds a task to the state of a version, in the process that owns the state. Knows no Ray.
+
+Every change is named by a key made from its input, so a repeated call, or one after a restart, gives the same result: the
+store is the truth, the state in memory a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from condu_ray.methods import registry
+from condu_ray.methods.protocol import TaskState, Vector
+from condu_ray.store import Manifest, ObjectRef, open_store
+from condu_ray.voting.open import config_of, layout_of, state_of
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A state that is written but not yet named by a version.
+
+    objects: logical name -> where it is. meta: the state's small part. fidelity: task -> (relative L2 error, cosine,
+    share of bits alive), for systems that fuse.
+    """
+
+    key: str
+    objects: dict[str, ObjectRef]
+    meta: dict[str, Any]
+    fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Fuser:
+    """Owns the newest state of one store."""
+
+    def __init__(self, url: str) -> None:
+        self._store = open_store(url)
+        header = self._store.header
+        self._config, self._layout = config_of(header), layout_of(header)
+        self._method = registry.get(header.method)
+        self._done: Fused | None = None
+        self.state: TaskState = self._method.empty(self._layout, self._config)
+
+    def hold(self, version: Manifest | None) -> None:
+        """Makes the state of a version the current one."""
+        self.state, self._done = self._at(version), None
+
+    def add(self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None) -> Fused:
+        """The state of `parent` with `task` added; its new objects are in the store when this returns.
+
+        delta: as trained (None where the system does not train). Doing it again with the same key changes nothing.
+        """
+        if self._done is not None and self._done.key == key:
+            return self._done
+        state = self._at(parent).add(task, self._delta(delta))
+        old = parent.objects if parent else {}
+        objects = {
+            name: old[name] if name in old else self._store.put(key, name, arrays)
+            for name, arrays in state.objects().items()
+        }
+        self.state = state
+        self._done = Fused(key, objects, state.meta(), _fidelities(state))
+        return self._done
+
+    def _at(self, parent: Manifest | None) -> TaskState:
+        if parent is None:
+            return self._method.empty(self._layout, self._config)
+        done = self._done
+        if done is not None and done.meta == parent.state["method"] and _holds(parent, done):
+            return self.state
+        return state_of(self._store, parent)
+
+    def _delta(self, ref: ObjectRef | None) -> Vector:
+        return np.zeros(self._layout.total, np.float32) if ref is None else self._store.get(ref)["delta"]
+
+
+def _holds(parent: Manifest, done: Fused) -> bool:
+    return all(parent.objects.get(name) == ref for name, ref in done.objects.items())
+
+
+def _fidelities(state: TaskState) -> dict[str, dict[str, float]]:
+    measure = getattr(state, "fidelity", None)
+    if measure is None:
+        return {}
+    found = {}
+    for task in state.tasks:
+        fidelity = measure(task)
+        found[task] = {
+            "relative_l2": float(fidelity.relative_l2),
+            "cosine": float(fidelity.cosine),
+            "bits_alive": float(fidelity.bits_alive),
+        }
+    return found

@@ -1,0 +1,48 @@
+"""Names of finished work, derived from its input: a session that died finds its steps again by them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from condu_ray.config import SessionConfig, fixed_by_store
+from condu_ray.data import TaskData
+from condu_ray.store import Manifest
+
+# What changes neither the trained bits nor what is kept of them.
+_PLACEMENT = {"checkpoint_seconds", "loader_processes"}
+
+
+def _key(kind: str, *parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+
+
+def training_settings(config: SessionConfig) -> dict[str, Any]:
+    """The settings that decide what training gives."""
+    train = {name: value for name, value in config.train.model_dump().items() if name not in _PLACEMENT}
+    return {"train": train, "seed": config.seed}
+
+
+def train_key(model_sha256: str, config: SessionConfig, task: TaskData, start: str) -> str:
+    """Names a task's delta. start: what training starts from, 'base' for θ⁰."""
+    lora = config.lora.model_dump() if config.method == "condu-lora" else None
+    return _key("train", model_sha256, training_settings(config), lora, task.name, task.fingerprint, start)
+
+
+def features_key(model_sha256: str, config: SessionConfig, task: TaskData) -> str:
+    """Names a task's prototypes."""
+    return _key("features", model_sha256, config.seed, task.fingerprint)
+
+
+def tests_key(config: SessionConfig, task: TaskData) -> str:
+    """Names the list of a task's test pictures; where they are is part of it."""
+    return _key("tests", task.source, task.fingerprint, config.eval_pictures, config.seed)
+
+
+def state_key(parent: Manifest | None, config: SessionConfig, task: str, train: str) -> str:
+    """Names the state after a task was added to a version."""
+    before = sorted((name, ref.sha256) for name, ref in parent.objects.items()) if parent else []
+    meta = parent.state if parent else {}
+    return _key("state", before, meta, fixed_by_store(config), task, train)

@@ -1,0 +1,120 @@
+"""Before anything is written: what a session will do, in which store, and what memory and disk it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from condu_ray.config import SessionConfig, fixed_by_store
+from condu_ray.data import TaskData, open_task
+from condu_ray.errors import ConfigError, NotFound
+from condu_ray.fusion.layout import Layout
+from condu_ray.methods import registry
+from condu_ray.methods.training import learning_rate_for, steps_for
+from condu_ray.models.load import load
+from condu_ray.store import Store, StoreHeader, create_store, open_store
+from condu_ray.voting.open import layout_of
+
+
+@dataclass(frozen=True)
+class Need:
+    """Estimates in bytes. worker: parameters, gradients and moments of a training process, without activations.
+
+    fusion: peak of the fusion actor. scorer: θ⁰ and one expert. version: what a new version adds to the disk. passing:
+    deltas that are kept until their task is committed.
+    """
+
+    parameters: int
+    fused: int
+    worker: int
+    fusion: int
+    scorer: int
+    version: int
+    passing: int
+
+
+def open_existing(url: str) -> Store | None:
+    """The store there, or None if there is none yet."""
+    try:
+        return open_store(url)
+    except NotFound:
+        return None
+
+
+def fixed_settings(url: str) -> dict[str, Any] | None:
+    """What the store at `url` was made with; None if there is none yet."""
+    store = open_existing(url)
+    return None if store is None else store.header.settings
+
+
+def open_data(config: SessionConfig, stage: Any) -> list[TaskData]:
+    """Opens and checks every task's pictures. Raises ConfigError without tasks, DataError for bad data."""
+    if not config.tasks:
+        raise ConfigError("there is no task to learn", "give NAME --data PATH, or --task NAME=PATH")
+    found = []
+    for name, source in config.tasks.items():
+        with stage(f"reading {name}") as update:
+            progress = lambda done, total, update=update: update(done, total, "")  # noqa: E731
+            found.append(open_task(name, source, seed=config.seed, test_share=config.test_share, progress=progress))
+    return found
+
+
+def header_of(config: SessionConfig) -> tuple[StoreHeader, int]:
+    """The header of a new store and the base model's number of parameters; loads the model, writes nothing."""
+    clip = load(config.model_spec)
+    layout = registry.get(config.method).layout(clip, config)
+    header = StoreHeader(
+        method=config.method,
+        model=config.model_spec.model_dump(),
+        model_sha256=clip.sha256,
+        layout=json.loads(layout.to_json()),
+        settings=fixed_by_store(config),
+    )
+    return header, clip.parameter_count()
+
+
+def create(config: SessionConfig) -> Store:
+    """Opens the store of these settings, or makes it."""
+    return open_existing(config.store) or create_store(config.store, header_of(config)[0])
+
+
+def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence[TaskData], learned: int) -> Need:
+    """What this session needs, for `parameters` of the base model and `learned` tasks in the store."""
+    fused, total = layout.total, learned + len(tasks)
+    plane = fused // 8
+    fuses = config.method in ("condu", "condu-lora") and not (config.method == "condu-lora" and config.lora.mode == "exact")
+    return Need(
+        parameters=parameters,
+        fused=fused,
+        worker=4 * (3 * parameters + 3 * fused),
+        fusion=(16 * fused + (total + 7) // 8 * 2 * fused + total * 2 * plane) if fuses else 8 * fused,
+        scorer=4 * (parameters + 2 * fused),
+        version=(4 * fused + 2 * plane) if fuses else 4 * fused,
+        passing=4 * fused * len(tasks) if registry.info(config.method).trains else 0,
+    )
+
+
+def plan(config: SessionConfig, tasks: Sequence[TaskData]) -> dict[str, Any]:
+    """The plan as JSON: what each task will do, and the need. Writes nothing."""
+    store = open_existing(config.store)
+    header, parameters = header_of(config)
+    manifest = store.manifest() if store and store.versions() else None
+    learned = {card.name for card in manifest.tasks} if manifest else set()
+    return {
+        "store": str(Path(config.store).absolute()),
+        "store_exists": store is not None,
+        "newest_version": manifest.version if manifest else None,
+        "tasks": [
+            {
+                "name": task.name,
+                "action": "already learned" if task.name in learned else "learn",
+                "steps": steps_for(len(task.train), config) if registry.info(config.method).trains else 0,
+                "learning_rate": learning_rate_for(parameters, config),
+            }
+            for task in tasks
+        ],
+        "need": asdict(need(config, layout_of(header), parameters, tasks, len(learned))),
+    }

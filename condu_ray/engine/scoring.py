@@ -1,0 +1,119 @@
+"""Features of pictures, and how many answers are right: the work that is spread over the cluster. Knows no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from condu_ray.config import ModelSpec, SessionConfig
+from condu_ray.data import Split
+from condu_ray.data.loading import PictureSet
+from condu_ray.data.templates import prompts
+from condu_ray.methods import registry
+from condu_ray.methods.experts import Buffers, Experts, expert_of
+from condu_ray.methods.protocol import TaskState
+from condu_ray.models.clip import class_means
+from condu_ray.models.load import load
+from condu_ray.store import ObjectRef, open_store
+from condu_ray.voting.classifier import Classifier, TaskExpert
+from condu_ray.voting.labels import LabelSpace
+from condu_ray.voting.open import layout_of
+from condu_ray.voting.prototypes import FeatureSums, make_prototypes
+from condu_ray.voting.routing import Thresholds
+
+BATCH = 64
+
+# A question that names the task is answered without routing.
+_UNROUTED = make_prototypes(FeatureSums.zero(1, 1), np.ones((1, 1), np.float32), np.empty((0, 1), np.float32))
+
+
+By = Literal["base", "own", "expert", "vote"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What answers besides the state itself: a version, or one that is about to be committed."""
+
+    key: str
+    experts: tuple[TaskExpert, ...] = ()
+    buffers: Mapping[str, Buffers] = field(default_factory=dict)
+    thresholds: Thresholds | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """How many of these pictures are answered rightly, among the classes of their own task?
+
+    by: `base` (θ⁰), `own` (the delta as trained), `expert` (what is left of it in the state), `vote` (θ⁰ and the nearest
+    experts, for a task that is not learned yet). own: where the delta is, and the buffers that training changed.
+    """
+
+    by: By
+    task: str
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    pictures: Split
+    own: ObjectRef | None = None
+    own_buffers: ObjectRef | None = None
+
+
+class Scorer:
+    """Holds θ⁰ on one device; answers about any snapshot that is handed to it."""
+
+    def __init__(self, url: str, config: SessionConfig, device: str = "cpu") -> None:
+        self._store = open_store(url)
+        header = self._store.header
+        self._clip = load(ModelSpec(**header.model), device, header.model_sha256)
+        self._layout, self._config = layout_of(header), config
+        self._method = registry.get(header.method)
+        self._newest: tuple[str, Classifier] | None = None
+
+    def features(self, pictures: Split) -> NDArray[np.float32]:
+        """Unit features by θ⁰, f32[N, D], with the evaluation transform."""
+        with torch.no_grad():
+            parts = [self._clip.images(pixels).cpu().numpy() for pixels, _ in self._batches(pictures)]
+        return np.concatenate(parts)
+
+    def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
+        """Mean of the unit vectors of each class's prompts by θ⁰, f32[C, D]."""
+        return class_means(self._clip, [prompts(name, templates) for name in classes]).cpu().numpy()
+
+    def right(self, asked: Question, snapshot: Snapshot | None, state: TaskState | None) -> int:
+        """Number of right answers."""
+        classifier = self._alone(asked) if asked.by in ("base", "own") else self._together(snapshot, state)
+        if asked.by == "vote":
+            space = LabelSpace.of_candidates(asked.classes, asked.templates)
+        else:
+            space = classifier.label_space(asked.task)
+        right = 0
+        for pixels, labels in self._batches(asked.pictures):
+            right += int((classifier.label_indices(pixels, space) == labels.numpy()).sum())
+        return right
+
+    def _together(self, snapshot: Snapshot | None, state: TaskState | None) -> Classifier:
+        if snapshot is None or state is None:
+            raise ValueError("experts are asked for without a state")
+        if self._newest is None or self._newest[0] != snapshot.key:
+            # One snapshot at a time: its experts are as large as models.
+            experts = Experts(self._clip, self._method, self._layout, self._config, state, snapshot.buffers)
+            vote, thresholds = self._config.vote, snapshot.thresholds
+            self._newest = snapshot.key, Classifier(self._clip, snapshot.experts, experts, vote, thresholds, version=0)
+        return self._newest[1]
+
+    def _alone(self, asked: Question) -> Classifier:
+        overrides = None
+        if asked.own is not None:
+            delta = self._store.get(asked.own)["delta"]
+            buffers = self._store.get(asked.own_buffers) if asked.own_buffers else {}
+            overrides = expert_of(self._clip, self._method, self._layout, self._config, delta, buffers)
+        card = TaskExpert(asked.task, asked.classes, asked.templates, _UNROUTED)
+        return Classifier(self._clip, [card], lambda task: overrides, self._config.vote, None, version=0)
+
+    def _batches(self, pictures: Split) -> DataLoader[Any]:
+        return DataLoader(PictureSet(pictures, self._clip.eval_transform), batch_size=BATCH)  # type: ignore[arg-type]

@@ -1,0 +1,273 @@
+"""The session spine: train, features, fuse, evaluate, commit. Each step is found again by the name of its input.
+
+Only the last step changes what readers see. A session that died is given again and goes on after the last finished step; one
+that loses a race re-fuses onto the winner without training again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from condu_ray.config import SessionConfig
+from condu_ray.data import Split, TaskData
+from condu_ray.engine import figures as measure
+from condu_ray.engine.crew import Crew
+from condu_ray.engine.fusing import Fused
+from condu_ray.engine.keys import features_key, state_key, tests_key, train_key, training_settings
+from condu_ray.engine.progress import Update
+from condu_ray.engine.scoring import Snapshot
+from condu_ray.engine.train import Job
+from condu_ray.errors import DataError, StoreError, VersionTaken
+from condu_ray.methods import registry
+from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
+from condu_ray.voting.classifier import TaskExpert
+from condu_ray.voting.open import TASK_OBJECTS, buffers_of, task_experts
+from condu_ray.voting.prototypes import (
+    FeatureSums,
+    held_out_indices,
+    make_prototypes,
+)
+from condu_ray.voting.routing import calibrate
+
+MOST_RACES = 50
+
+Stage = Callable[[str], AbstractContextManager[Update]]
+
+
+@dataclass
+class _Clock:
+    """Seconds by step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, step: str):  # type: ignore[no-untyped-def]
+        begun = time.monotonic()
+        yield
+        self.seconds[step] = round(self.seconds.get(step, 0.0) + time.monotonic() - begun, 3)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a task brings to every try at a commit."""
+
+    job: Job
+    prototypes: ObjectRef
+    tests: ObjectRef
+    pictures: Split
+    figures: measure.Baseline
+    delta: ObjectRef | None
+    buffers: ObjectRef | None
+
+
+def newest(store: Store) -> Manifest | None:
+    """The newest version's manifest, None in a store without versions."""
+    return store.manifest() if store.versions() else None
+
+
+def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> list[TaskData]:
+    """Those of `tasks` that the newest version does not hold yet.
+
+    Raises DataError where a name is taken by other pictures, or was learned with other settings.
+    """
+    manifest = newest(store)
+    missing = []
+    for task in tasks:
+        card = manifest.task(task.name) if manifest else None
+        if card is None:
+            missing.append(task)
+        elif card.fingerprint != task.fingerprint:
+            raise DataError(
+                f"task {task.name} was learned in version {card.learned_in} from other pictures ({card.source})",
+                f"choose another name, or `condu-ray forget {task.name}` first",
+            )
+        elif card.settings != training_settings(config):
+            raise DataError(
+                f"task {task.name} was learned in version {card.learned_in} with other settings",
+                f"choose another name, or `condu-ray forget {task.name}` first",
+            )
+    return missing
+
+
+def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: Crew, stage: Stage) -> list[Manifest]:
+    """Learns what is missing of `tasks`, one version a task, in this order; returns the versions that this call made."""
+    todo = to_learn(store, config, tasks)
+    if not todo:
+        return []
+    clock = _Clock()
+    jobs = _jobs(store, config, todo)
+    if registry.info(config.method).trains:
+        with clock("train"), stage("training") as update:
+            crew.train(jobs, update)
+    known = []
+    for job in jobs:
+        with clock("features"), stage(f"features of {job.data.name}") as update:
+            prototypes, tests, pictures = _features(store, config, crew, job.data, update)
+        delta = store.find(job.key, "delta") if job.key else None
+        buffers = store.find(job.key, "buffers") if job.key else None
+        with clock("evaluate"), stage(f"{job.data.name} before fusion") as update:
+            base = measure.baseline(crew, job.data, pictures, delta, buffers, update)
+        known.append(_Known(job, prototypes, tests, pictures, base, delta, buffers))
+    made = []
+    for index, one in enumerate(known):
+        later = {each.job.data.name: (each.job.data, each.pictures) for each in known[index + 1 :]}
+        manifest = _add(store, config, crew, one, later, clock, stage)
+        if manifest is not None:
+            made.append(manifest)
+        clock = _Clock()
+    return made
+
+
+def _jobs(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> list[Job]:
+    info, manifest = registry.info(config.method), newest(store)
+    if not info.trains:
+        return [Job("", task) for task in tasks]
+    base, jobs = store.header.model_sha256, list[Job]()
+    for task in tasks:
+        if not info.ordered:
+            jobs.append(Job(train_key(base, config, task, "base"), task))
+        elif jobs:
+            jobs.append(Job(train_key(base, config, task, jobs[-1].key), task, after=jobs[-1].key))
+        elif manifest and manifest.tasks:
+            jobs.append(Job(train_key(base, config, task, manifest.tasks[-1].train_key), task, start=_latest(manifest)))
+        else:
+            jobs.append(Job(train_key(base, config, task, "base"), task))
+    return jobs
+
+
+def _latest(manifest: Manifest) -> ObjectRef:
+    return next(ref for name, ref in manifest.objects.items() if name.startswith("latest-"))
+
+
+def _features(
+    store: Store, config: SessionConfig, crew: Crew, task: TaskData, update: Update
+) -> tuple[ObjectRef, ObjectRef, Split]:
+    key = features_key(store.header.model_sha256, config, task)
+    pictures = measure.test_pictures(task, config)
+    prototypes = store.find(key, "prototypes")
+    if prototypes is None:
+        features = crew.features(task.train, update)
+        held = held_out_indices(task.train.labels, config.seed)
+        rest = np.setdiff1d(np.arange(len(task.train)), held)
+        sums = FeatureSums.zero(len(task.classes), features.shape[1]).add(features[rest], task.train.labels[rest])
+        made = make_prototypes(sums, crew.text_means(task.classes, task.templates), features[held])
+        prototypes = store.put(key, "prototypes", made.arrays())
+    tests = store.put(tests_key(config, task), "tests", measure.pack_pictures(pictures))
+    return prototypes, tests, pictures
+
+
+def _add(
+    store: Store,
+    config: SessionConfig,
+    crew: Crew,
+    one: _Known,
+    later: dict[str, tuple[TaskData, Split]],
+    clock: _Clock,
+    stage: Stage,
+) -> Manifest | None:
+    """Fuses the task onto the newest version and commits; onto the next newest if another session was faster."""
+    task = one.job.data
+    for _ in range(MOST_RACES):
+        parent = newest(store)
+        if not to_learn(store, config, [task]):
+            return None  # another session learned the very same task meanwhile
+        before = _before(store, config, crew, parent, one, clock, stage)
+        with clock("fuse"), stage(f"fusing {task.name}"):
+            fused = crew.fuse(state_key(parent, config, task.name, one.job.key), parent, task.name, one.delta)
+        draft = _draft(config, parent, one, fused, before)
+        with clock("evaluate"), stage(f"evaluating version {draft.version}") as update:
+            manifest = _measured(store, config, crew, draft, fused, one, later, update)
+        manifest = manifest.model_copy(update={"seconds": clock.seconds})
+        try:
+            store.commit(manifest)
+        except VersionTaken:
+            continue
+        return manifest
+    raise StoreError(f"{MOST_RACES} other sessions were faster in a row", "run the same command again")
+
+
+def _before(
+    store: Store, config: SessionConfig, crew: Crew, parent: Manifest | None, one: _Known, clock: _Clock, stage: Stage
+) -> float | None:
+    """Accuracy on the new task by the version before, which has not learned it: how much of zero-shot is kept."""
+    if parent is None or not parent.tasks:
+        return one.figures.zero_shot
+    name = one.job.data.name
+    accuracy = parent.figures.get("accuracy", {})
+    if name in accuracy:
+        return accuracy[name]  # type: ignore[no-any-return]
+    with clock("evaluate"), stage(f"{name} by version {parent.version}") as update:
+        crew.hold(parent)
+        experts = task_experts(store, parent)
+        snapshot = _snapshot(f"version-{parent.version}", config, experts, buffers_of(store, parent))
+        return crew.score([measure.ask("vote", one.job.data, one.pictures)], snapshot, update)[0]
+
+
+def _snapshot(key: str, config: SessionConfig, experts: list[TaskExpert], buffers: dict[str, Any]) -> Snapshot:
+    thresholds = calibrate([expert.prototypes for expert in experts], config.vote.k)
+    return Snapshot(key, tuple(experts), buffers, thresholds)
+
+
+def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: Fused, before: float | None) -> Manifest:
+    """The new manifest, all but its figures."""
+    task = one.job.data
+    version = parent.version + 1 if parent else 1
+    card = TaskCard(
+        name=task.name,
+        uid=version,
+        classes=list(task.classes),
+        templates=list(task.templates),
+        source=task.source,
+        fingerprint=task.fingerprint,
+        method=config.method,
+        train_key=one.job.key,
+        learned_in=version,
+        pictures={"train": len(task.train), "test": len(task.test)},
+        figures={"zero_shot": one.figures.zero_shot, "own": one.figures.own, "before": before},
+        settings=training_settings(config),
+    )
+    kept = [each for each in parent.tasks] if parent else []
+    objects = {name: ref for name, ref in (parent.objects if parent else {}).items() if name.startswith(TASK_OBJECTS)}
+    objects |= {f"prototypes-{version}": one.prototypes, f"tests-{version}": one.tests, **fused.objects}
+    if one.buffers is not None:
+        objects[f"buffers-{version}"] = one.buffers
+    settings = config.model_dump(exclude={"store", "tasks", "tracking", "workers", "parallel", "gpu"})
+    return Manifest(
+        version=version,
+        parent=parent.version if parent else None,
+        kind="learn",
+        tasks=[*kept, card],
+        objects=objects,
+        state={"method": fused.meta},
+        settings=settings,
+        message=f"learned {task.name}",
+    )
+
+
+def _measured(
+    store: Store,
+    config: SessionConfig,
+    crew: Crew,
+    draft: Manifest,
+    fused: Fused,
+    one: _Known,
+    later: dict[str, tuple[TaskData, Split]],
+    update: Update,
+) -> Manifest:
+    snapshot = _snapshot(fused.key, config, task_experts(store, draft), buffers_of(store, draft))
+    pictures = measure.learned_pictures(store, draft) | {one.job.data.name: one.pictures}
+    learned = {card.name: (card, pictures[card.name]) for card in draft.tasks if card.name in pictures}
+    accuracy = measure.accuracies(crew, snapshot, learned, later, update)
+    cards = [
+        card.model_copy(update={"figures": measure.card_figures(card, accuracy, fused, measure.fixed_figures(card.figures))})
+        for card in draft.tasks
+    ]
+    thresholds = snapshot.thresholds
+    state = {**draft.state, "thresholds": vars(thresholds) if thresholds else None}
+    return draft.model_copy(update={"tasks": cards, "state": state, "figures": {"accuracy": accuracy}})

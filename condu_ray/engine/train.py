@@ -1,0 +1,243 @@
+"""Fine-tunes the tasks of a command in one Ray Train run: a worker group takes task after task.
+
+An empty `fit()` costs 10 to 24 s on two cores, so it is paid once a command. Tasks are either dealt out, one worker each, or
+shared by all workers (DDP). Every finished delta is in the store before the run ends, so a group that is restarted after a
+worker died, or a command that is given again, goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from condu_ray.config import SessionConfig
+from condu_ray.data import TaskData
+from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.progress import Update
+from condu_ray.errors import ConduError, TrainingError
+from condu_ray.methods import registry
+from condu_ray.methods.protocol import Vector
+from condu_ray.methods.training import Checkpoint, Place, Resume, Step, train_task
+from condu_ray.models.load import load
+from condu_ray.store import ObjectRef, Store, open_store
+from condu_ray.voting.open import layout_of
+
+RESTARTS = 3
+POLL_SECONDS = 0.5
+REPORT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task to train. key: names its delta in the store. start: the delta to start from (None: θ⁰, or `after`).
+
+    after: key of the job before, whose delta is the start, for systems that go on from task to task.
+    """
+
+    key: str
+    data: TaskData
+    start: ObjectRef | None = None
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """How the work is spread: `shared` means that all workers train each task together."""
+
+    workers: int
+    cpus_each: int
+    gpu: bool
+    shared: bool
+
+
+def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster) -> Group:
+    """Decides on workers; raises TrainingError where the cluster is too small, since Ray would wait for ever.
+
+    Counts all jobs of the command, finished or not: the threads a worker has must not depend on where a command stopped.
+    """
+    gpu = config.gpu == "auto" and cluster.gpus > 0
+    places = cluster.gpus if gpu else cluster.cpus
+    shared = config.parallel == "data" or (config.parallel == "auto" and (jobs == 1 or ordered) and gpu)
+    most = places if shared else min(places, 1 if ordered else jobs)
+    workers = config.workers or max(1, most)
+    if not shared:
+        workers = min(workers, 1 if ordered else jobs)
+    if workers > places:
+        kind = "GPUs" if gpu else "CPU cores"
+        raise TrainingError(f"{workers} workers need {workers} {kind}, the cluster has {places}", f"use --workers {max(1, places)}")
+    return Group(workers, max(1, cluster.cpus // workers), gpu, shared)
+
+
+class Board:
+    """Ray actor: the newest step of each task, and what went wrong."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, Step] = {}
+        self._fault: ConduError | None = None
+
+    def step(self, step: Step) -> None:
+        self._steps[step.task] = step
+
+    def fail(self, fault: ConduError) -> None:
+        self._fault = self._fault or fault
+
+    def read(self) -> tuple[dict[str, Step], ConduError | None]:
+        return self._steps, self._fault
+
+
+def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Cluster, update: Update) -> None:
+    """Returns when the store holds the delta of every job (`find(job.key, "delta")`)."""
+    pending = [job for job in jobs if store.find(job.key, "delta") is None]
+    if not pending:
+        return
+    ordered = registry.info(config.method).ordered
+    group = plan_group(config, len(jobs), ordered, cluster)
+    board = ray.remote(num_cpus=0)(Board).remote()
+    name = f"train-{uuid.uuid4().hex[:12]}"
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "store": store.url,
+            "config": config,
+            "jobs": ray.put(list(jobs)),
+            "board": board,
+            "group": group,
+        },
+        torch_config=TorchConfig(backend="nccl" if group.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=group.workers,
+            use_gpu=group.gpu,
+            resources_per_worker={"CPU": group.cpus_each, **({"GPU": 1} if group.gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=name, storage_path=str(store.work("ray-train")), failure_config=FailureConfig(max_failures=RESTARTS)
+        ),
+    )
+    try:
+        _watch(trainer, board, update)
+    finally:
+        ray.kill(board)
+    missing = [job.data.name for job in jobs if store.find(job.key, "delta") is None]
+    if missing:
+        raise TrainingError(
+            f"the workers ended without the delta of {', '.join(missing)}",
+            "every node must see the store's folder; run the same command again",
+        )
+    store.discard_work("ray-train")
+    for job in jobs:
+        store.discard_work(job.key)
+
+
+def _watch(trainer: TorchTrainer, board: Any, update: Update) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        fitted = pool.submit(trainer.fit)
+        while not wait_for([fitted], timeout=POLL_SECONDS).done:
+            steps, _ = ray.get(board.read.remote())
+            _show(steps, update)
+    steps, fault = ray.get(board.read.remote())
+    _show(steps, update)
+    if fault is not None:
+        raise fault
+    if error := fitted.exception():
+        reason = str(error).strip().splitlines()
+        raise TrainingError(
+            f"training stopped after {RESTARTS} restarts ({type(error).__name__}: {reason[-1] if reason else 'no reason given'})",
+            "see the Ray logs (session_latest/logs/train), free memory or use fewer --workers, and run the same command again",
+        ) from error
+
+
+def _show(steps: Mapping[str, Step], update: Update) -> None:
+    if steps:
+        note = "  ".join(f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f}" for s in steps.values() if s.step < s.steps)
+        update(sum(s.step for s in steps.values()), sum(s.steps for s in steps.values()), note)
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """What each worker of the group runs."""
+    config, group, board = settings["config"], settings["group"], settings["board"]
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(group.cpus_each)
+    jobs: list[Job] = ray.get(settings["jobs"])
+    mine = jobs if group.shared else jobs[rank::size]
+    place = Place(rank, size, _distribute, torch.distributed.barrier) if group.shared and size > 1 else Place()
+    try:
+        work_through(open_store(settings["store"]), config, mine, place, _reporter(board), str(get_device()))
+    except ConduError as fault:
+        # Doing it again would fail again: tell the driver instead of letting Ray restart the group.
+        ray.get(board.fail.remote(fault))
+
+
+def _distribute(module: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(module, static_graph=True)
+
+
+def _reporter(board: Any) -> Callable[[Step], None]:
+    last = [0.0]
+
+    def report(step: Step) -> None:
+        now = time.monotonic()
+        if now - last[0] >= REPORT_SECONDS or step.step == step.steps:
+            last[0] = now
+            board.step.remote(step)
+
+    return report
+
+
+def work_through(
+    store: Store, config: SessionConfig, jobs: Sequence[Job], place: Place, report: Callable[[Step], None], device: str = "cpu"
+) -> None:
+    """Trains these jobs one after another and puts each delta into the store; what is there already is left alone."""
+    pending = [job for job in jobs if store.find(job.key, "delta") is None]
+    if not pending:
+        return
+    header = store.header
+    clip = load(config.model_spec, device, header.model_sha256)
+    method, layout = registry.get(header.method), layout_of(header)
+    for job in pending:
+        folder = store.work(job.key)
+        trained = train_task(
+            clip, method, layout, job.data, config, _start(store, job), place, _resume(folder), report
+        )
+        if place.rank == 0:
+            if trained.buffers:
+                store.put(job.key, "buffers", trained.buffers)
+            store.put(job.key, "delta", {"delta": trained.delta, "losses": np.array(trained.losses, np.float64)})
+        place.barrier()  # the next task may start from this delta
+
+
+def _start(store: Store, job: Job) -> Vector | None:
+    ref = store.find(job.after, "delta") if job.after else job.start
+    return None if ref is None else store.get(ref)["delta"]
+
+
+def _resume(folder: Path) -> Resume:
+    path = folder / "checkpoint.safetensors"
+
+    def read() -> Checkpoint | None:
+        return load_file(path) if path.is_file() else None
+
+    def write(checkpoint: Checkpoint) -> None:
+        # Renamed when whole: a worker killed while writing leaves the checkpoint before.
+        folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file({name: np.ascontiguousarray(values) for name, values in checkpoint.items()}, part)
+        part.replace(path)
+
+    return Resume(read, write)

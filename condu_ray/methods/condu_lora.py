@@ -1,0 +1,77 @@
+"""ConDU with LoRA: the factors' deltas are fused (arXiv 2503.10705, the LoRA variant).
+
+shared_a (our reconstruction, default): A stays at A⁰, only B is trained and fused. factors: A and B, element by element, as
+published. exact: no fusion, factors kept in float16 (our baseline).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import nn
+
+from condu_ray.config import SessionConfig
+from condu_ray.fusion.layout import Layout
+from condu_ray.fusion.state import FusionState
+from condu_ray.methods.protocol import TaskState, Vector
+from condu_ray.methods.states import FusedState, SeparateState
+from condu_ray.models.clip import Clip, Overrides
+from condu_ray.models.lora import (
+    Adapters,
+    Factors,
+    inject,
+    merged_weights,
+    plan_adapters,
+)
+
+
+def _adapters(clip: Clip, config: SessionConfig) -> Adapters:
+    return plan_adapters(clip.model, config.lora.rank, config.lora.targets, config.seed)
+
+
+def _fused(adapters: Adapters, config: SessionConfig) -> Factors:
+    only_b = config.lora.mode == "shared_a"
+    return {name: factor for name, factor in adapters.start.items() if not only_b or name.endswith(".lora_B")}
+
+
+def layout(clip: Clip, config: SessionConfig) -> Layout:
+    return Layout.of(_fused(_adapters(clip, config), config))
+
+
+def empty(layout: Layout, config: SessionConfig) -> TaskState:
+    if config.lora.mode == "exact":
+        return SeparateState(layout, half=True)
+    return FusedState(FusionState.empty(layout, config.fusion.granularity))
+
+
+def load(
+    layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Mapping[str, Mapping[str, NDArray[Any]]]
+) -> TaskState:
+    if config.lora.mode == "exact":
+        return SeparateState.load(layout, meta, objects)
+    return FusedState.load(layout, meta, objects)
+
+
+def _factors(adapters: Adapters, layout: Layout, delta: Vector | None) -> Factors:
+    moved = {} if delta is None else {name: adapters.start[name] + change for name, change in layout.views(delta).items()}
+    return {**adapters.start, **moved}
+
+
+def prepare(
+    clip: Clip, layout: Layout, config: SessionConfig, start: Vector | None
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    adapters = _adapters(clip, config)
+    model = copy.deepcopy(clip.model).float()
+    parameters = inject(model, adapters, _factors(adapters, layout, start))
+    trained = {entry.name: parameters[entry.name] for entry in layout.entries}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
+    return model, trained
+
+
+def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:
+    adapters = _adapters(clip, config)
+    return merged_weights(clip.model, adapters, _factors(adapters, layout, delta))

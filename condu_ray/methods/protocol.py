@@ -1,0 +1,66 @@
+"""The one protocol that every system follows. A system is a module with these functions and no state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from condu_ray.config import SessionConfig
+from condu_ray.fusion.layout import Layout
+from condu_ray.models.clip import Clip, Overrides
+
+Vector = NDArray[np.float32]
+"""f32[layout.total]: a delta in layout order."""
+
+Arrays = dict[str, dict[str, NDArray[Any]]]
+"""Object name -> arrays. Along one lineage of versions the same name always means the same bytes."""
+
+
+class TaskState(Protocol):
+    """What a system keeps of its tasks. Immutable: every change returns a new state."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names in the order learned."""
+
+    def add(self, task: str, delta: Vector) -> TaskState:
+        """The state after `task`. Raises FusionError for a name that is taken or a delta that is not finite."""
+
+    def forget(self, task: str) -> TaskState:
+        """The state without `task`; every other task's delta stays as it is, bit for bit."""
+
+    def delta(self, task: str) -> Vector | None:
+        """The delta that this task's expert has now; None where the base model answers."""
+
+    def objects(self) -> Arrays:
+        """Everything large that a version needs to hold."""
+
+    def meta(self) -> dict[str, Any]:
+        """Everything small, as JSON."""
+
+
+class Method(Protocol):
+    """What a system does with a task; which of them train, and in order, stands in the registry."""
+
+    def layout(self, clip: Clip, config: SessionConfig) -> Layout:
+        """What is fused: fixed for the life of a store."""
+
+    def empty(self, layout: Layout, config: SessionConfig) -> TaskState:
+        """The state before the first task."""
+
+    def load(
+        self, layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Mapping[str, Mapping[str, NDArray[Any]]]
+    ) -> TaskState:
+        """The state that `objects()` and `meta()` of an earlier one describe."""
+
+    def prepare(
+        self, clip: Clip, layout: Layout, config: SessionConfig, start: Vector | None
+    ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """A private f32 copy of the model at θ⁰, or at θ⁰ + `start`, and its tensors to train by layout name."""
+
+    def expert(self, clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:
+        """What stands in for θ⁰'s own parameters when the expert of this delta answers."""

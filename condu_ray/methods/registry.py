@@ -1,0 +1,67 @@
+"""The systems by name. Reading this list imports no torch; `get` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from condu_ray.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from condu_ray.methods.protocol import Method
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What a user reads about a system before choosing it."""
+
+    name: str
+    module: str
+    summary: str
+    source: str
+    trains: bool
+    ordered: bool
+    """True: training starts from the state before, so tasks are learned one after another."""
+
+
+METHODS = {
+    info.name: info
+    for info in (
+        MethodInfo(
+            "condu",
+            "condu",
+            "full fine-tuning, fused into one delta with one bit a parameter and task",
+            "ConDU, arXiv 2503.10705; rescalers a row are our reconstruction",
+            trains=True,
+            ordered=False,
+        ),
+        MethodInfo(
+            "condu-lora",
+            "condu_lora",
+            "LoRA adapters, fused the same way",
+            "ConDU (LoRA); a frozen shared A with B = 0 at the start is our reconstruction",
+            trains=True,
+            ordered=False,
+        ),
+        MethodInfo("zero-shot", "zero_shot", "the base model answers everything", "baseline (CLIP)", trains=False, ordered=False),
+        MethodInfo(
+            "finetune", "finetune", "one separate dense model a task: the upper bound, and its cost", "baseline", trains=True, ordered=False
+        ),
+        MethodInfo(
+            "sequential", "sequential", "one model fine-tuned on task after task: it forgets", "baseline", trains=True, ordered=True
+        ),
+    )
+}
+
+
+def info(name: str) -> MethodInfo:
+    """Raises ConfigError, offering the nearest right name."""
+    if name not in METHODS:
+        raise ConfigError(f"no method '{name}'", nearest(name, METHODS))
+    return METHODS[name]
+
+
+def get(name: str) -> Method:
+    """The system itself: its module follows methods/protocol.py."""
+    return cast("Method", import_module(f"condu_ray.methods.{info(name).module}"))

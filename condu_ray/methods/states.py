@@ -1,0 +1,189 @@
+"""What systems keep of their tasks: fused, apart, only the latest, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.errors import FusionError
+from condu_ray.fusion import state as fused_state
+from condu_ray.fusion.forget import forget
+from condu_ray.fusion.layout import Layout
+from condu_ray.fusion.reconstruct import (
+    Fidelity,
+    fidelity_at,
+    probe_coordinates,
+    reconstruct,
+)
+from condu_ray.fusion.state import FusionState
+from condu_ray.fusion.unify import unify
+from condu_ray.methods.protocol import Arrays, Vector
+
+Stored = Mapping[str, Mapping[str, NDArray[Any]]]
+
+PROBE_COUNT = 65_536
+PROBE_SEED = 0
+
+
+@dataclass(frozen=True)
+class FusedState:
+    """ConDU: one unified delta and one trigger a task, with a sample of each delta by which fidelity is told later.
+
+    probes: task -> f32[min(PROBE_COUNT, parameters)], the task's own delta at the same coordinates for every task.
+    """
+
+    fused: FusionState
+    probes: Mapping[str, Vector] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(trigger.name for trigger in self.fused.tasks)
+
+    def add(self, task: str, delta: Vector) -> FusedState:
+        fused = unify(self.fused, task, delta)
+        probe = delta[probe_coordinates(fused.layout, PROBE_COUNT, PROBE_SEED)]
+        return FusedState(fused, {**self.probes, task: probe})
+
+    def forget(self, task: str) -> FusedState:
+        return FusedState(forget(self.fused, task), {name: p for name, p in self.probes.items() if name != task})
+
+    def delta(self, task: str) -> Vector:
+        return reconstruct(self.fused, task)
+
+    def fidelity(self, task: str) -> Fidelity:
+        """How much of the task's own fine-tuning is left, from the kept sample (exact up to 65,536 parameters)."""
+        coordinates = probe_coordinates(self.fused.layout, PROBE_COUNT, PROBE_SEED)
+        return fidelity_at(self.fused, task, coordinates, self.probes[task])
+
+    def objects(self) -> Arrays:
+        probes = {f"probe-{trigger.uid}": {"values": self.probes[trigger.name]} for trigger in self.fused.tasks}
+        return {**fused_state.objects(self.fused), **probes}
+
+    def meta(self) -> dict[str, Any]:
+        return fused_state.meta(self.fused)
+
+    @classmethod
+    def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored) -> FusedState:
+        fused = fused_state.load(layout, meta["granularity"], objects)
+        return cls(fused, {trigger.name: objects[f"probe-{trigger.uid}"]["values"] for trigger in fused.tasks})
+
+
+@dataclass(frozen=True)
+class SeparateState:
+    """Every task's delta apart, dense; in half precision where `half`."""
+
+    layout: Layout
+    half: bool = False
+    deltas: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    uids: Mapping[str, int] = field(default_factory=dict)
+    next_uid: int = 1
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.deltas)
+
+    def add(self, task: str, delta: Vector) -> SeparateState:
+        _check(self.layout, self.tasks, task, delta)
+        kept = delta.astype(np.float16) if self.half else delta
+        return replace(
+            self,
+            deltas={**self.deltas, task: kept},
+            uids={**self.uids, task: self.next_uid},
+            next_uid=self.next_uid + 1,
+        )
+
+    def forget(self, task: str) -> SeparateState:
+        return replace(
+            self,
+            deltas={name: d for name, d in self.deltas.items() if name != task},
+            uids={name: uid for name, uid in self.uids.items() if name != task},
+        )
+
+    def delta(self, task: str) -> Vector:
+        return self.deltas[task].astype(np.float32)
+
+    def objects(self) -> Arrays:
+        return {f"delta-{self.uids[name]}": {"delta": delta} for name, delta in self.deltas.items()}
+
+    def meta(self) -> dict[str, Any]:
+        return {"kind": "separate", "half": self.half, "uids": dict(self.uids), "next_uid": self.next_uid}
+
+    @classmethod
+    def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored) -> SeparateState:
+        deltas = {name: objects[f"delta-{uid}"]["delta"] for name, uid in meta["uids"].items()}
+        return cls(layout, meta["half"], deltas, dict(meta["uids"]), meta["next_uid"])
+
+
+@dataclass(frozen=True)
+class LatestState:
+    """Sequential fine-tuning: one model, moved on by every task; all tasks are answered by the newest."""
+
+    layout: Layout
+    names: tuple[str, ...] = ()
+    latest: Vector | None = None
+    uid: int = 0
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.names
+
+    def add(self, task: str, delta: Vector) -> LatestState:
+        _check(self.layout, self.names, task, delta)
+        return replace(self, names=(*self.names, task), latest=delta, uid=self.uid + 1)
+
+    def forget(self, task: str) -> LatestState:
+        return replace(self, names=tuple(name for name in self.names if name != task))
+
+    def delta(self, task: str) -> Vector | None:
+        return self.latest
+
+    def objects(self) -> Arrays:
+        return {} if self.latest is None else {f"latest-{self.uid}": {"delta": self.latest}}
+
+    def meta(self) -> dict[str, Any]:
+        return {"kind": "latest", "tasks": list(self.names), "uid": self.uid}
+
+    @classmethod
+    def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored) -> LatestState:
+        uid = meta["uid"]
+        latest = objects[f"latest-{uid}"]["delta"] if uid else None
+        return cls(layout, tuple(meta["tasks"]), latest, uid)
+
+
+@dataclass(frozen=True)
+class NamesState:
+    """Zero-shot: the base model answers; only the names of the tasks are kept."""
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.names
+
+    def add(self, task: str, delta: Vector) -> NamesState:
+        return NamesState((*self.names, task))
+
+    def forget(self, task: str) -> NamesState:
+        return NamesState(tuple(name for name in self.names if name != task))
+
+    def delta(self, task: str) -> None:
+        return None
+
+    def objects(self) -> Arrays:
+        return {}
+
+    def meta(self) -> dict[str, Any]:
+        return {"kind": "names", "tasks": list(self.names)}
+
+
+def _check(layout: Layout, tasks: tuple[str, ...], task: str, delta: Vector) -> None:
+    if task in tasks:
+        raise FusionError(f"task {task} is in the state already", "forget it first, or choose another name")
+    if delta.shape != (layout.total,) or delta.dtype != np.float32:
+        raise FusionError(f"task {task}: its delta is {delta.dtype}{list(delta.shape)}, the layout holds f32[{layout.total}]")
+    if not np.isfinite(delta).all():
+        raise FusionError(f"task {task}: its delta holds NaN or infinity", "train with a smaller --train.lr")

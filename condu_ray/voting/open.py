@@ -1,0 +1,84 @@
+"""Opens a version of a store as a classifier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from condu_ray.config import ModelSpec, SessionConfig, VoteConfig, from_dotted
+from condu_ray.fusion.layout import Layout
+from condu_ray.methods import registry
+from condu_ray.methods.experts import Experts
+from condu_ray.methods.protocol import TaskState
+from condu_ray.models.load import load
+from condu_ray.store import Manifest, Store, StoreHeader, open_store
+from condu_ray.voting.classifier import Classifier, TaskExpert
+from condu_ray.voting.prototypes import Prototypes
+from condu_ray.voting.routing import Thresholds
+
+TASK_OBJECTS = ("prototypes-", "buffers-", "tests-")
+"""Objects of a task that are not its method's."""
+
+
+def load_classifier(url: str | Path, version: int | None = None, vote: Mapping[str, Any] | None = None) -> Classifier:
+    """The version (None: the newest) as a classifier; `vote` changes settings of the vote by name.
+
+    Raises NotFound for no such store or version, DamagedObject, and ModelError for another base model.
+    """
+    store = open_store(url)
+    manifest = store.manifest(version)
+    config = config_of(store.header)
+    state = state_of(store, manifest)
+    experts = task_experts(store, manifest)
+    clip = load(ModelSpec(**store.header.model), expect_sha256=store.header.model_sha256)
+    expert_of = Experts(
+        clip, registry.get(store.header.method), layout_of(store.header), config, state, buffers_of(store, manifest)
+    )
+    thresholds = manifest.state.get("thresholds")
+    return Classifier(
+        clip,
+        experts,
+        expert_of,
+        VoteConfig.model_validate({**manifest.settings.get("vote", {}), **(vote or {})}),
+        Thresholds(**thresholds) if thresholds else None,
+        manifest.version,
+    )
+
+
+def config_of(header: StoreHeader) -> SessionConfig:
+    """The settings that the store fixed when it was made; defaults elsewhere."""
+    return from_dotted(header.settings)
+
+
+def layout_of(header: StoreHeader) -> Layout:
+    return Layout.from_json(json.dumps(header.layout))
+
+
+def state_of(store: Store, manifest: Manifest) -> TaskState:
+    """What the system keeps of its tasks in this version; its large arrays stay memory-mapped."""
+    header = store.header
+    objects = {name: store.get(ref) for name, ref in manifest.objects.items() if not name.startswith(TASK_OBJECTS)}
+    return registry.get(header.method).load(layout_of(header), config_of(header), manifest.state["method"], objects)
+
+
+def task_experts(store: Store, manifest: Manifest) -> list[TaskExpert]:
+    return [
+        TaskExpert(
+            card.name,
+            tuple(card.classes),
+            tuple(card.templates),
+            Prototypes.from_arrays(store.get(manifest.objects[f"prototypes-{card.uid}"])),
+        )
+        for card in manifest.tasks
+    ]
+
+
+def buffers_of(store: Store, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Buffers that a task's training changed, by task."""
+    return {
+        card.name: store.get(manifest.objects[f"buffers-{card.uid}"])
+        for card in manifest.tasks
+        if f"buffers-{card.uid}" in manifest.objects
+    }

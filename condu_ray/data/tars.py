@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,10 +94,13 @@ def _pairs(
 
 def _members(tar: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """Yields the regular files of a plain tar; raises DataError if it is damaged or cut off."""
+    size = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"it ends within {member.name[-60:]}")
                 if member.isreg() and not member.issparse():
                     yield member
             end = archive.offset

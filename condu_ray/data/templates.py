@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from condu_ray.errors import DataError
@@ -18,11 +19,13 @@ DEFAULT_TEMPLATES = (
     "a photo of the small {c}.",
 )
 
+_PLACE = re.compile(r"\{c?\}")
+
 
 def prompts(classname: str, templates: Sequence[str]) -> list[str]:
     """Returns one sentence a template, the class name (underscores as spaces) in place of {c} or {}."""
     words = spoken(classname)
-    return [template.replace("{c}", words).replace("{}", words) for template in templates]
+    return [words.join(_PLACE.split(template)) for template in templates]
 
 
 def spoken(classname: str) -> str:
@@ -35,6 +38,6 @@ def check_templates(templates: Sequence[str], where: str) -> tuple[str, ...]:
     if not templates:
         raise DataError(f"{where} holds no prompt template", "write one a line, such as: a photo of a {c}.")
     for template in templates:
-        if "{c}" not in template and "{}" not in template:
+        if not _PLACE.search(template):
             raise DataError(f"{where}: the template {template!r} has no place for the class", "write {c} where it goes")
     return tuple(templates)

@@ -1,0 +1,203 @@
+"""Webdataset folders: plain and compressed tars, the cache, damage, and labels that do not match."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+
+import numpy as np
+import pytest
+
+from condu_ray.data import load_picture, open_task
+from condu_ray.errors import DataError
+
+CLASSES = ["zero", "one", "two"]
+
+
+def cached(cache):
+    return sorted(path.name for path in (cache / "tars").iterdir()) if (cache / "tars").is_dir() else []
+
+
+def test_plain_tar_is_read_where_it_lies(make, tmp_path, cache):
+    task = open_task("t", make.tar_folder(tmp_path / "d", CLASSES))
+    assert task.classes == tuple(CLASSES) and not task.split_made
+    assert np.bincount(task.train.labels).tolist() == [4, 4, 4]
+    assert np.bincount(task.test.labels).tolist() == [2, 2, 2]
+    assert {picture.path for picture in task.train.pictures} == {str(tmp_path / "d/train/0.tar")}
+    assert cached(cache) == []
+    assert load_picture(task.train.pictures[0]).size == (8, 6)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_tar_gives_the_same_task(make, tmp_path, cache, pack):
+    plain = open_task("t", make.tar_folder(tmp_path / "plain", CLASSES))
+    folder = make.tar_folder(tmp_path / "packed", CLASSES)
+    for part in ("train", "test"):
+        make.write(folder / part / "0.tar", pack((folder / part / "0.tar").read_bytes()))
+    packed = open_task("t", folder)
+    assert packed.fingerprint == plain.fingerprint
+    assert packed.train.labels.tolist() == plain.train.labels.tolist()
+    pixels = [np.asarray(load_picture(task.test.pictures[3])) for task in (plain, packed)]
+    assert np.array_equal(*pixels)
+    assert len(cached(cache)) == 2
+
+
+def test_damaged_and_partial_copies_in_the_cache_do_no_harm(make, tmp_path, cache):
+    folder = make.tar_folder(tmp_path / "d", CLASSES, packed=True)
+    first = open_task("t", folder)
+    names = cached(cache)
+    copies = [cache / "tars" / name for name in names]
+    copies[0].write_bytes(copies[0].read_bytes()[:5000])
+    body = bytearray(copies[1].read_bytes())
+    body[700] ^= 1
+    copies[1].write_bytes(body)
+    (cache / "tars" / "partial-abc").write_bytes(b"half")
+    again = open_task("t", folder)
+    assert again == first
+    assert cached(cache) == [*names, "partial-abc"]
+
+
+def test_second_opening_does_not_unpack_again(make, tmp_path, cache):
+    folder = make.tar_folder(tmp_path / "d", CLASSES, packed=True)
+    open_task("t", folder)
+    before = [path.stat().st_mtime_ns for path in (cache / "tars").iterdir()]
+    open_task("t", folder)
+    assert [path.stat().st_mtime_ns for path in (cache / "tars").iterdir()] == before
+
+
+def test_a_cache_that_cannot_be_made(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONDU_CACHE", str(make.write(tmp_path / "file", b"")))
+    with pytest.raises(DataError, match="cache folder .* cannot be written .*: set CONDU_CACHE"):
+        open_task("t", make.tar_folder(tmp_path / "d", CLASSES, packed=True))
+
+
+def test_train_alone_is_split(make, tmp_path):
+    task = open_task("t", make.tar_folder(tmp_path / "d", CLASSES, test=False))
+    assert task.split_made and (len(task.train), len(task.test)) == (9, 3)
+
+
+def test_members_with_unsafe_names_are_never_written_to_disk(make, tmp_path):
+    root = tmp_path / "deep" / "er" / "d"
+    make.tar_folder(root, CLASSES)
+    files = make.pairs([0, 0, 1, 1, 2, 2])
+    evil = {f"../../../evil/{name}": body for name, body in files.items()}
+    evil |= {f"{tmp_path}/absolute/{name}": body for name, body in make.pairs([0, 1, 2], first=50).items()}
+    make.write(root / "train" / "0.tar", gzip.compress(make.tar_bytes(evil)))
+    assert len(open_task("t", root).train) == 9
+    assert not list(tmp_path.rglob("evil")) and not (tmp_path / "absolute").exists()
+
+
+def test_links_and_folders_in_a_tar_are_not_followed(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    secret = make.write(tmp_path / "secret.png", make.picture_bytes(999))
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, body in make.pairs([0, 0, 1, 1, 2, 2]).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            archive.addfile(member, io.BytesIO(body))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, str(secret)
+        archive.addfile(link)
+    make.write(root / "train" / "0.tar", file.getvalue())
+    assert len(open_task("t", root).train) == 6
+
+
+def test_several_shards_and_picture_kinds(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    make.write(root / "train" / "1.tar", make.tar_bytes(make.pairs([0, 1, 2], first=60, ending="jpeg")))
+    make.write(root / "train" / "2.tar", make.tar_bytes(make.pairs([0, 1, 2], first=70, ending="webp")))
+    make.write(root / "train" / "nshards.txt", b"3")
+    assert len(open_task("t", root).train) == 18
+    (root / "train" / "2.tar").unlink()
+    with pytest.raises(DataError, match="nshards.txt says '3', but there are 2 tars"):
+        open_task("t", root)
+
+
+def test_members_without_a_partner_are_skipped(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    files = make.pairs([0, 1, 2] * 20)
+    del files["s3.cls"], files["s7.png"]
+    files["s9.jpg"] = make.picture_bytes(9, kind="JPEG")
+    files["s9.json"] = b"{}"
+    make.write(root / "train" / "0.tar", make.tar_bytes(files))
+    task = open_task("t", root)
+    assert len(task.train) == 58
+    assert {(one.path, one.reason) for one in task.skipped} == {
+        ("train/0.tar: s3.png", "no .cls file beside it"),
+        ("train/0.tar: s7.cls", "no picture beside it"),
+        ("train/0.tar: s9.jpg", "a second picture of the same name"),
+    }
+
+
+@pytest.mark.parametrize("cut", [0, 700, 512 * 3, 512 * 3 + 100, 512 * 4])
+def test_a_tar_that_was_cut_off(make, tmp_path, cut):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    path = root / "train" / "0.tar"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(DataError, match=r"train/0\.tar is .*damaged.*: fetch it again"):
+        open_task("t", root)
+
+
+def test_a_header_damaged_in_the_middle_loses_nothing_silently(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    path = root / "train" / "0.tar"
+    with tarfile.open(path) as archive:
+        offset = archive.getmembers()[8].offset
+    body = bytearray(path.read_bytes())
+    body[offset + 150] ^= 0x55
+    path.write_bytes(body)
+    with pytest.raises(DataError, match=f"damaged or cut off at byte {offset}"):
+        open_task("t", root)
+
+
+def test_a_cut_off_compressed_tar(make, tmp_path, cache):
+    root = make.tar_folder(tmp_path / "d", CLASSES, packed=True)
+    path = root / "train" / "0.tar"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"train/0\.tar is damaged and cannot be unpacked"):
+        open_task("t", root)
+    assert cached(cache) == []
+
+
+def test_a_file_that_is_no_tar(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    make.write(root / "train" / "0.tar", b"no tar at all" * 100)
+    with pytest.raises(DataError, match=r"train/0\.tar is no tar or is damaged"):
+        open_task("t", root)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (b"3", r"s0.cls holds the label 3, outside the 3 classes \(0 to 2\)"),
+        (b"-1", "holds the label -1"),
+        (b"onn", r"holds 'onn', not a number from 0 to 2: did you mean one\?"),
+        (b"", "holds '', not a number"),
+    ],
+)
+def test_labels_outside_the_class_list(make, tmp_path, label, said):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    make.write(root / "train" / "0.tar", make.tar_bytes(make.pairs([0, 1, 2]) | {"s0.cls": label}))
+    with pytest.raises(DataError, match=said):
+        open_task("t", root)
+
+
+def test_class_list_of_tars(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    assert open_task("t", root, classes=["a", "b", "c"]).classes == ("a", "b", "c")
+    with pytest.raises(DataError, match="class 'four' has no pictures"):
+        open_task("t", root, classes=[*CLASSES, "four"])
+    (root / "classnames.txt").unlink()
+    with pytest.raises(DataError, match=r"has no classnames\.txt: line N"):
+        open_task("t", root)
+
+
+def test_test_without_train(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    (root / "train" / "0.tar").unlink()
+    with pytest.raises(DataError, match=r"test/\*\.tar but no train/\*\.tar"):
+        open_task("t", root)

@@ -8,7 +8,7 @@
 
 Sums in floating point depend on their order, so the order is fixed here: a block is at most 65,536 coordinates,
 counted from the start of its tensor (with `row`: whole rows, and from the start of a row that is longer). The kernel
-adds inside a block, `combine` adds blocks in their order. No cut at block borders and no number of workers changes a bit.
+adds inside a block, `combine` adds blocks in their order. No cut at block borders, no number of workers changes a bit.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def blocks(layout: Layout, granularity: Granularity) -> Iterator[Block]:
         for row in range(0, entry.rows, at_once):
             rows = min(at_once, entry.rows - row)
             begin, end = entry.offset + row * length, entry.offset + (row + rows) * length
-            step = max(BLOCK, length) if rows > 1 else BLOCK
             for start in range(begin, end, BLOCK):
                 yield Block(start, min(start + BLOCK, end), entry, rows, first + row, first + row, True)
 
@@ -100,7 +99,7 @@ def blocks(layout: Layout, granularity: Granularity) -> Iterator[Block]:
 def combine(
     layout: Layout, granularity: Granularity, parts: Iterable[tuple[Block, NDArray[np.float64]]]
 ) -> NDArray[np.float64]:
-    """Adds the sums of blocks, which must come in the order of `blocks`. parts: (block, f64[K, rows]). Returns f64[K, G]."""
+    """Adds the sums of blocks. parts: (block, f64[K, rows]), in the order of `blocks`. Returns f64[K, G]."""
     total: NDArray[np.float64] | None = None
     count = {"vector": 1, "tensor": len(layout.entries), "row": int(layout.rows[-1])}[_SUMS_PER[granularity]]
     for block, part in parts:

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from condu_ray.fusion.groups import BLOCK, Block
+from condu_ray.fusion.groups import Block
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -36,7 +36,9 @@ class Fused:
     sums: F64
 
 
-def fuse_block(block: Block, u: F32, delta: F32, packed: Packed, rescalers: F32, out_u: F32, out_packed: Packed) -> Fused:
+def fuse_block(
+    block: Block, u: F32, delta: F32, packed: Packed, rescalers: F32, out_u: F32, out_packed: Packed
+) -> Fused:
     """Adds a task to one block of n coordinates.
 
     u, delta: f32[n]. packed: uint8[ceil(T / 8), n]. rescalers: f32[T, rows]. Written: out_u f32[n], finite and without
@@ -69,9 +71,8 @@ def fuse_block(block: Block, u: F32, delta: F32, packed: Packed, rescalers: F32,
     out_packed[-1] |= born.view(np.uint8) << np.uint8(tasks % 8)
 
     weights = size.astype(np.float64)
-    masses = _row_masses if block.per_row else _histogram_masses
     norm = _lane_sums(block, np.abs(delta).astype(np.float64))
-    return Fused(born, flipped, np.vstack([masses(block, out_packed, weights, tasks + 1), norm]))
+    return Fused(born, flipped, np.vstack([_masses(block, out_packed, weights, tasks + 1), norm]))
 
 
 def _old_tasks(block: Block, packed: Packed, rescalers: F32) -> tuple[F64, F32, Bits]:
@@ -95,7 +96,7 @@ def _old_tasks(block: Block, packed: Packed, rescalers: F32) -> tuple[F64, F32, 
 
 
 def _tables(rescalers: F32) -> tuple[F64, F32]:
-    """For each row and each byte value: sum and maximum of the rescalers of its bits, ascending. f32[k <= 8, rows] in."""
+    """Sum and maximum, ascending, of the rescalers of a byte value's bits: [rows, 2^k] each, from f32[k <= 8, rows]."""
     tasks, rows = rescalers.shape
     sums, maxima = np.zeros((rows, 1 << tasks)), np.zeros((rows, 1 << tasks), np.float32)
     for bit, rescaler in enumerate(rescalers):
@@ -105,29 +106,26 @@ def _tables(rescalers: F32) -> tuple[F64, F32]:
     return sums, maxima
 
 
-def _histogram_masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
-    """Sum of weights over each task's set bits, f64[tasks, 1]: one add a coordinate, whatever the number of tasks.
+def _masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
+    """Sum of weights over each task's set bits, f64[tasks, rows]: one add a coordinate for many tasks at once.
 
-    Four interleaved tables of 256 sums, one a byte value, lane = coordinate mod 4; then ((l0 + l1) + (l2 + l3)), and a
-    task's sum is that of the byte values with its bit, ascending.
+    Four interleaved tables, lane = (coordinate - block start) mod 4, of 256 sums, one a byte value; then
+    ((l0 + l1) + (l2 + l3)), and a task's sum is that of the byte values with its bit, ascending. With `row`: tables for
+    each row, lanes from the row's start, and 16 sums for half a byte, because rows can be short.
     """
-    masses = np.empty((tasks, 1))
-    for group, bits in enumerate(packed):
-        index = _table_lanes()[: weights.size] + bits
-        lanes = np.bincount(index, weights=weights, minlength=4 * 256).reshape(4, 256)
-        table = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
-        in_group = min(8, tasks - 8 * group)
-        chosen = table[_byte_values()[:in_group]]
-        masses[8 * group : 8 * group + in_group, 0] = np.add.accumulate(chosen, axis=1)[:, -1]
-    return masses
-
-
-def _row_masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
-    """Sum of weights over each task's set bits, f64[tasks, rows]; in the order of `_lane_sums`."""
+    width = 4 if block.per_row else 8
+    base = _table_index(block.row_length, block.rows, 1 << width)
     masses = np.empty((tasks, block.rows))
-    for task in range(tasks):
-        bit = (packed[task // 8] >> np.uint8(task % 8)) & np.uint8(1)
-        masses[task] = _lane_sums(block, weights * bit)
+    for first in range(0, tasks, width):
+        values = packed[first // 8]
+        if width == 4:
+            values = (values >> np.uint8(first % 8)) & np.uint8(15)
+        bins = np.bincount(base + values, weights=weights, minlength=block.rows * 4 << width)
+        lane = bins.reshape(block.rows, 4, 1 << width).swapaxes(0, 1)
+        table = (lane[0] + lane[1]) + (lane[2] + lane[3])
+        last = min(first + width, tasks)
+        chosen = table[:, _values_with_bit(width)[: last - first]]
+        masses[first:last] = np.add.accumulate(chosen, axis=2)[:, :, -1].T
     return masses
 
 
@@ -153,12 +151,14 @@ def _row_index(row_length: int, rows: int, entries: int) -> NDArray[np.intp]:
     return np.repeat(np.arange(rows, dtype=np.intp) * entries, row_length)
 
 
-@lru_cache(maxsize=1)
-def _table_lanes() -> NDArray[np.intp]:
-    return np.arange(BLOCK, dtype=np.intp) % 4 * 256
+@lru_cache(maxsize=8)
+def _table_index(row_length: int, rows: int, entries: int) -> NDArray[np.intp]:
+    lane = np.arange(row_length, dtype=np.intp) % 4
+    return ((np.arange(rows, dtype=np.intp)[:, None] * 4 + lane) * entries).reshape(-1)
 
 
-@lru_cache(maxsize=1)
-def _byte_values() -> NDArray[np.intp]:
-    """[8, 128]: the byte values that have bit b, ascending."""
-    return np.array([[value for value in range(256) if value >> bit & 1] for bit in range(8)], np.intp)
+@lru_cache(maxsize=2)
+def _values_with_bit(width: int) -> NDArray[np.intp]:
+    """[width, 2^width / 2]: the values that have bit b, ascending."""
+    values = range(1 << width)
+    return np.array([[value for value in values if value >> bit & 1] for bit in range(width)], np.intp)

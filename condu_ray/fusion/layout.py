@@ -95,7 +95,7 @@ class Layout:
             dtype = str(tensor.dtype).removeprefix("torch.")
             if "float" not in dtype:
                 raise FusionError(
-                    f"tensor {name!r} has dtype {dtype}, only floating tensors can be fused", "leave it out of the layout"
+                    f"tensor {name!r} has dtype {dtype}, only floating tensors are fused", "leave it out of the layout"
                 )
             entry = Entry(str(name), shape, dtype, end, math.prod(shape))
             entries.append(entry)
@@ -156,10 +156,8 @@ class Layout:
         """The layout that `to_json` wrote; its parsed form is taken too. Raises FusionError where it is not one."""
         try:
             data = json.loads(text) if isinstance(text, str | bytes) else text
-            entries = tuple(
-                Entry(e["name"], tuple(e["shape"]), e["dtype"], e["offset"], math.prod(e["shape"])) for e in data["entries"]
-            )
-            return cls(entries, data["total"])
+            rows = [(e["name"], tuple(e["shape"]), e["dtype"], e["offset"]) for e in data["entries"]]
+            return cls(tuple(Entry(*row, math.prod(row[1])) for row in rows), data["total"])
         except (KeyError, TypeError, ValueError) as error:
             raise FusionError(f"this is not a layout ({type(error).__name__}: {error})") from error
 

@@ -19,9 +19,9 @@ from condu_ray.fusion.state import FusionState
 class Fidelity:
     """How near a reconstruction is to the delta as trained.
 
-    relative_l2: norm of the difference over norm of the delta (0 is exact, 1 is as far as the base model). cosine: of the
-    angle between them. bits_alive: share of the delta's non-zero coordinates that still have their mask bit. A delta of
-    zeros has nothing to lose: 0, 1, 1.
+    relative_l2: norm of the difference over norm of the delta (0 is exact, 1 is as far as the base model). cosine: of
+    the angle between them. bits_alive: share of the delta's non-zero coordinates that still have their mask bit.
+    A delta of zeros has nothing to lose: 0, 1, 1.
     """
 
     relative_l2: float
@@ -56,7 +56,7 @@ def fidelity(state: FusionState, task: str, delta: Any) -> Fidelity:
     """Compares the task's reconstruction with its delta as trained. delta: f32[total]. Sums are taken in float64."""
     vector = as_f32(delta)
     if vector.shape != (state.layout.total,):
-        raise FusionError(f"the delta of task {task!r} has shape {vector.shape}, the layout needs ({state.layout.total},)")
+        raise FusionError(f"the delta of task {task!r} has shape {vector.shape}, not ({state.layout.total},)")
     restored, mask = reconstruct(state, task), state.mask(task)
     sums = np.zeros(6)
     for block in blocks(state.layout, state.granularity):

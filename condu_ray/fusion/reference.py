@@ -28,7 +28,9 @@ class Dense:
     rescalers: NDArray[np.float32]
 
 
-def sessions(layout: Layout, granularity: Granularity, deltas: list[NDArray[np.float32]], mode: Mode = "original") -> list[Dense]:
+def sessions(
+    layout: Layout, granularity: Granularity, deltas: list[NDArray[np.float32]], mode: Mode = "original"
+) -> list[Dense]:
     """The state after each session, learning the deltas one after the other. deltas: f32[total] each, padding zero."""
     groups = norm(layout, granularity, np.zeros(layout.total)).size
     none = np.zeros((0, layout.total), np.bool_)
@@ -40,7 +42,9 @@ def sessions(layout: Layout, granularity: Granularity, deltas: list[NDArray[np.f
     return found
 
 
-def add(state: Dense, layout: Layout, granularity: Granularity, delta: NDArray[np.float32], mode: Mode = "original") -> Dense:
+def add(
+    state: Dense, layout: Layout, granularity: Granularity, delta: NDArray[np.float32], mode: Mode = "original"
+) -> Dense:
     """One session: elect a sign at every coordinate, keep the largest magnitude of that sign, set masks, rescale."""
     old = reconstructions(state, layout, granularity)  # exact products
     sign = np.where(old.sum(axis=0) + delta > 0, 1.0, -1.0)

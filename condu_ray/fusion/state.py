@@ -34,8 +34,8 @@ _CHUNK = 1 << 17  # bytes of a plane worked on at once: a million coordinates
 class Task:
     """One task's trigger. uid: number of the session that added it, never used again in a lineage.
 
-    norms: f64[G], of the original delta, written once. rescalers: f32[G], of the newest session. birth: the mask bits at
-    the session that added the task.
+    norms: f64[G], of the original delta, written once. rescalers: f32[G], of the newest session. birth: the mask bits
+    at the session that added the task.
     """
 
     name: str
@@ -85,7 +85,8 @@ class FusionState:
         """The task's mask now, bool[total]; False on padding."""
         position = self.position(task)
         bits = self.packed[position // 8] & np.uint8(1 << position % 8)
-        return np.not_equal(bits, 0)
+        mask: NDArray[np.bool_] = bits.astype(np.bool_)
+        return mask
 
     def mask_plane(self, task: str) -> Plane:
         """The task's mask now as a bit plane, uint8[total / 8]."""
@@ -144,7 +145,7 @@ def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping
     if not found and not any(name.startswith(("u-", "birth-", "flips-")) for name in objects):
         return FusionState.empty(layout, granularity)
     if len(found) != 1:
-        raise FusionError(f"one object 'rescalers-...' is needed, found {len(found)}", "give the objects of one version")
+        raise FusionError(f"one object 'rescalers-...' is needed, found {len(found)}", "give one version's objects")
     small = _read_meta(layout, granularity, objects, found[0])
     uids = [int(task["uid"]) for task in small["tasks"]]
     newest, plane = int(small["next_uid"]) - 1, (layout.total // 8,)
@@ -160,9 +161,8 @@ def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping
         )
         for position, (uid, task) in enumerate(zip(uids, small["tasks"], strict=True))
     )
-    flips = {
-        uid: _array(objects, f"flips-{uid}", "flips", np.uint8, plane) for uid in needed_flips(tasks, int(small["next_uid"]))
-    }
+    sessions = needed_flips(tasks, newest + 1)
+    flips = {uid: _array(objects, f"flips-{uid}", "flips", np.uint8, plane) for uid in sessions}
     u = _array(objects, f"u-{newest}", "u", np.float32, (layout.total,))
     packed = pack_masks(layout, tasks, flips)
     return FusionState(layout, granularity, u, tasks, flips, packed, newest + 1, tuple(small["forgotten"]))
@@ -204,17 +204,24 @@ def _read_meta(
         raise FusionError(f"object {name!r}: its meta cannot be read ({type(error).__name__}: {error})") from error
     for word, value in {"layout": layout.digest, "granularity": granularity}.items():
         if theirs[word] != value:
-            raise FusionError(f"object {name!r} was made with {word} {theirs[word]}, not {value}", "open it with its own settings")
+            raise FusionError(
+                f"object {name!r} was made with {word} {theirs[word]}, not {value}", "use its own settings"
+            )
     return small
 
 
 def _array(
-    objects: Mapping[str, Mapping[str, NDArray[Any]]], name: str, key: str, dtype: type[np.generic], shape: tuple[int, ...]
+    objects: Mapping[str, Mapping[str, NDArray[Any]]],
+    name: str,
+    key: str,
+    dtype: type[np.generic],
+    shape: tuple[int, ...],
 ) -> NDArray[Any]:
     try:
         array = objects[name][key]
     except KeyError:
         raise FusionError(f"object {name!r} with array {key!r} is missing") from None
     if array.dtype != dtype or array.shape != shape:
-        raise FusionError(f"object {name!r}: {key} is {array.dtype}{list(array.shape)}, expected {dtype.__name__}{list(shape)}")
+        found, expected = f"{array.dtype}{list(array.shape)}", f"{dtype.__name__}{list(shape)}"
+        raise FusionError(f"object {name!r}: {key} is {found}, expected {expected}")
     return array

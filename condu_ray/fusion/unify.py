@@ -80,7 +80,7 @@ def unify(state: FusionState, task: str, delta: Any) -> FusionState:
 
 
 def rescale(norms: NDArray[np.float64], masses: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Rescalers f32[T, G] = norms / masses, the norm of each original delta over that of its masked u; 1 where that is 0."""
+    """Rescalers, f32[T, G]: norms of the original deltas over masses, the norms of their masked u; 1 where that is 0."""
     rescalers = np.ones(norms.shape)
     np.divide(norms, masses, out=rescalers, where=masses > 0)
     return np.minimum(rescalers, np.finfo(np.float32).max).astype(np.float32)
@@ -109,4 +109,5 @@ def _warn_of_empty(before: FusionState, after: FusionState) -> None:
             why = f"task {new.name!r} outvoted its last mask bit"
         else:
             why = "the tasks before it outvoted it everywhere" if new.norms.any() else "its delta is zero everywhere"
-        warnings.warn(f"task {task.name!r} has an empty trigger: {why}; its expert is the base model", EmptyTrigger, stacklevel=3)
+        text = f"task {task.name!r} has an empty trigger: {why}; its expert is the base model"
+        warnings.warn(text, EmptyTrigger, stacklevel=3)

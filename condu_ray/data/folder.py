@@ -48,6 +48,11 @@ def list_folder(root: Path, classes: Sequence[str] | None) -> Listing:
                 "put each picture into a folder named as its class",
             )
         raise DataError(f"{root} holds no class folders", "give a folder that has one folder of pictures a class")
+    if all((part_folder / name / "train").is_dir() for part_folder, found in folders.items() for name in found):
+        raise DataError(
+            f"each folder in {root} ({', '.join(names[:3])}) is a data set with its own train/",
+            "give one of them as a task",
+        )
     shown = _display_names(root, names)
     check_names(list(shown.values()), str(root))
     order = check_names(classes, "the class list") if classes is not None else tuple(shown.values())

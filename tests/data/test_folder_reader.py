@@ -100,6 +100,12 @@ def build_empty(make, root):
     root.mkdir()
 
 
+def build_folder_of_sets(make, root):
+    for name in ("x", "y"):
+        make.image_folder(root / name / "train", ["a", "b"])
+        make.image_folder(root / name / "test", ["a", "b"], first=50)
+
+
 def build_loose(make, root):
     make.write(root / "x.png", make.picture_bytes(1))
 
@@ -185,6 +191,7 @@ def build_latin_list(make, root):
 
 REFUSED = {
     build_empty: "holds no class folders: give a folder",
+    build_folder_of_sets: r"each folder in .* \(x, y\) is a data set with its own train/: give one of them",
     build_loose: r"holds pictures \(x.png\) but no class folders",
     build_single: r"one class only \('only'\): a task needs at least two",
     build_empty_class: "the class folder .*void holds no pictures",

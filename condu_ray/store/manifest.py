@@ -87,9 +87,9 @@ class Manifest(_Record):
     whole version, the accuracy matrix among them. seconds: by step of the session.
     """
 
-    format: int = Field(FORMAT, ge=1)
+    format: int = Field(default=FORMAT, ge=1)
     version: int = Field(ge=1)
-    parent: int | None = Field(None, ge=1)
+    parent: int | None = Field(default=None, ge=1)
     kind: Kind
     tasks: list[TaskCard] = []
     objects: dict[str, ObjectRef] = {}
@@ -122,7 +122,7 @@ class StoreHeader(_Record):
     model: name and pretrained tag. settings: granularity, LoRA rank and seed, whatever the method fixes for good.
     """
 
-    format: int = Field(FORMAT, ge=1)
+    format: int = Field(default=FORMAT, ge=1)
     method: str
     model: dict[str, Any]
     model_sha256: str

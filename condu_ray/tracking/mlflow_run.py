@@ -1,0 +1,286 @@
+"""One MLflow run a session, and each version as a model that MLflow can load.
+
+The store is the truth; MLflow only tells of it. So nothing here is needed to go on, a run is written after its version
+is published, and a run that could not be written costs a warning, not the session.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from condu_ray import __version__
+from condu_ray.errors import ConfigError
+from condu_ray.store import Manifest, open_store
+from condu_ray.store.manifest import dump
+from condu_ray.tracking.matrix import AccuracyMatrix
+from condu_ray.tracking.pictures import draw_matrix
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+STORE_TAG = "condu.store"
+VERSION_TAG = "condu.version"
+NEWEST = "newest"
+_CHECK_S = 5.0  # how long a server may take to say that it is there
+_PARAMETER_LENGTH = 500  # characters that every MLflow server takes; the manifest has the rest
+_BATCH = {"metrics": 1000, "params": 100}  # MLflow's limits for one request
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where the runs of a store go; made by `open_tracking`.
+
+    uri: MLflow's tracking URI. artifacts: folder for files, None where the server decides. store: what `open_store`
+    opens.
+    """
+
+    uri: str
+    artifacts: Path | None
+    store: str
+
+    def check(self) -> None:
+        """Asks whether runs can be recorded, before work starts; writes nothing and does not import MLflow.
+
+        Raises ConfigError for a server that does not answer within 5 s, a folder that does not exist, or a kind of URI
+        that MLflow does not take.
+        """
+        kind = urlsplit(self.uri).scheme
+        if kind in ("http", "https"):
+            try:
+                urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=_CHECK_S).close()
+            except urllib.error.HTTPError as error:  # it answers, if only that it wants a password
+                error.close()
+            except OSError as error:
+                reason = getattr(error, "reason", error)
+                mend = "start it, or leave out the tracking URI to keep runs beside the store"
+                raise ConfigError(f"the tracking server {self.uri} cannot be reached ({reason})", mend) from error
+        elif kind == "sqlite":
+            folder = Path(self.uri.removeprefix("sqlite:///")).parent
+            if self.artifacts is not None and folder != Path(self.store) and not folder.is_dir():
+                raise ConfigError(f"the tracking database {self.uri} has no folder {folder}", "make the folder first")
+        elif kind in ("", "file"):
+            mend = "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT, or leave it out"
+            raise ConfigError(f"MLflow does not keep runs in a plain folder any more (tracking URI {self.uri!r})", mend)
+
+    def record(
+        self,
+        manifest: Manifest,
+        losses: Mapping[str, Sequence[tuple[int, float]]],
+        matrix: AccuracyMatrix | None,
+        pictures: Sequence[Path],
+        version_source: str,
+    ) -> str | None:
+        """Records a published version as a run and registers it as a model; a version is recorded once.
+
+        losses: (step, loss) by task. pictures: files to keep with the run. version_source: what made the version, such
+        as the command. Returns None, or, as the version is published already, a sentence of warning for the caller to
+        show instead of an error. Raises StoreError if the store cannot be read any more.
+        """
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        store_id = open_store(self.store).header.id
+        try:
+            client = _client(self.uri)
+            self._record(client, store_id, manifest, losses, matrix, pictures, version_source)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            return f"version {manifest.version} is published, but was not recorded at {self.uri} ({reason})."
+        return None
+
+    def _record(
+        self,
+        client: MlflowClient,
+        store_id: str,
+        manifest: Manifest,
+        losses: Mapping[str, Sequence[tuple[int, float]]],
+        matrix: AccuracyMatrix | None,
+        pictures: Sequence[Path],
+        version_source: str,
+    ) -> None:
+        name = model_name(store_id)
+        experiment = self._experiment(client, name)
+        tags = {STORE_TAG: store_id, VERSION_TAG: str(manifest.version)}
+        for run in _runs(client, experiment, tags):
+            if run.info.status == "FINISHED":
+                return
+            client.delete_run(run.info.run_id)  # of a session that was killed while it recorded
+        run = client.create_run(
+            experiment,
+            run_name=f"version {manifest.version}: {manifest.message or manifest.kind}",
+            tags=tags | {"mlflow.source.name": version_source, "condu.kind": manifest.kind},
+        )
+        run_id = run.info.run_id
+        _log_numbers(client, run_id, manifest, losses, matrix)
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            (place / "manifest.json").write_bytes(dump(manifest))
+            if matrix is not None:
+                (place / "accuracy_matrix.json").write_text(json.dumps(matrix.to_json(), indent=1) + "\n")
+                draw_matrix(matrix, place / "accuracy_matrix.png")
+            _save_model(place / "model", self.store, manifest.version)
+            client.log_artifacts(run_id, folder)
+        for picture in pictures:
+            client.log_artifact(run_id, str(picture), "pictures")
+        _register(client, name, manifest, f"{run.info.artifact_uri}/model", run_id, version_source)
+        client.set_terminated(run_id)
+
+    def _experiment(self, client: MlflowClient, name: str) -> str:
+        """Returns the id of the store's experiment, made if absent.
+
+        A database that moved with its store still names the old folder for files; then a new experiment is made.
+        """
+        from mlflow.exceptions import MlflowException
+
+        location = None if self.artifacts is None else self.artifacts.as_uri()
+        found = client.get_experiment_by_name(name)
+        if found is not None and location not in (None, found.artifact_location):
+            name = f"{name} in {self.artifacts}"
+            found = client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another session made it in this moment
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+
+def open_tracking(uri: str | None, store: str | Path) -> Tracking:
+    """Says where the runs of a store go, and makes nothing yet.
+
+    uri: an MLflow tracking URI, such as http://HOST:PORT; None: `mlflow.db` and `mlruns/` in the folder of the store.
+    Files of a sqlite database stay in `mlruns/` beside it; a server decides for itself.
+    """
+    place = str(store) if "://" in str(store) else str(Path(store).absolute())
+    if uri is None:
+        return Tracking(f"sqlite:///{place}/mlflow.db", Path(place) / "mlruns", place)
+    if urlsplit(uri).scheme == "sqlite":
+        database = Path(uri.removeprefix("sqlite:///")).absolute()
+        return Tracking(f"sqlite:///{database}", database.parent / "mlruns", place)
+    return Tracking(uri, None, place)
+
+
+def model_name(store_id: str) -> str:
+    """Returns the name under which the versions of a store are registered."""
+    return f"condu-ray-{store_id[:8]}"
+
+
+def version_alias(version: int) -> str:
+    """Returns the alias of a version: `models:/NAME@version-3`. MLflow keeps names such as `v3` for itself."""
+    return f"version-{version}"
+
+
+def _client(uri: str) -> MlflowClient:
+    # A server that went away after the session must not hold the command for MLflow's usual minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import logging
+
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):  # a page of lines when a database is new
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _runs(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Run]:
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    return list(client.search_runs([experiment], wanted))
+
+
+def _log_numbers(
+    client: MlflowClient,
+    run_id: str,
+    manifest: Manifest,
+    losses: Mapping[str, Sequence[tuple[int, float]]],
+    matrix: AccuracyMatrix | None,
+) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+
+    def metric(name: str, value: float, step: int = manifest.version) -> Metric:
+        return Metric(_key(name), value, now, step)
+
+    metrics = [metric(f"loss/{task}", loss, step) for task, curve in losses.items() for step, loss in curve]
+    for card in manifest.tasks:
+        metrics += [metric(f"{name}/{card.name}", value) for name, value in card.figures.items() if value is not None]
+    metrics += [metric(name, value) for name, value in _numbers(manifest.figures)]
+    metrics += [metric(f"seconds/{name}", value) for name, value in manifest.seconds.items()]
+    if matrix is not None:
+        means = {"transfer": matrix.transfer(), "average": matrix.average(), "last": matrix.last()}
+        metrics += [metric(name, value) for name, value in means.items() if value is not None]
+    metrics = [metric for metric in metrics if math.isfinite(metric.value)]
+    params = [Param(_key(name), text[:_PARAMETER_LENGTH]) for name, text in flatten(manifest.settings)]
+    for start in range(0, len(metrics), _BATCH["metrics"]):
+        client.log_batch(run_id, metrics=metrics[start : start + _BATCH["metrics"]])
+    for start in range(0, len(params), _BATCH["params"]):
+        client.log_batch(run_id, params=params[start : start + _BATCH["params"]])
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields dotted names and texts of nested settings; what is no mapping is written as JSON, text as it is."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", float(value)
+
+
+def _key(name: str) -> str:
+    """MLflow's names hold letters, digits, '_', '-', '.', ':', '/' and spaces, at most 250, and are no paths."""
+    clean = "".join(letter if letter.isalnum() or letter in "_-.:/ " else "_" for letter in name)
+    return "/".join("_" if part in ("", ".", "..") else part for part in clean.split("/"))[:250]
+
+
+def _save_model(place: Path, store: str, version: int) -> None:
+    import mlflow.pyfunc
+
+    mlflow.pyfunc.save_model(
+        str(place),
+        python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+        model_config={"store": store, "version": version},
+        pip_requirements=[f"condu-ray=={__version__}"],
+    )
+
+
+def _register(
+    client: MlflowClient, name: str, manifest: Manifest, source: str, run_id: str, version_source: str
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name, description=f"Versions of the condu-ray store {name}")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    numbers = {model.version: int(model.tags[VERSION_TAG]) for model in client.search_model_versions(f"name='{name}'")}
+    tags = {VERSION_TAG: str(manifest.version), "condu.tasks": ", ".join(task.name for task in manifest.tasks)[:500]}
+    made = client.create_model_version(name, source, run_id, tags=tags, description=version_source)
+    client.set_registered_model_alias(name, version_alias(manifest.version), made.version)
+    if manifest.version >= max(numbers.values(), default=0):
+        client.set_registered_model_alias(name, NEWEST, made.version)

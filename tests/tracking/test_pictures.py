@@ -1,0 +1,106 @@
+"""The pictures are drawn for any number of tasks, always with the same bytes, and show what they are given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from condu_ray.tracking import pictures
+from condu_ray.tracking.matrix import AccuracyMatrix
+
+ANSWER: dict[str, Any] = {
+    "image": "river.png",
+    "label": "river",
+    "task": "scenes",
+    "probability": 0.83,
+    "labels": [
+        {"label": "river", "task": "scenes", "probability": 0.83},
+        {"label": "7", "task": None, "probability": 0.17},
+    ],
+    "votes": [
+        {"task": "scenes", "similarity": 0.71, "weight": 0.8},
+        {"task": None, "similarity": None, "weight": 0.2},
+    ],
+    "label_space": "union",
+    "version": 3,
+}
+
+
+def matrix(n: int) -> AccuracyMatrix:
+    values = [[90.0 - r + c if c <= r else 20.0 + c / n for c in range(n)] for r in range(n)]
+    return AccuracyMatrix([f"task {index}" for index in range(n)], values)
+
+
+def histories(n: int) -> dict[str, list[tuple[int, float | None]]]:
+    return {f"task {task}": [(version, 90.0 - version / n) for version in range(task + 1, n + 1)] for task in range(n)}
+
+
+DRAW: dict[str, Callable[[Path], None]] = {
+    "matrix of 1": lambda path: pictures.draw_matrix(matrix(1), path),
+    "matrix of 11": lambda path: pictures.draw_matrix(matrix(11), path),
+    "matrix of 100": lambda path: pictures.draw_matrix(matrix(100), path),
+    "matrix with holes": lambda path: pictures.draw_matrix(AccuracyMatrix(["a", "b"], [[90, None], [80, 70]]), path),
+    "history of none": lambda path: pictures.draw_history({}, path),
+    "history of 5": lambda path: pictures.draw_history(histories(5), path),
+    "history of 100": lambda path: pictures.draw_history(histories(100), path),
+    "history with holes": lambda path: pictures.draw_history({"a": [(1, 3.0), (2, None)], "b": []}, path),
+    "votes": lambda path: pictures.draw_votes(ANSWER, Image.new("L", (40, 30), 200), path),
+    "comparison": lambda path: pictures.draw_comparison({"condu": matrix(5), "sequential": matrix(1)}, path),
+    "comparison of 11": lambda path: pictures.draw_comparison({f"method {i}": matrix(3) for i in range(11)}, path),
+}
+
+
+def words(path: Path) -> str:
+    """The texts of an SVG picture, one a line, as the drawing library notes them beside its glyphs."""
+    return "\n".join(re.findall(r"<!-- (.*?) -->", path.read_text()))
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_drawn_with_the_same_bytes_each_time(name: str, tmp_path: Path) -> None:
+    DRAW[name](tmp_path / "one.png")
+    DRAW[name](tmp_path / "deeper" / "two.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "deeper" / "two.png").read_bytes()
+    with Image.open(tmp_path / "one.png") as picture:
+        assert 300 <= picture.width <= 2400
+        assert 200 <= picture.height <= 2400
+        extrema = picture.convert("L").getextrema()
+    assert extrema[0] < extrema[1]
+
+
+def test_svg_too_has_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one.svg", "two.svg"):
+        pictures.draw_comparison({"condu": matrix(5)}, tmp_path / name)
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_the_matrix_shows_its_numbers_names_and_means(tmp_path: Path) -> None:
+    drawn = AccuracyMatrix(["digits", "cost in $ or $"], [[91, None], [83, 72]])
+    pictures.draw_matrix(drawn, tmp_path / "matrix.svg")
+    lines = words(tmp_path / "matrix.svg").splitlines()
+    assert {"91", "83", "72", "–", "digits"} <= set(lines)
+    assert any("cost in" in line for line in lines)
+    assert "Transfer –   Average –   Last 77.5" in lines
+
+
+def test_a_hundred_names_are_thinned(tmp_path: Path) -> None:
+    pictures.draw_matrix(matrix(100), tmp_path / "matrix.svg")
+    named = [line for line in words(tmp_path / "matrix.svg").splitlines() if line.startswith("task ")]
+    assert 20 <= len(named) <= 80
+
+
+def test_the_votes_name_the_base_model(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "river.png")
+    pictures.draw_votes(ANSWER, tmp_path / "river.png", tmp_path / "votes.svg")
+    lines = words(tmp_path / "votes.svg").splitlines()
+    assert {"river (scenes)", "7", "base model", "scenes"} <= set(lines)
+    assert "83 %, version 3" in lines
+
+
+def test_a_name_in_a_script_that_the_font_lacks(tmp_path: Path) -> None:
+    pictures.draw_matrix(AccuracyMatrix(["数字"], [[90]]), tmp_path / "matrix.png")
+    assert (tmp_path / "matrix.png").stat().st_size > 1000

@@ -54,8 +54,7 @@ def fuse_block(
     flipped = held & ((u < 0) == positive)
     stays = ~flipped
 
-    largest *= np.abs(u)
-    largest *= stays
+    largest *= np.abs(u)  # where the sign flips, |delta| is larger still
     size = np.abs(delta)
     size *= born
     np.maximum(largest, size, out=size)

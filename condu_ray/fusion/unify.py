@@ -80,7 +80,7 @@ def unify(state: FusionState, task: str, delta: Any) -> FusionState:
 
 
 def rescale(norms: NDArray[np.float64], masses: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Rescalers, f32[T, G]: norms of the original deltas over masses, the norms of their masked u; 1 where that is 0."""
+    """f32[T, G] = norms of the original deltas over masses (norms of their masked u), f64[T, G]; 1 where that is 0."""
     rescalers = np.ones(norms.shape)
     np.divide(norms, masses, out=rescalers, where=masses > 0)
     return np.minimum(rescalers, np.finfo(np.float32).max).astype(np.float32)

@@ -354,6 +354,7 @@ def test_19_shards_in_any_order_give_the_same_bits(granularity: Granularity) -> 
     assert np.array_equal(packed, whole.packed)
     assert np.array_equal(bits(rescale(norms, sums[:-1])), bits(rescalers(whole)))
     assert np.array_equal(norms[-1], whole.tasks[-1].norms)
+    assert np.array_equal(whole.tasks[-1].birth, whole.mask_plane("new"))
 
 
 @given_cases(most=11)

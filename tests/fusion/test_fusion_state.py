@@ -228,6 +228,17 @@ def test_underflow_ends_in_no_nan_and_no_negative_zero() -> None:
     assert all(np.all(np.isfinite(reconstruct(state, name))) for name in state.names)
 
 
+def test_a_task_left_with_next_to_nothing_gets_a_finite_rescaler() -> None:
+    layout = Layout.of({"a": np.zeros(2, np.float32)})
+    state = FusionState.empty(layout, "l1")
+    for name, pair in {"faint": (1e-39, 1), "loud": (1e-39, -5), "after": (1, 1)}.items():
+        state = unify(state, name, layout.flatten({"a": np.array(pair)}))
+    assert np.array_equal(state.mask("faint")[:2], [True, False])
+    assert all(
+        np.isfinite(task.rescalers).all() and np.isfinite(reconstruct(state, task.name)).all() for task in state.tasks
+    )
+
+
 def test_unknown_names_are_refused_with_a_hint() -> None:
     with pytest.raises(FusionError, match="granularity 'rows' is unknown: did you mean row"):
         FusionState.empty(LAYOUT, "rows")  # type: ignore[arg-type]

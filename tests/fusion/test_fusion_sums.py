@@ -1,0 +1,95 @@
+"""The order of sums is a promise: a state made today must go on to the same bits with any later kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from condu_ray.config import Granularity
+from condu_ray.fusion.groups import blocks, combine
+from condu_ray.fusion.kernels import fuse_block
+from condu_ray.fusion.layout import Layout
+from condu_ray.fusion.state import FusionState
+from condu_ray.fusion.unify import unify
+
+F64 = NDArray[np.float64]
+TASKS = 10
+LAYOUT = Layout.of({"long": np.zeros(140_001, np.float32), "matrix": np.zeros((21, 37), np.float32)})
+
+
+def wild(seed: int) -> NDArray[np.float32]:
+    """Magnitudes over twenty decades, so that every other order of adding rounds differently."""
+    rng = np.random.default_rng(seed)
+    return LAYOUT.flatten(
+        {e.name: rng.standard_normal(e.shape) * 10 ** rng.uniform(-14, 6, e.shape) for e in LAYOUT.entries}
+    )
+
+
+def in_turn(values: F64) -> float:
+    total = 0.0
+    for value in values.tolist():
+        total += value
+    return total
+
+
+def eight_lanes(values: F64) -> float:
+    a, b, c, d, e, f, g, h = (in_turn(values[lane::8]) for lane in range(8))
+    return ((a + b) + (c + d)) + ((e + f) + (g + h))
+
+
+def table(values: F64, codes: NDArray[np.uint8], entries: int) -> list[float]:
+    """For each code: four lanes, ((l0 + l1) + (l2 + l3))."""
+    lanes = [[0.0] * entries for _ in range(4)]
+    for position, (value, code) in enumerate(zip(values.tolist(), codes.tolist(), strict=True)):
+        lanes[position % 4][code] += value
+    return [(a + b) + (c + d) for a, b, c, d in zip(*lanes, strict=True)]
+
+
+def masses(values: F64, packed: NDArray[np.uint8], width: int) -> list[float]:
+    found = []
+    for task in range(TASKS):
+        first = task // width * width
+        codes = (packed[first // 8] >> np.uint8(first % 8)) & np.uint8((1 << width) - 1)
+        sums = table(values, codes, 1 << width)
+        found.append(in_turn(np.array([s for code, s in enumerate(sums) if code >> (task - first) & 1])))
+    return found
+
+
+def segments(granularity: Granularity) -> list[tuple[int, int, int]]:
+    """(group, start, stop) of what is summed at once, in order."""
+    starts = [(0, start, min(start + 65_536, 140_001)) for start in range(0, 140_001, 65_536)]
+    matrix = LAYOUT.entries[1]
+    if granularity == "row":
+        rows = [(1 + row, matrix.offset + 37 * row, matrix.offset + 37 * row + 37) for row in range(21)]
+        return [*starts, *rows]
+    return [*starts, (0 if granularity == "l1" else 1, matrix.offset, matrix.stop)]
+
+
+@pytest.mark.parametrize("granularity", ["l1", "tensor_mean", "tensor", "row"])
+def test_sums_are_taken_in_the_written_order(granularity: Granularity) -> None:
+    before = FusionState.empty(LAYOUT, granularity)
+    for seed in range(TASKS - 1):
+        before = unify(before, f"t{seed}", wild(seed))
+    delta = wild(99)
+    after = unify(before, "new", delta)
+
+    expected = np.zeros((TASKS + 1, {"l1": 1, "row": 22}.get(granularity, 2)))
+    for group, start, stop in segments(granularity):
+        values = np.abs(after.u[start:stop]).astype(np.float64)
+        part = masses(values, after.packed[:, start:stop], 4 if granularity == "row" else 8)
+        expected[:, group] += [*part, eight_lanes(np.abs(delta[start:stop]).astype(np.float64))]
+    if granularity == "tensor_mean":
+        expected = expected[:, :1] / 140_001 + expected[:, 1:] / (21 * 37)
+
+    assert np.array_equal(after.tasks[-1].norms, expected[-1])
+    old = np.array([task.rescalers for task in before.tasks])
+    u, packed = np.zeros_like(after.u), np.zeros_like(after.packed)
+    parts = []
+    for block in blocks(LAYOUT, granularity):
+        here, own = slice(block.start, block.stop), slice(block.rescalers, block.rescalers + block.rows)
+        fused = fuse_block(
+            block, before.u[here], delta[here], before.packed[:, here], old[:, own], u[here], packed[:, here]
+        )
+        parts.append((block, fused.sums))
+    assert np.array_equal(combine(LAYOUT, granularity, parts), expected)

@@ -1,12 +1,15 @@
 """Every setting in one place: its name, unit, default and limits.
 
 The same names are used in a YAML file (nested), on the command line (dotted: `--train.steps 500`) and in the environment
-(`CONDU_TRAIN__STEPS=500`). An option beats the environment, which beats the file, which beats the default.
+(`CONDU_TRAIN__STEPS=500`). An option beats the environment, which beats the file, which beats what the store was made
+with, which beats the default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Hashable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -34,70 +37,97 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSpec(_Section):
     """Which open_clip model is the base model."""
 
-    name: str = Field(DEFAULT_MODEL, min_length=1, description="open_clip name, 'local-dir:FOLDER', or 'default'")
-    pretrained: str | None = Field(None, description="open_clip tag or checkpoint file (none for 'default', local-dir)")
+    name: str = Field(
+        default=DEFAULT_MODEL, min_length=1, description="open_clip name, 'local-dir:FOLDER', or 'default'"
+    )
+    pretrained: str | None = Field(
+        default=None, description="open_clip tag or checkpoint file (none for 'default', local-dir)"
+    )
 
 
 class TrainConfig(_Section):
     """How one task is fine-tuned (defaults: the published recipe, ConDU's released scripts)."""
 
-    steps: int | None = Field(None, ge=1, description="optimiser steps; unset: 10 epochs, at least 100, at most 1000")
-    batch_size: int = Field(32, ge=1, le=65536, description="pictures a step, over all workers together")
-    accumulate: int = Field(1, ge=1, description="parts that each worker's share of a batch is cut into, to save memory")
-    lr: float | None = Field(
-        None, gt=0, lt=1, description="peak learning rate; unset: 1e-5 (LoRA 1e-3), for models below 50 M parameters 5e-4 (2e-3)"
+    steps: int | None = Field(
+        default=None, ge=1, description="optimiser steps; unset: 10 epochs, at least 100, at most 1000"
     )
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a linearly rising rate, cosine to 0 after")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
-    label_smoothing: float = Field(0.2, ge=0, lt=1, description="share of the target spread over all classes")
-    towers: Literal["both", "image"] = Field("both", description="which towers learn")
+    batch_size: int = Field(default=32, ge=1, le=65536, description="pictures a step, over all workers together")
+    accumulate: int = Field(
+        default=1, ge=1, description="parts that each worker's share of a batch is cut into, to save memory"
+    )
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="peak learning rate; unset: 1e-5 (LoRA 1e-3), for models below 50 M parameters 5e-4 (2e-3)",
+    )
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the steps with a linearly rising rate, cosine to 0 after"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay")
+    label_smoothing: float = Field(default=0.2, ge=0, lt=1, description="share of the target spread over all classes")
+    towers: Literal["both", "image"] = Field(default="both", description="which towers learn")
     batch_norm: Literal["frozen", "updated"] = Field(
-        "frozen", description="whether running statistics stay those of the base model"
+        default="frozen", description="whether running statistics stay those of the base model"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast on a GPU that has it, else fp32"
+        default="auto", description="auto: bf16 autocast on a GPU that has it, else fp32"
     )
-    checkpoint_seconds: float = Field(60.0, gt=0, description="least time between two checkpoints of a running task")
-    loader_processes: int = Field(0, ge=0, le=64, description="processes a worker that decode pictures ahead (0: in line)")
+    checkpoint_seconds: float = Field(
+        default=60.0, gt=0, description="least time between two checkpoints of a running task"
+    )
+    loader_processes: int = Field(
+        default=0, ge=0, le=64, description="processes a worker that decode pictures ahead (0: in line)"
+    )
 
 
 class LoraConfig(_Section):
     """Adapters of the method condu-lora: W + B A / sqrt(rank), A⁰ from the seed, B⁰ = 0 (our reconstruction of the released LoRA)."""
 
-    rank: int = Field(64, ge=1, le=1024, description="inner dimension of the adapters")
+    rank: int = Field(default=64, ge=1, le=1024, description="inner dimension of the adapters")
     targets: Literal["mlp", "linear"] = Field(
-        "mlp", description="mlp: the blocks' MLP layers (1x1 convolutions where a tower has no blocks); linear: all of them"
+        default="mlp",
+        description="mlp: the blocks' MLP layers (1x1 convolutions where a tower has no blocks); linear: all of them",
     )
     mode: Literal["shared_a", "factors", "exact"] = Field(
-        "shared_a", description="shared_a: A frozen, B fused; factors: both fused (published); exact: no fusion"
+        default="shared_a", description="shared_a: A frozen, B fused; factors: both fused (published); exact: no fusion"
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="of A at the start, the same for all tasks of a store")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of A at the start, the same for all tasks of a store")
 
 
 class FusionConfig(_Section):
     """How deltas become one unified delta."""
 
-    granularity: Granularity = Field("row", description="over what a rescaler is shared; published: l1")
+    granularity: Granularity = Field(default="row", description="over what a rescaler is shared; published: l1")
 
 
 class VoteConfig(_Section):
     """How experts answer together."""
 
-    k: int = Field(4, ge=1, le=64, description="most experts that run for a picture, besides the base model")
-    combine: Literal["mean_logits", "weighted"] = Field("weighted", description="published: mean_logits")
-    average: Literal["logits", "probabilities"] = Field("logits", description="what `weighted` averages")
-    temperature: float = Field(0.05, gt=0, le=10, description="of the softmax over similarities, for `weighted`")
-    base_weight: float | None = Field(None, ge=0, lt=1, description="share of the base model; unset: 1 / (experts + 1)")
-    adaptive: bool = Field(True, description="run fewer experts where the similarities decide")
-    union: Literal["joint", "routed"] = Field(
-        "routed", description="joint: every expert scores all labels; routed: those of the chosen tasks"
+    k: int = Field(default=4, ge=1, le=64, description="most experts that run for a picture, besides the base model")
+    combine: Literal["mean_logits", "weighted"] = Field(default="weighted", description="published: mean_logits")
+    average: Literal["logits", "probabilities"] = Field(default="logits", description="what `weighted` averages")
+    temperature: float = Field(
+        default=0.05, gt=0, le=10, description="of the softmax over similarities, for `weighted`"
     )
+    base_weight: float | None = Field(
+        default=None, ge=0, lt=1, description="share of the base model; unset: 1 / (experts + 1)"
+    )
+    adaptive: bool = Field(default=True, description="run fewer experts where the similarities decide")
+    union: Literal["joint", "routed"] = Field(
+        default="routed", description="joint: every expert scores all labels; routed: those of the chosen tasks"
+    )
+
+
+def _word_for_false(word: str) -> BeforeValidator:
+    """YAML reads a bare `no` or `off` as false; where it is one of a setting's words, it is that word."""
+    return BeforeValidator(lambda value: word if value is False else value)
 
 
 def _as_tasks(value: Any) -> Any:
@@ -118,26 +148,37 @@ def _as_tasks(value: Any) -> Any:
 class SessionConfig(_Section):
     """Everything that one run of `learn` needs; one YAML file holds one of these."""
 
-    store: str = Field("./condu-store", min_length=1, description="folder that holds the versions")
+    store: str = Field(default="./condu-store", min_length=1, description="folder that holds the versions")
     tasks: Annotated[dict[str, str], BeforeValidator(_as_tasks)] = Field(
         default_factory=dict, description="task name -> image folder, webdataset folder, CSV or torchvision name"
     )
-    method: MethodName = Field("condu", description="the system that learns; see `condu-ray methods`")
-    model: str = Field(DEFAULT_MODEL, min_length=1, description="open_clip name, 'local-dir:FOLDER', or 'default'")
-    pretrained: str | None = Field(None, description="open_clip tag or checkpoint file")
+    method: MethodName = Field(default="condu", description="the system that learns; see `condu-ray methods`")
+    model: str = Field(
+        default=DEFAULT_MODEL, min_length=1, description="open_clip name, 'local-dir:FOLDER', or 'default'"
+    )
+    pretrained: str | None = Field(default=None, description="open_clip tag or checkpoint file")
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     fusion: FusionConfig = FusionConfig()
     vote: VoteConfig = VoteConfig()
-    workers: int | None = Field(None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow")
-    parallel: Literal["auto", "tasks", "data"] = Field(
-        "auto", description="tasks: a worker a task; data: all workers share each task (DDP); auto: data for a single task"
+    workers: int | None = Field(
+        default=None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow"
     )
-    gpu: Literal["auto", "no"] = Field("auto", description="auto: GPUs where the cluster has them")
-    seed: int = Field(0, ge=0, lt=2**31, description="of splits, order of pictures, augmentation, adapters")
-    test_share: float = Field(0.2, gt=0, lt=1, description="of the pictures, where the data has no test split")
-    eval_pictures: int = Field(1000, ge=1, description="most test pictures a task in an evaluation (stratified, seeded)")
-    tracking: str | None = Field(None, description="MLflow tracking server; unset: a file beside the store; 'off': none")
+    parallel: Literal["auto", "tasks", "data"] = Field(
+        default="auto",
+        description="tasks: a worker a task; data: all workers share each task (DDP); auto: data for a single task",
+    )
+    gpu: Annotated[Literal["auto", "no"], _word_for_false("no")] = Field(
+        default="auto", description="auto: GPUs where the cluster has them"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of splits, order of pictures, augmentation")
+    test_share: float = Field(default=0.2, gt=0, lt=1, description="of the pictures, where the data has no test split")
+    eval_pictures: int = Field(
+        default=1000, ge=1, description="most test pictures a task in an evaluation (stratified, seeded)"
+    )
+    tracking: Annotated[str | None, _word_for_false("off")] = Field(
+        default=None, description="MLflow tracking server; unset: a file beside the store; 'off': none"
+    )
 
     @field_validator("tasks")
     @classmethod
@@ -164,10 +205,24 @@ class SessionConfig(_Section):
         return ModelSpec(name=self.model, pretrained=self.pretrained)
 
 
+SECTIONS = tuple(
+    name
+    for name, info in SessionConfig.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, _Section)
+)
+
+
 def check_task_name(name: str) -> str:
     """Raises ValueError unless the name can stand in a file name, a metric and a URL on every system."""
-    if not name or len(name) > 64 or not name[0].isalnum() or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
-        raise ValueError(f"task name '{name}' must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
+    if (
+        not name
+        or len(name) > 64
+        or not name[0].isalnum()
+        or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name)
+    ):
+        raise ValueError(
+            f"task name '{name}' must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+        )
     return name
 
 
@@ -213,34 +268,55 @@ def resolve(
     layers = [(dict(fixed or {}), "store")]
     layers += [(_from_file(file), f"file {file}")] if file else []
     layers += [(_from_environment(), "environment"), (dict(options), "option")]
+    faults: list[str] = []
     for layer, source in layers:
-        unknown = [name for name in layer if name not in known]
-        if unknown:
-            raise ConfigError(f"{source}: no setting '{unknown[0]}'", nearest(unknown[0], known))
         for name, value in layer.items():
-            merged[name] = value
-            origin[name] = source
+            if name in known:
+                merged[name] = value
+                origin[name] = source
+            else:
+                faults.append(f"no setting '{name}' (from {source}), {nearest(name, known)}")
     try:
         config = SessionConfig.model_validate(_nest(merged))
     except ValidationError as error:
-        raise ConfigError(_faults(error, origin), "see `condu-ray learn --help` for names and limits") from None
+        faults += _faults(error, origin)
+    if faults:
+        raise ConfigError("; ".join(faults), "see `condu-ray learn --help` for names and limits")
     found = fixed_by_store(config)
-    for name, value in (fixed or {}).items():
-        if found[name] != value:
-            raise ConfigError(
-                f"{name} is {found[name]} (from {origin[name]}), but this store was made with {value}",
-                f"leave {name} out, or use another --store",
-            )
+    if other := [name for name, value in (fixed or {}).items() if found[name] != value]:
+        raise ConfigError(
+            "; ".join(
+                f"{name} is {found[name]} (from {origin[name]}), but this store was made with {(fixed or {})[name]}"
+                for name in other
+            ),
+            f"leave {', '.join(other)} out, or use another --store",
+        )
     return config, origin
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a name given twice, where the plain loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"'{name}' is given twice", problem_mark=node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})", "give the path of a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path}: is not YAML ({line}{error.problem})", "mend that line") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML ({str(error).splitlines()[0]})", "mend that line") from None
+        raise ConfigError(f"{path}: is not YAML ({str(error).splitlines()[0]})", "give a text file in UTF-8") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -249,13 +325,14 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turns nested settings into dotted names; `tasks` stays one value."""
+    """Turns nested settings into dotted names; `tasks` stays one value, a section without content gives nothing."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping) and prefix + str(key) != "tasks":
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + str(key)] = value
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name != "tasks":
+            flat.update(flatten(value, f"{name}."))
+        elif value is not None or name not in SECTIONS:
+            flat[name] = value
     return flat
 
 
@@ -264,9 +341,16 @@ def _from_environment() -> dict[str, Any]:
         cast(type[BaseSettings], SessionConfig), env_prefix="CONDU_", env_nested_delimiter="__", case_sensitive=False
     )
     try:
-        return flatten(source())
+        found = flatten(source())
     except SettingsError as error:
         raise ConfigError(f"environment: {error}", "mend that CONDU_ variable") from None
+    known = [*SECTIONS, *dict(fields())]
+    for variable, value in os.environ.items():
+        name = variable.lower().removeprefix("condu_").replace("__", ".")
+        # Only a near miss is a slip: others' variables may start like ours (Kubernetes sets some for each service).
+        if variable.lower().startswith("condu_") and get_close_matches(name, known, n=1, cutoff=0.85):
+            found.setdefault(name, value)
+    return {name: value for name, value in found.items() if name not in SECTIONS}
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,11 +364,11 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _faults(error: ValidationError, origin: Mapping[str, str]) -> str:
+def _faults(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
     lines = []
     for fault in error.errors():
         name = ".".join(str(part) for part in fault["loc"][:2])
         name = name if name in origin else str(fault["loc"][0])
         message = fault["msg"].removeprefix("Value error, ")
         lines.append(f"{name} = {fault['input']!r} (from {origin.get(name, 'option')}): {message}")
-    return "; ".join(lines)
+    return lines

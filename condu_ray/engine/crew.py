@@ -145,7 +145,9 @@ class RayCrew:
             self._pool = self._hire()
         results = []
         try:
-            for result in ActorPool(self._pool).map(lambda actor, call: getattr(actor, call[0]).remote(*call[1]), calls):
+            for result in ActorPool(self._pool).map(
+                lambda actor, call: getattr(actor, call[0]).remote(*call[1]), calls
+            ):
                 results.append(result)
                 update(len(results), len(calls), "")
         except RayTaskError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ def unpack_pictures(arrays: Mapping[str, NDArray[Any]]) -> Split | None:
     return Split(pictures, np.array(arrays["labels"]))
 
 
-def ask(by: By, task: TaskData | TaskCard, pictures: Split, own: ObjectRef | None = None, buffers: ObjectRef | None = None) -> Question:
+def ask(
+    by: By, task: TaskData | TaskCard, pictures: Split, own: ObjectRef | None = None, buffers: ObjectRef | None = None
+) -> Question:
     return Question(by, task.name, tuple(task.classes), tuple(task.templates), pictures, own, buffers)
 
 
@@ -63,7 +65,9 @@ def learned_pictures(store: Store, manifest: Manifest | None) -> dict[str, Split
     return found
 
 
-def baseline(crew: Crew, task: TaskData, pictures: Split, own: ObjectRef | None, buffers: ObjectRef | None, update: Update) -> Baseline:
+def baseline(
+    crew: Crew, task: TaskData, pictures: Split, own: ObjectRef | None, buffers: ObjectRef | None, update: Update
+) -> Baseline:
     questions = [ask("base", task, pictures)]
     if own is not None:
         questions.append(ask("own", task, pictures, own, buffers))
@@ -105,17 +109,3 @@ def gain_kept(zero_shot: float | None, own: float | None, expert: float | None) 
 def fixed_figures(figures: Mapping[str, Any]) -> dict[str, float | None]:
     """Those of a task's figures that later versions carry on unchanged."""
     return {name: figures.get(name) for name in ("zero_shot", "own", "before")}
-
-
-def matrix_rows(manifests: Sequence[Manifest]) -> tuple[list[str], list[list[float | None]]]:
-    """Tasks of the newest version in the order learned, and row by row what the version that learned each measured."""
-    if not manifests:
-        return [], []
-    newest = manifests[-1]
-    by_version = {manifest.version: manifest for manifest in manifests}
-    names = [card.name for card in newest.tasks]
-    rows = []
-    for card in newest.tasks:
-        accuracy = by_version[card.learned_in].figures.get("accuracy", {}) if card.learned_in in by_version else {}
-        rows.append([accuracy.get(name) for name in names])
-    return names, rows

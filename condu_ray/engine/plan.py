@@ -10,12 +10,13 @@ from typing import Any
 
 from condu_ray.config import SessionConfig, fixed_by_store
 from condu_ray.data import TaskData, open_task
-from condu_ray.errors import ConfigError, NotFound
+from condu_ray.errors import ConfigError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.training import learning_rate_for, steps_for
 from condu_ray.models.load import load
-from condu_ray.store import Store, StoreHeader, create_store, open_store
+from condu_ray.store import Store, StoreHeader, create_store
+from condu_ray.store.header import open_existing
 from condu_ray.voting.open import layout_of
 
 
@@ -34,20 +35,6 @@ class Need:
     scorer: int
     version: int
     passing: int
-
-
-def open_existing(url: str) -> Store | None:
-    """The store there, or None if there is none yet."""
-    try:
-        return open_store(url)
-    except NotFound:
-        return None
-
-
-def fixed_settings(url: str) -> dict[str, Any] | None:
-    """What the store at `url` was made with; None if there is none yet."""
-    store = open_existing(url)
-    return None if store is None else store.header.settings
 
 
 def open_data(config: SessionConfig, stage: Any) -> list[TaskData]:
@@ -85,7 +72,9 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
     """What this session needs, for `parameters` of the base model and `learned` tasks in the store."""
     fused, total = layout.total, learned + len(tasks)
     plane = fused // 8
-    fuses = config.method in ("condu", "condu-lora") and not (config.method == "condu-lora" and config.lora.mode == "exact")
+    fuses = config.method in ("condu", "condu-lora") and not (
+        config.method == "condu-lora" and config.lora.mode == "exact"
+    )
     return Need(
         parameters=parameters,
         fused=fused,

@@ -32,7 +32,13 @@ def stage(name: str) -> Iterator[Update]:
 
 @contextmanager
 def _bar(name: str, console: Console) -> Iterator[Update]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(name, total=None, note="")
         yield lambda done, total, note: progress.update(bar, completed=done, total=total, note=note)

@@ -33,7 +33,7 @@ BATCH = 64
 _UNROUTED = make_prototypes(FeatureSums.zero(1, 1), np.ones((1, 1), np.float32), np.empty((0, 1), np.float32))
 
 
-By = Literal["base", "own", "expert", "vote"]
+By = Literal["base", "own", "expert", "vote", "union"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Question:
     """How many of these pictures are answered rightly, among the classes of their own task?
 
     by: `base` (θ⁰), `own` (the delta as trained), `expert` (what is left of it in the state), `vote` (θ⁰ and the nearest
-    experts, for a task that is not learned yet). own: where the delta is, and the buffers that training changed.
+    experts, for a task that is not learned yet), `union` (the same, and all learned classes compete; the right answer
+    names task and class). own: where the delta is, and the buffers that training changed.
     """
 
     by: By
@@ -72,6 +73,7 @@ class Scorer:
         self._clip = load(ModelSpec(**header.model), device, header.model_sha256)
         self._layout, self._config = layout_of(header), config
         self._method = registry.get(header.method)
+        self._vote = registry.vote_of(header.method, config.vote)
         self._newest: tuple[str, Classifier] | None = None
 
     def features(self, pictures: Split) -> NDArray[np.float32]:
@@ -90,10 +92,11 @@ class Scorer:
         if asked.by == "vote":
             space = LabelSpace.of_candidates(asked.classes, asked.templates)
         else:
-            space = classifier.label_space(asked.task)
+            space = classifier.label_space(None if asked.by == "union" else asked.task)
+        first = next(i for i, label in enumerate(space.labels) if label.task in (None, asked.task))
         right = 0
         for pixels, labels in self._batches(asked.pictures):
-            right += int((classifier.label_indices(pixels, space) == labels.numpy()).sum())
+            right += int((classifier.label_indices(pixels, space) == first + labels.numpy()).sum())
         return right
 
     def _together(self, snapshot: Snapshot | None, state: TaskState | None) -> Classifier:
@@ -102,8 +105,10 @@ class Scorer:
         if self._newest is None or self._newest[0] != snapshot.key:
             # One snapshot at a time: its experts are as large as models.
             experts = Experts(self._clip, self._method, self._layout, self._config, state, snapshot.buffers)
-            vote, thresholds = self._config.vote, snapshot.thresholds
-            self._newest = snapshot.key, Classifier(self._clip, snapshot.experts, experts, vote, thresholds, version=0)
+            self._newest = (
+                snapshot.key,
+                Classifier(self._clip, snapshot.experts, experts, self._vote, snapshot.thresholds, version=0),
+            )
         return self._newest[1]
 
     def _alone(self, asked: Question) -> Classifier:
@@ -113,7 +118,7 @@ class Scorer:
             buffers = self._store.get(asked.own_buffers) if asked.own_buffers else {}
             overrides = expert_of(self._clip, self._method, self._layout, self._config, delta, buffers)
         card = TaskExpert(asked.task, asked.classes, asked.templates, _UNROUTED)
-        return Classifier(self._clip, [card], lambda task: overrides, self._config.vote, None, version=0)
+        return Classifier(self._clip, [card], lambda task: overrides, self._vote, None, version=0)
 
     def _batches(self, pictures: Split) -> DataLoader[Any]:
         return DataLoader(PictureSet(pictures, self._clip.eval_transform), batch_size=BATCH)  # type: ignore[arg-type]

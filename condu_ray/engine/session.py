@@ -265,7 +265,9 @@ def _measured(
     learned = {card.name: (card, pictures[card.name]) for card in draft.tasks if card.name in pictures}
     accuracy = measure.accuracies(crew, snapshot, learned, later, update)
     cards = [
-        card.model_copy(update={"figures": measure.card_figures(card, accuracy, fused, measure.fixed_figures(card.figures))})
+        card.model_copy(
+            update={"figures": measure.card_figures(card, accuracy, fused, measure.fixed_figures(card.figures))}
+        )
         for card in draft.tasks
     ]
     thresholds = snapshot.thresholds

@@ -80,7 +80,9 @@ def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster
         workers = min(workers, 1 if ordered else jobs)
     if workers > places:
         kind = "GPUs" if gpu else "CPU cores"
-        raise TrainingError(f"{workers} workers need {workers} {kind}, the cluster has {places}", f"use --workers {max(1, places)}")
+        raise TrainingError(
+            f"{workers} workers need {workers} {kind}, the cluster has {places}", f"use --workers {max(1, places)}"
+        )
     return Group(workers, max(1, cluster.cpus // workers), gpu, shared)
 
 
@@ -201,7 +203,12 @@ def _reporter(board: Any) -> Callable[[Step], None]:
 
 
 def work_through(
-    store: Store, config: SessionConfig, jobs: Sequence[Job], place: Place, report: Callable[[Step], None], device: str = "cpu"
+    store: Store,
+    config: SessionConfig,
+    jobs: Sequence[Job],
+    place: Place,
+    report: Callable[[Step], None],
+    device: str = "cpu",
 ) -> None:
     """Trains these jobs one after another and puts each delta into the store; what is there already is left alone."""
     pending = [job for job in jobs if store.find(job.key, "delta") is None]
@@ -212,9 +219,7 @@ def work_through(
     method, layout = registry.get(header.method), layout_of(header)
     for job in pending:
         folder = store.work(job.key)
-        trained = train_task(
-            clip, method, layout, job.data, config, _start(store, job), place, _resume(folder), report
-        )
+        trained = train_task(clip, method, layout, job.data, config, _start(store, job), place, _resume(folder), report)
         if place.rank == 0:
             if trained.buffers:
                 store.put(job.key, "buffers", trained.buffers)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
+from condu_ray.config import VoteConfig
 from condu_ray.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class MethodInfo:
     trains: bool
     ordered: bool
     """True: training starts from the state before, so tasks are learned one after another."""
+    single: bool = False
+    """True: one model answers everything, so there is nobody to vote."""
 
 
 METHODS = {
@@ -44,12 +47,12 @@ METHODS = {
             trains=True,
             ordered=False,
         ),
-        MethodInfo("zero-shot", "zero_shot", "the base model answers everything", "baseline (CLIP)", trains=False, ordered=False),
+        MethodInfo("zero-shot", "zero_shot", "the base model answers everything", "baseline (CLIP)", trains=False, ordered=False, single=True),
         MethodInfo(
             "finetune", "finetune", "one separate dense model a task: the upper bound, and its cost", "baseline", trains=True, ordered=False
         ),
         MethodInfo(
-            "sequential", "sequential", "one model fine-tuned on task after task: it forgets", "baseline", trains=True, ordered=True
+            "sequential", "sequential", "one model fine-tuned on task after task: it forgets", "baseline", trains=True, ordered=True, single=True
         ),
     )
 }
@@ -60,6 +63,13 @@ def info(name: str) -> MethodInfo:
     if name not in METHODS:
         raise ConfigError(f"no method '{name}'", nearest(name, METHODS))
     return METHODS[name]
+
+
+def vote_of(name: str, vote: VoteConfig) -> VoteConfig:
+    """How this system's experts answer: as set, or, where one model answers everything, by that model alone."""
+    if not info(name).single:
+        return vote
+    return VoteConfig(k=1, combine="weighted", base_weight=0.0, adaptive=False, union="joint")
 
 
 def get(name: str) -> Method:

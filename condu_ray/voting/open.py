@@ -41,7 +41,9 @@ def load_classifier(url: str | Path, version: int | None = None, vote: Mapping[s
         clip,
         experts,
         expert_of,
-        VoteConfig.model_validate({**manifest.settings.get("vote", {}), **(vote or {})}),
+        registry.vote_of(
+            store.header.method, VoteConfig.model_validate({**manifest.settings.get("vote", {}), **(vote or {})})
+        ),
         Thresholds(**thresholds) if thresholds else None,
         manifest.version,
     )

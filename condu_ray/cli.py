@@ -1,0 +1,323 @@
+"""The command line: each command parses, calls and prints. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from condu_ray import __version__, reports
+from condu_ray.config import SessionConfig, resolve
+from condu_ray.errors import ConduError, ConfigError
+from condu_ray.options import with_settings
+
+app = typer.Typer(
+    help="A CLIP model that keeps learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Try: condu-ray demo | condu-ray learn cars --data ./cars | condu-ray predict picture.jpg",
+)
+
+DEFAULT_STORE = SessionConfig.model_fields["store"].default
+StoreOption = Annotated[str, typer.Option("--store", envvar="CONDU_STORE", help="folder that holds the versions")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+PicturesOption = Annotated[Path | None, typer.Option("--pictures", help="folder to draw pictures into")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command; exits 0 when done, 2 for the user's input or surroundings, 1 for a mistake of ours."""
+    try:
+        app(args=arguments, prog_name="condu-ray")
+    except ConduError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one ended", file=sys.stderr)
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        reports.say(f"condu-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass
+
+
+@app.command(epilog="Try: condu-ray learn cars --data ./cars --train.steps 200")
+@with_settings("tasks")
+def learn(
+    name: Annotated[str | None, typer.Argument(help="name of the task to learn from --data")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="image folder, webdataset folder, CSV (path,label) or torchvision name")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="a task; may be given several times")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings below")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print plan, need and merged settings; write nothing")
+    ] = False,
+    pictures: PicturesOption = None,
+    json: JsonOption = False,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Learns one task, or several at once, and publishes a version for each."""
+    tasks = _tasks(name, data, task)
+    settings = dict(settings or {}) | ({"tasks": tasks} if tasks else {})
+    merged, origin = _merge(settings, config)
+    from condu_ray.engine import command
+    from condu_ray.engine.progress import stage
+
+    if dry_run:
+        found, plan = command.dry_run(merged, stage)
+        values = _flat(merged)
+        if json:
+            reports.emit(
+                {"data": found, **plan, "settings": {n: {"value": v, "from": origin[n]} for n, v in values.items()}}
+            )
+            return
+        reports.show_data(found)
+        reports.show_plan(plan)
+        reports.show_table("settings", ("name", "value", "from"), [(n, str(v), origin[n]) for n, v in values.items()])
+        return
+    outcome = command.run(merged, stage, "condu-ray " + shlex.join(sys.argv[1:]))
+    drawn = command.draw_store(merged.store, pictures) if pictures else []
+    for warning in outcome.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if json:
+        reports.emit(
+            {
+                "data": outcome.data,
+                "made": [manifest.version for manifest in outcome.made],
+                "version": outcome.newest.version,
+                "tasks": reports.task_rows(outcome.newest),
+                "seconds": {str(manifest.version): manifest.seconds for manifest in outcome.made},
+                "pictures": [str(path) for path in drawn],
+            }
+        )
+        return
+    reports.show_data(outcome.data)
+    reports.show_tasks(outcome.newest)
+    if not outcome.made:
+        reports.say(f"nothing to do: version {outcome.newest.version} holds these tasks already")
+    reports.say(f"next: condu-ray predict PICTURE --store {merged.store}")
+
+
+def _tasks(name: str | None, data: str | None, tasks: list[str] | None) -> list[str]:
+    if (name is None) != (data is None):
+        missing = "--data PATH" if data is None else "the task's NAME"
+        raise ConfigError(f"{missing} is missing", "give both: condu-ray learn NAME --data PATH, or --task NAME=PATH")
+    return ([f"{name}={data}"] if name else []) + (tasks or [])
+
+
+def _merge(settings: dict[str, Any], file: Path | None) -> tuple[SessionConfig, dict[str, str]]:
+    """Settings with those that an existing store has fixed."""
+    from condu_ray.store.header import fixed_settings
+
+    first, _ = resolve(settings, file)
+    return resolve(settings, file, fixed_settings(first.store))
+
+
+def _flat(config: SessionConfig) -> dict[str, Any]:
+    from condu_ray.config import flatten
+
+    return flatten(config.model_dump())
+
+
+@app.command(epilog="Try: condu-ray predict cat.jpg --labels cat,dog,car")
+def predict(
+    image: Annotated[list[str], typer.Argument(help="pictures, or folders of pictures")],
+    task: Annotated[str | None, typer.Option(help="answer among this task's classes, by its expert alone")] = None,
+    labels: Annotated[str | None, typer.Option(metavar="A,B,C", help="answer among these words")] = None,
+    version: Annotated[int | None, typer.Option(help="version that answers [default: the newest]")] = None,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="labels listed for each picture")] = 5,
+    store: StoreOption = DEFAULT_STORE,
+    pictures: PicturesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Says what pictures show, by the vote of the nearest experts."""
+    from condu_ray.store import open_store
+
+    open_store(store).manifest(version)  # a wrong place is said before a model is loaded
+    from condu_ray.voting.open import load_classifier
+    from condu_ray.voting.pictures import classify_paths
+
+    classifier = load_classifier(store, version)
+    words = None if labels is None else [word.strip() for word in labels.split(",")]
+    answers = classify_paths(classifier, image, task, words, top)
+    if pictures:
+        from condu_ray.tracking.pictures import draw_votes
+
+        for index, answer in enumerate(answers):
+            draw_votes(answer, answer["image"], pictures / f"votes_{index:04d}.png")
+    if json:
+        reports.emit(answers)
+    else:
+        reports.show_answers(answers)
+
+
+@app.command()
+def tasks(
+    store: StoreOption = DEFAULT_STORE,
+    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Lists what a version has learned, and how much of it is left."""
+    from condu_ray.store import open_store
+
+    manifest = open_store(store).manifest(version)
+    reports.emit(reports.task_rows(manifest)) if json else reports.show_tasks(manifest)
+
+
+@app.command()
+def versions(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """Lists the versions of a store."""
+    from condu_ray.store import open_store
+
+    opened = open_store(store)
+    manifests = [opened.manifest(number) for number in opened.versions()]
+    reports.emit(reports.version_rows(manifests)) if json else reports.show_versions(manifests)
+
+
+@app.command()
+def show(
+    version: Annotated[int | None, typer.Argument(help="[default: the newest]")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    pictures: PicturesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Shows one version: tasks, figures, objects, settings."""
+    from condu_ray.store import open_store
+
+    opened = open_store(store)
+    manifest = opened.manifest(version)
+    if pictures:
+        from condu_ray.engine.command import draw
+
+        draw([opened.manifest(number) for number in opened.versions() if number <= manifest.version], pictures)
+    if json:
+        reports.emit(manifest.model_dump(mode="json"))
+    else:
+        reports.show_version(manifest, opened.header)
+
+
+@app.command()
+def diff(before: int, after: int, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """Shows how two versions differ."""
+    from condu_ray.store import open_store
+    from condu_ray.store.history import difference
+
+    found = difference(open_store(store), before, after)
+    reports.emit(found) if json else reports.show_difference(found)
+
+
+@app.command()
+def rollback(version: int, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """Makes a new version that is what an earlier one was."""
+    from condu_ray.store import open_store
+    from condu_ray.store.history import rollback as roll
+
+    made = roll(open_store(store), version)
+    reports.emit({"version": made.version, "from": version}) if json else reports.say(
+        f"version {made.version} is what version {version} was; next: condu-ray tasks --store {store}"
+    )
+
+
+@app.command()
+def forget(name: str, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """Makes a new version without a task; all others answer as before, bit for bit."""
+    from condu_ray.store import open_store
+
+    opened = open_store(store)
+    opened.manifest()
+    from condu_ray.engine.forget import forget as drop
+
+    made = drop(opened, name)
+    reports.emit({"version": made.version, "forgotten": name}) if json else reports.say(
+        f"version {made.version} is without {name}; earlier versions still hold it (condu-ray gc --keep 1 removes them)"
+    )
+
+
+@app.command()
+def evaluate(
+    data: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME=PATH", help="measure on this data instead")
+    ] = None,
+    labels: Annotated[str, typer.Option(help="task: the task is named; union: all learned classes compete")] = "task",
+    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Measures a version's accuracy on the test pictures of its tasks."""
+    from condu_ray.store import open_store
+
+    open_store(store).manifest(version)
+    from condu_ray.engine.evaluate import evaluate as measure
+    from condu_ray.engine.progress import stage
+
+    found = measure(store, version, labels, data or [], stage)
+    reports.emit(found) if json else reports.show_evaluation(found)
+
+
+@app.command()
+def methods(json: JsonOption = False) -> None:
+    """Lists the systems that can learn."""
+    from condu_ray.methods.registry import METHODS
+
+    rows = [{"name": m.name, "summary": m.summary, "source": m.source} for m in METHODS.values()]
+    if json:
+        reports.emit(rows)
+    else:
+        reports.show_table("methods", ("name", "what it does", "source"), [tuple(row.values()) for row in rows])
+
+
+@app.command()
+def gc(
+    keep: Annotated[int | None, typer.Option(min=1, help="how many of the newest versions stay [default: all]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Removes what no kept version needs."""
+    from dataclasses import asdict
+
+    from condu_ray.store import open_store
+
+    report = open_store(store).gc(keep, dry_run=dry_run)
+    reports.emit(asdict(report)) if json else reports.show_gc(report)
+
+
+@app.command()
+def doctor(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """Prints what an issue report needs: versions, machine, settings, state of the store."""
+    from condu_ray.doctor import examine
+
+    found = examine(store)
+    reports.emit(found) if json else reports.show_doctor(found)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for the stores and pictures")] = Path("condu-demo"),
+    json: JsonOption = False,
+) -> None:
+    """Learns five small domains: sequential fine-tuning forgets, ConDU keeps. Offline, at most four minutes on two cores."""
+    from condu_ray.benchmark.demo import run
+    from condu_ray.engine.progress import stage
+
+    found = run(out, stage)
+    reports.emit(found) if json else reports.show_demo(found)
+
+
+if __name__ == "__main__":
+    main()

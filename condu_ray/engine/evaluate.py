@@ -1,0 +1,94 @@
+"""Measures a published version on test pictures, spread over the cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from condu_ray.config import SessionConfig, resolve
+from condu_ray.data import Split, TaskData
+from condu_ray.engine import figures as measure
+from condu_ray.engine.cluster import connect, disconnect
+from condu_ray.engine.crew import RayCrew
+from condu_ray.engine.plan import open_data
+from condu_ray.engine.scoring import Snapshot
+from condu_ray.engine.session import Stage
+from condu_ray.errors import ConfigError, DataError, NotFound, nearest
+from condu_ray.store import Manifest, Store, TaskCard, open_store
+from condu_ray.voting.open import buffers_of, task_experts
+from condu_ray.voting.routing import Thresholds
+
+SPACES = ("task", "union")
+
+
+def evaluate(url: str, version: int | None, labels: str, data: list[str], stage: Stage) -> dict[str, Any]:
+    """Accuracy in percent on each task: {"version", "labels", "tasks": [{"name", "pictures", "accuracy"}], "mean"}.
+
+    labels: `task` (each picture's task is named) or `union` (all learned classes compete). data: NAME=PATH to measure a
+    learned task on its test split there; empty: the pictures that its session kept for testing.
+    """
+    if labels not in SPACES:
+        raise ConfigError(f"--labels {labels} is not a label space", nearest(labels, SPACES))
+    store = open_store(url)
+    manifest = store.manifest(version)
+    config, _ = resolve({"store": url, **({"tasks": data} if data else {})}, fixed=store.header.settings)
+    config = config.model_copy(update={"vote": config.vote.model_validate(manifest.settings["vote"])})
+    asked = _given(config, manifest, stage) if data else _kept(store, manifest)
+    cluster = connect()
+    crew = RayCrew(store, config, cluster)
+    try:
+        crew.hold(manifest)
+        thresholds = manifest.state.get("thresholds")
+        snapshot = Snapshot(
+            f"version-{manifest.version}",
+            tuple(task_experts(store, manifest)),
+            buffers_of(store, manifest),
+            Thresholds(**thresholds) if thresholds else None,
+        )
+        questions = [measure.ask("expert" if labels == "task" else "union", card, pictures) for card, pictures in asked]
+        with stage(f"evaluating version {manifest.version}") as update:
+            scores = crew.score(questions, snapshot, update)
+    finally:
+        crew.close()
+        disconnect(cluster)
+    rows = [
+        {"name": card.name, "pictures": len(pictures), "accuracy": score}
+        for (card, pictures), score in zip(asked, scores, strict=True)
+    ]
+    return {"version": manifest.version, "labels": labels, "tasks": rows, "mean": sum(scores) / len(scores)}
+
+
+def _kept(store: Store, manifest: Manifest) -> list[tuple[TaskCard, Split]]:
+    found = measure.learned_pictures(store, manifest)
+    gone = [card.name for card in manifest.tasks if card.name not in found]
+    if gone:
+        raise DataError(
+            f"the test pictures of {', '.join(gone)} are no longer where they were", f"say where: --task {gone[0]}=PATH"
+        )
+    if not found:
+        raise NotFound(f"version {manifest.version} has learned no task", "learn one with `condu-ray learn`")
+    return [(card, found[card.name]) for card in manifest.tasks]
+
+
+def _given(config: SessionConfig, manifest: Manifest, stage: Stage) -> list[tuple[TaskCard, Split]]:
+    asked = []
+    for task in open_data(config, stage):
+        card = manifest.task(task.name)
+        if card is None:
+            raise NotFound(
+                f"no task {task.name} in version {manifest.version}",
+                nearest(task.name, [c.name for c in manifest.tasks]),
+            )
+        _same_classes(card, task)
+        asked.append((card, task.test))
+    return asked
+
+
+def _same_classes(card: TaskCard, task: TaskData) -> None:
+    if list(task.classes) != card.classes:
+        strange = next((name for name in task.classes if name not in card.classes), None)
+        found = (
+            f"class {strange} is not one of task {card.name}"
+            if strange
+            else f"the classes of {card.name} differ in number or order"
+        )
+        raise DataError(found, "evaluate on pictures of the classes that were learned")

@@ -1,0 +1,56 @@
+"""Forgets a task: its trigger, prototypes and name leave the newest version; every other task stays bit for bit."""
+
+from __future__ import annotations
+
+from condu_ray.engine.keys import state_key
+from condu_ray.errors import NotFound, nearest
+from condu_ray.store import Manifest, Store
+from condu_ray.voting.open import TASK_OBJECTS, config_of, state_of, task_experts
+from condu_ray.voting.routing import calibrate
+
+
+def forget(store: Store, name: str) -> Manifest:
+    """Commits a version without the task. Raises NotFound for an unknown one, VersionTaken where another was faster.
+
+    Versions before it keep the task; `gc` removes its bytes once those are gone.
+    """
+    newest = store.manifest()
+    gone = newest.task(name)
+    if gone is None:
+        raise NotFound(
+            f"no task {name} in version {newest.version}", nearest(name, [card.name for card in newest.tasks])
+        )
+    config = config_of(store.header)
+    state = state_of(store, newest).forget(name)
+    key = state_key(newest, config, name, "forget")
+    fused = {
+        each: newest.objects[each] if each in newest.objects else store.put(key, each, arrays)
+        for each, arrays in state.objects().items()
+    }
+    theirs = tuple(f"{kind}{gone.uid}" for kind in TASK_OBJECTS)
+    by_task = {
+        each: ref for each, ref in newest.objects.items() if each.startswith(TASK_OBJECTS) and each not in theirs
+    }
+    draft = newest.model_copy(
+        update={
+            "version": newest.version + 1,
+            "parent": newest.version,
+            "kind": "forget",
+            "tasks": [card for card in newest.tasks if card.name != name],
+            "objects": {**by_task, **fused},
+            "message": f"forgot {name}",
+            "seconds": {},
+        }
+    )
+    experts = task_experts(store, draft)
+    thresholds = calibrate([each.prototypes for each in experts], newest.settings["vote"]["k"]) if experts else None
+    accuracy = {task: value for task, value in newest.figures.get("accuracy", {}).items() if task != name}
+    made = Manifest.model_validate(
+        draft.model_dump(exclude={"created"})
+        | {
+            "state": {"method": state.meta(), "thresholds": vars(thresholds) if thresholds else None},
+            "figures": {**newest.figures, "accuracy": accuracy},
+        }
+    )
+    store.commit(made)
+    return made

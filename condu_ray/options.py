@@ -1,0 +1,63 @@
+"""Turns every setting into a command-line option of the same name, so that file, environment and options agree."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from condu_ray.config import fields
+
+
+def with_settings(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds an option for every setting but those `left_out`; the command gets those that were given as `settings`.
+
+    Values stay text here: config.resolve checks them, with the same sentences as for a file.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        given = {name.replace(".", "__"): (name, info) for name, info in fields() if name not in left_out}
+
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            settings = {name: arguments.pop(key) for key, (name, _) in given.items()}
+            command(**arguments, settings={name: value for name, value in settings.items() if value is not None})
+
+        own = inspect.signature(command, eval_str=True).parameters
+        options = [
+            inspect.Parameter(
+                key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, _option(name, info)]
+            )
+            for key, (name, info) in given.items()
+        ]
+        kept = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, each in own.items() if name != "settings"]
+        run.__signature__ = inspect.Signature([*kept, *options])  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in [*kept, *options]}
+        return run
+
+    return decorate
+
+
+def _option(name: str, info: FieldInfo) -> Any:
+    section = name.partition(".")[0] if "." in name else "session"
+    default = "" if info.default is None else f" [default: {info.default}]"
+    return typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=f"{info.description}{default}",
+        metavar=_metavar(info.annotation),
+        rich_help_panel=f"Settings: {section}",
+        show_default=False,
+    )
+
+
+def _metavar(kind: Any) -> str:
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        return "|".join(str(choice) for choice in choices)
+    names = {int: "N", float: "X", bool: "yes|no"}
+    found = kind if kind in names else next((each for each in choices if each in names), None)
+    return names.get(found, "TEXT") if found is not None else "TEXT"

@@ -1,0 +1,254 @@
+"""What commands print: tables for people, one JSON document for programs (`--json`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from condu_ray.store import GcReport, Manifest, StoreHeader
+
+SKIPPED_SHOWN = 5
+
+
+def emit(document: Any) -> None:
+    """Prints JSON on standard output."""
+    print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def say(text: str = "") -> None:
+    """Prints a line for people, as it is."""
+    Console(highlight=False, markup=False, soft_wrap=True).print(text)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a table; numbers to the right, None as a dash."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    rows = [list(row) for row in rows]
+    for index, column in enumerate(columns):
+        numbers = all(isinstance(row[index], int | float | None) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row))
+    Console(highlight=False).print(table)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB with one digit."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def task_rows(manifest: Manifest) -> list[dict[str, Any]]:
+    """One object a task of a version."""
+    return [
+        {
+            "name": card.name,
+            "classes": card.classes,
+            "learned_in": card.learned_in,
+            "method": card.method,
+            "source": card.source,
+            "pictures": card.pictures,
+            "figures": card.figures,
+        }
+        for card in manifest.tasks
+    ]
+
+
+def show_tasks(manifest: Manifest) -> None:
+    """The table of a version: what each task was, is, and how much of its own fine-tuning is left."""
+    show_table(
+        f"version {manifest.version}: accuracy in percent on each task's test pictures",
+        ("task", "classes", "zero-shot", "before", "alone", "now", "kept %", "L2 error", "cosine"),
+        [
+            (
+                card.name,
+                len(card.classes),
+                card.figures.get("zero_shot"),
+                card.figures.get("before"),
+                card.figures.get("own"),
+                card.figures.get("expert"),
+                card.figures.get("gain_kept"),
+                _two(card.figures.get("relative_l2")),
+                _two(card.figures.get("cosine")),
+            )
+            for card in manifest.tasks
+        ],
+    )
+    say(
+        "zero-shot: the base model. before: the vote of the version before, which had not learned the task (zero-shot kept).\n"
+        "alone: fine-tuned for this task only. now: its expert in this version. kept: of what fine-tuning alone gains.\n"
+        "L2 error, cosine: the expert's delta against the one trained (fidelity)."
+    )
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def version_rows(manifests: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """One object a version, oldest first."""
+    return [
+        {
+            "version": each.version,
+            "kind": each.kind,
+            "parent": each.parent,
+            "tasks": [card.name for card in each.tasks],
+            "message": each.message,
+            "created": each.created,
+            "bytes": sum({ref.path: ref.bytes for ref in each.objects.values()}.values()),
+        }
+        for each in manifests
+    ]
+
+
+def show_versions(manifests: Sequence[Manifest]) -> None:
+    show_table(
+        "versions",
+        ("version", "what", "tasks", "size", "created"),
+        [
+            (r["version"], r["message"], len(r["tasks"]), megabytes(r["bytes"]), r["created"])
+            for r in version_rows(manifests)
+        ],
+    )
+
+
+def show_version(manifest: Manifest, header: StoreHeader) -> None:
+    say(f"version {manifest.version} ({manifest.message}), {manifest.created}")
+    say(f"method {header.method}, base model {header.model['name']} ({header.model_sha256[:12]})")
+    show_tasks(manifest)
+    rows = {ref.path: (name, ref.path, megabytes(ref.bytes), ref.sha256[:12]) for name, ref in manifest.objects.items()}
+    show_table("objects", ("name", "path", "size", "sha256"), rows.values())
+    if manifest.seconds:
+        say("seconds: " + ", ".join(f"{step} {seconds:.1f}" for step, seconds in manifest.seconds.items()))
+
+
+def show_difference(found: dict[str, Any]) -> None:
+    say(f"version {found['from']} -> {found['to']}, {megabytes(found['new_bytes'])} new")
+    say("learned: " + (", ".join(found["learned"]) or "nothing") + "; gone: " + (", ".join(found["gone"]) or "nothing"))
+    changes = [
+        (task, figure, before, after)
+        for task, figures in found["figures"].items()
+        for figure, (before, after) in figures.items()
+    ]
+    if changes:
+        show_table("figures that changed", ("task", "figure", "before", "after"), changes)
+    if found["settings"]:
+        show_table(
+            "settings that changed",
+            ("setting", "before", "after"),
+            [(n, str(a), str(b)) for n, (a, b) in found["settings"].items()],
+        )
+
+
+def show_answers(answers: Sequence[dict[str, Any]]) -> None:
+    show_table(
+        f"answers by version {answers[0]['version']}, label space {answers[0]['label_space']}"
+        if answers
+        else "no pictures",
+        ("image", "label", "task", "probability", "votes"),
+        [
+            (
+                each["image"],
+                each["label"],
+                each["task"],
+                f"{each['probability']:.3f}",
+                ", ".join(f"{vote['task'] or 'base'} {vote['weight']:.2f}" for vote in each["votes"]),
+            )
+            for each in answers
+        ],
+    )
+
+
+def show_data(found: Sequence[dict[str, Any]]) -> None:
+    """What was found in the data of each task."""
+    for each in found:
+        train, test = each["train"], each["test"]
+        width, height = each["width"], each["height"]
+        say(
+            f"{each['name']}: {len(each['classes'])} classes, {train['pictures']} pictures to train on "
+            f"({train['least_per_class']} to {train['most_per_class']} a class), {test['pictures']} to test on"
+            f"{' (split made here)' if each['split_made'] else ''}, {width['min']}x{height['min']} to "
+            f"{width['max']}x{height['max']} px"
+        )
+        for skipped in each["skipped"][:SKIPPED_SHOWN]:
+            say(f"  skipped {skipped['path']}: {skipped['reason']}")
+        if len(each["skipped"]) > SKIPPED_SHOWN:
+            say(f"  and {len(each['skipped']) - SKIPPED_SHOWN} more skipped")
+        if each["leaked"]:
+            say(f"  warning: {each['leaked']} test pictures are also among those to train on")
+
+
+def show_plan(plan: dict[str, Any]) -> None:
+    say(f"store {plan['store']} ({'exists' if plan['store_exists'] else 'will be made'})")
+    show_table(
+        "plan",
+        ("task", "action", "steps", "learning rate"),
+        [(t["name"], t["action"], t["steps"], f"{t['learning_rate']:g}") for t in plan["tasks"]],
+    )
+    names = {
+        "worker": "memory of a training process, without activations",
+        "fusion": "memory of the fusion actor at its peak",
+        "scorer": "memory of an evaluation process",
+        "version": "disk of each new version",
+        "passing": "disk until the tasks are committed",
+    }
+    say(f"{plan['need']['parameters']:,} parameters, {plan['need']['fused']:,} of them fused")
+    show_table("need", ("what", "about"), [(text, megabytes(plan["need"][name])) for name, text in names.items()])
+
+
+def show_evaluation(found: dict[str, Any]) -> None:
+    show_table(
+        f"version {found['version']}, label space {found['labels']}",
+        ("task", "pictures", "accuracy %"),
+        [(row["name"], row["pictures"], row["accuracy"]) for row in found["tasks"]] + [("mean", None, found["mean"])],
+    )
+
+
+def show_gc(report: GcReport) -> None:
+    would = "would free" if report.dry_run else "freed"
+    say(
+        f"{would} {megabytes(report.bytes)}: {len(report.versions)} versions, {len(report.objects)} objects, "
+        f"{len(report.leftovers)} leftovers"
+    )
+    if report.in_use:
+        say(f"kept {len(report.in_use)} young objects that a running session may need")
+
+
+def show_doctor(found: dict[str, Any]) -> None:
+    say(f"condu-ray {found['condu_ray']}, Python {found['python']}, {found['platform']}, {found['cpus']} CPUs")
+    say(", ".join(f"{name} {version or 'missing'}" for name, version in found["packages"].items()))
+    for name, value in found["environment"].items():
+        say(f"  {name}={value}")
+    store = found["store"]
+    if "fault" in store:
+        say(f"store: {store['fault']}")
+        return
+    say(
+        f"store {store['url']}: method {store['method']}, {store['versions']} versions, {store['tasks']} tasks, "
+        f"{store['objects']} objects, {megabytes(store['bytes'])}"
+    )
+    for path, fault in store["damaged"].items():
+        say(f"  damaged: {path}: {fault}")
+    if not store["damaged"]:
+        say("  every object is whole")
+
+
+def show_demo(found: dict[str, Any]) -> None:
+    show_table(
+        "five small domains, one after another: accuracy in percent",
+        ("method", "Transfer", "Average", "Last"),
+        [(name, row["transfer"], row["average"], row["last"]) for name, row in found["methods"].items()],
+    )
+    say("Transfer: tasks not yet learned. Average: over the whole stream. Last: all tasks, at the end.")
+    for picture in found["pictures"]:
+        say(f"picture: {picture}")

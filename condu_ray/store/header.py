@@ -1,0 +1,22 @@
+"""What a store fixed when it was made, read without loading anything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from condu_ray.errors import NotFound
+from condu_ray.store import Store, open_store
+
+
+def open_existing(url: str) -> Store | None:
+    """The store there, or None if there is none yet."""
+    try:
+        return open_store(url)
+    except NotFound:
+        return None
+
+
+def fixed_settings(url: str) -> dict[str, Any] | None:
+    """The settings (dotted names) that the store at `url` was made with; None if there is none yet."""
+    store = open_existing(url)
+    return None if store is None else store.header.settings

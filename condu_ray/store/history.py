@@ -1,0 +1,70 @@
+"""What happened in a store: rollback to an earlier version, and how two versions differ. Reads and writes manifests only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from condu_ray.store.base import Store
+from condu_ray.store.manifest import Manifest
+
+
+def rollback(store: Store, version: int) -> Manifest:
+    """Commits a new version that points to the objects of `version`; that one and all between stay.
+
+    Raises NotFound for a version that is not there, VersionTaken where another writer was faster.
+    """
+    target = store.manifest(version)
+    newest = store.manifest()
+    made = Manifest(
+        version=newest.version + 1,
+        parent=newest.version,
+        kind="rollback",
+        tasks=target.tasks,
+        objects=target.objects,
+        state=target.state,
+        settings=target.settings,
+        figures=target.figures,
+        message=f"rolled back to version {version}",
+    )
+    store.commit(made)
+    return made
+
+
+def difference(store: Store, before: int, after: int) -> dict[str, Any]:
+    """What changed from one version to another: tasks learned and gone, figures and settings that differ, bytes added."""
+    old, new = store.manifest(before), store.manifest(after)
+    old_tasks = {card.name: card for card in old.tasks}
+    new_tasks = {card.name: card for card in new.tasks}
+    known = {ref.path for ref in old.objects.values()}
+    settings = _flat(old.settings), _flat(new.settings)
+    return {
+        "from": before,
+        "to": after,
+        "learned": [name for name in new_tasks if name not in old_tasks],
+        "gone": [name for name in old_tasks if name not in new_tasks],
+        "figures": {
+            name: {
+                figure: [old_tasks[name].figures.get(figure), value]
+                for figure, value in card.figures.items()
+                if old_tasks[name].figures.get(figure) != value
+            }
+            for name, card in new_tasks.items()
+            if name in old_tasks
+        },
+        "settings": {
+            name: [settings[0].get(name), settings[1].get(name)]
+            for name in sorted({*settings[0], *settings[1]})
+            if settings[0].get(name) != settings[1].get(name)
+        },
+        "new_bytes": sum({ref.path: ref.bytes for ref in new.objects.values() if ref.path not in known}.values()),
+    }
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -86,7 +86,9 @@ def record(store: Store, tracking: Tracking, tasks: Sequence[TaskData], stage: S
         for index, manifest in enumerate(wanted):
             until = [each for each in manifests if each.version <= manifest.version]
             pictures = draw(until, Path(folder) / str(manifest.version))
-            warning = tracking.record(manifest, _losses(store, manifest), accuracy_matrix(until), pictures, source)
+            warning = tracking.record(
+                manifest, manifest.figures.get("losses", {}), accuracy_matrix(until), pictures, source
+            )
             warnings += [warning] if warning else []
             update(index + 1, len(wanted), "")
     return warnings
@@ -107,12 +109,3 @@ def draw_store(url: str, folder: Path) -> list[Path]:
     """Draws the pictures of a store's newest version."""
     store = open_store(url)
     return draw([store.manifest(version) for version in store.versions()], folder)
-
-
-def _losses(store: Store, manifest: Manifest) -> dict[str, list[tuple[int, float]]]:
-    """The loss curve of the task that the version learned, while its delta is still there."""
-    for card in manifest.tasks:
-        ref = store.find(card.train_key, "delta") if card.learned_in == manifest.version and card.train_key else None
-        if ref is not None:
-            return {card.name: [(int(step), float(loss)) for step, loss in store.get(ref)["losses"]]}
-    return {}

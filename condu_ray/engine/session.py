@@ -64,6 +64,7 @@ class _Known:
     figures: measure.Baseline
     delta: ObjectRef | None
     buffers: ObjectRef | None
+    losses: list[tuple[int, float]]
 
 
 def newest(store: Store) -> Manifest | None:
@@ -113,7 +114,8 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
         buffers = store.find(job.key, "buffers") if job.key else None
         with clock("evaluate"), stage(f"{job.data.name} before fusion") as update:
             base = measure.baseline(crew, job.data, pictures, delta, buffers, update)
-        known.append(_Known(job, prototypes, tests, pictures, base, delta, buffers))
+        losses = [(int(step), float(loss)) for step, loss in store.get(delta)["losses"]] if delta else []
+        known.append(_Known(job, prototypes, tests, pictures, base, delta, buffers, losses))
     made = []
     for index, one in enumerate(known):
         later = {each.job.data.name: (each.job.data, each.pictures) for each in known[index + 1 :]}
@@ -188,6 +190,8 @@ def _add(
             store.commit(manifest)
         except VersionTaken:
             continue
+        if one.delta is not None:
+            store.discard(one.job.key, "delta")  # fused: what is left of it is in the version
         return manifest
     raise StoreError(f"{MOST_RACES} other sessions were faster in a row", "run the same command again")
 
@@ -232,7 +236,7 @@ def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: F
         figures={"zero_shot": one.figures.zero_shot, "own": one.figures.own, "before": before},
         settings=training_settings(config),
     )
-    kept = [each for each in parent.tasks] if parent else []
+    kept = list(parent.tasks) if parent else []
     objects = {name: ref for name, ref in (parent.objects if parent else {}).items() if name.startswith(TASK_OBJECTS)}
     objects |= {f"prototypes-{version}": one.prototypes, f"tests-{version}": one.tests, **fused.objects}
     if one.buffers is not None:
@@ -272,4 +276,10 @@ def _measured(
     ]
     thresholds = snapshot.thresholds
     state = {**draft.state, "thresholds": vars(thresholds) if thresholds else None}
-    return draft.model_copy(update={"tasks": cards, "state": state, "figures": {"accuracy": accuracy}})
+    return draft.model_copy(
+        update={
+            "tasks": cards,
+            "state": state,
+            "figures": {"accuracy": accuracy, "losses": {one.job.data.name: one.losses}},
+        }
+    )

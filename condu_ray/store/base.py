@@ -98,6 +98,9 @@ class Store(Protocol):
         found since it was committed: a session that still runs may be about to name them.
         """
 
+    def discard(self, key: str, name: str) -> None:
+        """Removes an object that no version names, such as a delta whose task is committed; leaves any other."""
+
     def work(self, key: str) -> Path:
         """Returns a folder on this machine for unfinished work (checkpoints) on `key`; it survives a killed session."""
 

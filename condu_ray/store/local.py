@@ -210,6 +210,21 @@ class LocalStore:
         except OSError as error:
             raise refusal(error, "clean", self.root) from error
 
+    def discard(self, key: str, name: str) -> None:
+        path = object_path(key, name)
+        file = self.root / path
+        try:
+            with lock(self.root):
+                if any(
+                    ref.path == path for number in self.versions() for ref in self.manifest(number).objects.values()
+                ):
+                    return
+                file.unlink(missing_ok=True)
+                with suppress(OSError):  # other objects have the same key
+                    file.parent.rmdir()
+        except OSError as error:
+            raise refusal(error, "remove", file) from error
+
     def work(self, key: str) -> Path:
         object_path(key, "work")
         folder = self.root / "work" / key

@@ -7,6 +7,7 @@ is published, and a run that could not be written costs a warning, not the sessi
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -186,16 +187,17 @@ def version_alias(version: int) -> str:
 
 
 def _client(uri: str) -> MlflowClient:
-    # A server that went away after the session must not hold the command for MLflow's usual minutes.
+    # A server that went away after the session must not hold the command for MLflow's usual quarter of an hour, and
+    # standard output belongs to the command's own answer.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import logging
-
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils"):  # a page of lines when a database is new
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # a page of lines when a database is new
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # that an environment of uv has no pip
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -264,7 +266,7 @@ def _save_model(place: Path, store: str, version: int) -> None:
         str(place),
         python_model=str(Path(__file__).with_name("pyfunc_model.py")),
         model_config={"store": store, "version": version},
-        pip_requirements=[f"condu-ray=={__version__}"],
+        pip_requirements=[f"condu-ray=={__version__}"],  # explicit, or MLflow loads the model to find out
     )
 
 

@@ -126,8 +126,8 @@ def draw_votes(answer: Mapping[str, Any], image: str | Path | Image, path: Path)
     shown = figure.add_subplot(parts[:, 0])
     shown.imshow(pixels, interpolation="nearest" if max(pixels.shape[:2]) < 100 else "antialiased")
     shown.set_axis_off()
-    title = f"{_labelled(answer['label'], answer['task'])}\n{100 * answer['probability']:.0f} %, version {answer['version']}"
-    shown.set_title(title, fontsize=11)
+    surety = f"{100 * answer['probability']:.0f} %, version {answer['version']}"
+    shown.set_title(f"{_labelled(answer['label'], answer['task'])}\n{surety}", fontsize=11)
     _bars(figure.add_subplot(parts[0, 1]), labels, "probability of the label", COLOURS[0])
     _bars(figure.add_subplot(parts[1, 1]), votes, "weight of the vote", COLOURS[1])
     _save(figure, path)

@@ -7,15 +7,14 @@ The model's configuration says which version of which store answers. If the stor
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlflow
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from condu_ray.errors import DataError
 
-
-class ConduModel(PythonModel):
+class ConduModel(PythonModel):  # type: ignore[misc]  # MLflow is not followed
     """Answers with one version of a store, which is loaded once."""
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -25,26 +24,16 @@ class ConduModel(PythonModel):
         self._classifier = load_classifier(context.model_config["store"], context.model_config["version"])
 
     def predict(
-        self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> Sequence[Mapping[str, Any]]:
         """Returns one answer a picture.
 
-        model_input: paths of pictures, as a list or as column "image" of a DataFrame. Raises DataError otherwise.
+        model_input: paths of pictures. MLflow reads from the type that a table with the single column "image" may be
+        given as well. Raises DataError for a file that is no picture.
         """
         from condu_ray.voting.pictures import classify_paths
 
-        return classify_paths(self._classifier, _paths(model_input))
-
-
-def _paths(model_input: Any) -> list[str]:
-    if hasattr(model_input, "columns"):
-        if "image" not in model_input.columns:
-            columns = ", ".join(map(str, model_input.columns))
-            raise DataError(f"the table has no column 'image' (found {columns})", "name the column of paths 'image'")
-        return [str(path) for path in model_input["image"]]
-    if isinstance(model_input, str) or not hasattr(model_input, "__iter__"):
-        raise DataError(f"cannot predict for {model_input!r}", "give a list of picture paths")
-    return [str(path) for path in model_input]
+        return classify_paths(self._classifier, model_input)
 
 
 mlflow.models.set_model(ConduModel())

@@ -1,8 +1,8 @@
 """Every setting in one place: its name, unit, default and limits.
 
-The same names are used in a YAML file (nested), on the command line (dotted: `--train.steps 500`) and in the environment
-(`CONDU_TRAIN__STEPS=500`). An option beats the environment, which beats the file, which beats what the store was made
-with, which beats the default.
+The same names are used in a YAML file (nested), on the command line (dotted: `--train.steps 500`) and in the
+environment (`CONDU_TRAIN__STEPS=500`). An option beats the environment, which beats the file, which beats what the
+store was made with, which beats the default.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ class TrainConfig(_Section):
 
 
 class LoraConfig(_Section):
-    """Adapters of the method condu-lora: W + B A / sqrt(rank), A⁰ from the seed, B⁰ = 0 (our reconstruction of the released LoRA)."""
+    """Adapters of the method condu-lora: W + B A / sqrt(rank), A⁰ from the seed, B⁰ = 0.
+
+    Our reconstruction of the released LoRA.
+    """
 
     rank: int = Field(default=64, ge=1, le=1024, description="inner dimension of the adapters")
     targets: Literal["mlp", "linear"] = Field(
@@ -275,7 +278,7 @@ def resolve(
                 merged[name] = value
                 origin[name] = source
             else:
-                faults.append(f"no setting '{name}' (from {source}), {nearest(name, known)}")
+                faults.append(f"no setting '{name}' (from {source}; {nearest(name, known)})")
     try:
         config = SessionConfig.model_validate(_nest(merged))
     except ValidationError as error:

@@ -1,15 +1,15 @@
 """The errors a user can meet. Each says in one sentence what is wrong and how to mend it; the CLI exits with 2.
 
-    ConduError
-    ├── ConfigError      a setting, an option, a YAML file, the environment
-    ├── DataError        pictures, labels, class lists, splits
-    ├── ModelError       an open_clip name, tag, checkpoint, or weights that are not the store's
-    ├── FusionError      deltas that cannot be fused (NaN, another layout)
-    ├── TrainingError    training that cannot start or go on (NaN loss, too few resources)
-    └── StoreError       the folder or bucket that holds versions
-        ├── NotFound         no such store, version or task
-        ├── DamagedObject    bytes that do not match their sha256
-        └── VersionTaken     another writer committed this version number first
+ConduError
+├── ConfigError      a setting, an option, a YAML file, the environment
+├── DataError        pictures, labels, class lists, splits
+├── ModelError       an open_clip name, tag, checkpoint, or weights that are not the store's
+├── FusionError      deltas that cannot be fused (NaN, another layout)
+├── TrainingError    training that cannot start or go on (NaN loss, too few resources)
+└── StoreError       the folder or bucket that holds versions
+    ├── NotFound         no such store, version or task
+    ├── DamagedObject    bytes that do not match their sha256
+    └── VersionTaken     another writer committed this version number first
 """
 
 from __future__ import annotations
@@ -71,11 +71,15 @@ class VersionTaken(StoreError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns 'did you mean X?' for the known name closest to `name`, or the list of known names (at most ten)."""
+    """Returns 'did you mean X?' for the known name closest to `name`, or the list of known names (at most ten).
+
+    Upper and lower case count as the same.
+    """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
+    folded = {each.casefold(): each for each in names}
+    close = get_close_matches(name.casefold(), folded, n=1)
     if close:
-        return f"did you mean {close[0]}?"
+        return f"did you mean {folded[close[0]]}?"
     if not names:
         return "there are none yet"
     return "known: " + ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -10,17 +10,20 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import condu_ray  # noqa: F401  (sets what Ray reads when it is imported)
 
 if TYPE_CHECKING:
     from condu_ray.models.clip import Clip
 
-TINY = {
+TINY: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 32,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
@@ -28,29 +31,110 @@ TINY = {
     },
     "preprocess_cfg": {},
 }
+CONVOLUTIONAL: dict[str, Any] = {
+    "model_cfg": {
+        **TINY["model_cfg"],
+        "vision_cfg": {
+            "image_size": 32,
+            "timm_model_name": "test_efficientnet",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+        },
+    },
+    "preprocess_cfg": {},
+}
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random open_clip model (32 px, 32 wide), the same in every run; its name is 'local-dir:FOLDER'."""
+def _write_model(folder: Path, config: dict[str, Any]) -> Path:
     import open_clip
     import torch
     from safetensors.torch import save_file
 
-    folder = tmp_path_factory.mktemp("tiny-clip")
-    (folder / "open_clip_config.json").write_text(json.dumps(TINY), encoding="utf-8")
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = open_clip.CLIP(**TINY["model_cfg"])
+        model = open_clip.CLIP(**config["model_cfg"])
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_clip(tiny_model_dir: Path) -> Clip:
-    """The base model of `tiny_model_dir`."""
+def _load(folder: Path) -> Clip:
     from condu_ray.config import ModelSpec
     from condu_ray.models.load import load
 
-    return load(ModelSpec(name=f"local-dir:{tiny_model_dir}"))
+    return load(ModelSpec(name=f"local-dir:{folder}"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random open_clip model (32 px, 32 wide), the same in every run; its name is 'local-dir:FOLDER'."""
+    return _write_model(tmp_path_factory.mktemp("tiny-clip"), TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tiny_model_dir: Path) -> Clip:
+    """The base model of `tiny_model_dir`."""
+    return _load(tiny_model_dir)
+
+
+@pytest.fixture(scope="session")
+def conv_clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    """A random base model whose image tower is a small EfficientNet: BatchNorm, 1x1 and depthwise convolutions."""
+    return _load(_write_model(tmp_path_factory.mktemp("conv-clip"), CONVOLUTIONAL))
+
+
+TASKS = {
+    "colours": ("red", "green", "blue"),
+    "stripes": ("across", "upright", "slanted"),
+    "places": ("corner", "middle", "edge"),
+}
+TRAIN_EACH, TEST_EACH, SIDE = 12, 6, 32
+
+
+@pytest.fixture(scope="session")
+def picture_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three tiny tasks of 3 classes as image folders: name -> folder with train/ and test/; always the same bytes."""
+    root = tmp_path_factory.mktemp("pictures")
+    for task, classes in TASKS.items():
+        for label, name in enumerate(classes):
+            for number in range(TRAIN_EACH + TEST_EACH):
+                part = "train" if number < TRAIN_EACH else "test"
+                file = root / task / part / name / f"{number:02d}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(draw(task, label, number)).save(file)
+    return {task: root / task for task in TASKS}
+
+
+def draw(task: str, label: int, number: int) -> np.ndarray:
+    """One picture u8[SIDE, SIDE, 3]: what tells the classes apart, with noise drawn from `number`."""
+    random = np.random.RandomState(1000 * list(TASKS).index(task) + 100 * label + number)
+    pixels = np.full((SIDE, SIDE, 3), 60.0)
+    row, column = np.mgrid[:SIDE, :SIDE]
+    if task == "colours":
+        pixels[..., label] += 120
+    elif task == "stripes":
+        pixels += 100 * (((row, column, row + column)[label] // 4) % 2)[..., None]
+    else:
+        top, left = ((0, 0), (12, 12), (0, 12))[label]
+        pixels[top : top + 8, left : left + 8] += 140
+    return np.clip(pixels + random.uniform(-25, 25, pixels.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray cluster for the whole run, which engine.cluster.connect joins; with more logical cores than there are."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=300_000_000,
+        log_to_driver=False,
+        logging_level="ERROR",
+        namespace="condu-ray",
+    )
+    yield
+    ray.shutdown()

@@ -1,16 +1,15 @@
-"""ConDU with full fine-tuning: train from θ⁰, fuse the delta (arXiv 2503.10705, sections on decoupling and unifying)."""
+"""ConDU with full fine-tuning: train from θ⁰, fuse the delta (arXiv 2503.10705, decoupling and unifying)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from numpy.typing import NDArray
-
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.state import FusionState
 from condu_ray.methods.full import expert, layout, prepare
+from condu_ray.methods.protocol import Stored
 from condu_ray.methods.states import FusedState
 
 __all__ = ["empty", "expert", "layout", "load", "prepare"]
@@ -20,7 +19,5 @@ def empty(layout: Layout, config: SessionConfig) -> FusedState:
     return FusedState(FusionState.empty(layout, config.fusion.granularity))
 
 
-def load(
-    layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Mapping[str, Mapping[str, NDArray[Any]]]
-) -> FusedState:
+def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> FusedState:
     return FusedState.load(layout, meta, objects)

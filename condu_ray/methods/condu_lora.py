@@ -1,7 +1,7 @@
 """ConDU with LoRA: the factors' deltas are fused (arXiv 2503.10705, the LoRA variant).
 
-shared_a (our reconstruction, default): A stays at A⁰, only B is trained and fused. factors: A and B, element by element, as
-published. exact: no fusion, factors kept in float16 (our baseline).
+shared_a (our reconstruction, default): A stays at A⁰, only B is trained and fused. factors: A and B, element by
+element, as published. exact: no fusion, factors kept in float16 (our baseline).
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from numpy.typing import NDArray
 from torch import nn
 
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.state import FusionState
-from condu_ray.methods.protocol import TaskState, Vector
+from condu_ray.methods.protocol import Stored, TaskState, Vector
 from condu_ray.methods.states import FusedState, SeparateState
 from condu_ray.models.clip import Clip, Overrides
 from condu_ray.models.lora import (
@@ -29,7 +28,7 @@ from condu_ray.models.lora import (
 
 
 def _adapters(clip: Clip, config: SessionConfig) -> Adapters:
-    return plan_adapters(clip.model, config.lora.rank, config.lora.targets, config.seed)
+    return plan_adapters(clip.model, config.lora.rank, config.lora.targets, config.lora.seed, config.train.towers)
 
 
 def _fused(adapters: Adapters, config: SessionConfig) -> Factors:
@@ -47,17 +46,15 @@ def empty(layout: Layout, config: SessionConfig) -> TaskState:
     return FusedState(FusionState.empty(layout, config.fusion.granularity))
 
 
-def load(
-    layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Mapping[str, Mapping[str, NDArray[Any]]]
-) -> TaskState:
+def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> TaskState:
     if config.lora.mode == "exact":
         return SeparateState.load(layout, meta, objects)
     return FusedState.load(layout, meta, objects)
 
 
 def _factors(adapters: Adapters, layout: Layout, delta: Vector | None) -> Factors:
-    moved = {} if delta is None else {name: adapters.start[name] + change for name, change in layout.views(delta).items()}
-    return {**adapters.start, **moved}
+    moved = {} if delta is None else layout.views(delta)
+    return {**adapters.start, **{name: adapters.start[name] + change for name, change in moved.items()}}
 
 
 def prepare(

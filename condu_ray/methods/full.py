@@ -32,7 +32,9 @@ def prepare(
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     model = copy.deepcopy(clip.model).float()
     parameters = dict(model.named_parameters())
-    trained = {entry.name: parameters[entry.name].requires_grad_(True) for entry in layout.entries}
+    trained = {entry.name: parameters[entry.name] for entry in layout.entries}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
     if start is not None:
         with torch.no_grad():
             for name, values in layout.views(start).items():

@@ -16,6 +16,9 @@ from condu_ray.models.clip import Clip, Overrides
 Vector = NDArray[np.float32]
 """f32[layout.total]: a delta in layout order."""
 
+Stored = Mapping[str, Mapping[str, NDArray[Any]]]
+"""Object name -> arrays, as they come back from a store."""
+
 Arrays = dict[str, dict[str, NDArray[Any]]]
 """Object name -> arrays. Along one lineage of versions the same name always means the same bytes."""
 
@@ -31,10 +34,16 @@ class TaskState(Protocol):
         """The state after `task`. Raises FusionError for a name that is taken or a delta that is not finite."""
 
     def forget(self, task: str) -> TaskState:
-        """The state without `task`; every other task's delta stays as it is, bit for bit."""
+        """The state without `task`; every other task's delta stays as it is, bit for bit.
+
+        Raises FusionError for a task that is not in it.
+        """
 
     def delta(self, task: str) -> Vector | None:
-        """The delta that this task's expert has now; None where the base model answers."""
+        """The delta that this task's expert has now; None where the base model answers.
+
+        Raises FusionError for a task that is not in the state.
+        """
 
     def objects(self) -> Arrays:
         """Everything large that a version needs to hold."""
@@ -52,9 +61,7 @@ class Method(Protocol):
     def empty(self, layout: Layout, config: SessionConfig) -> TaskState:
         """The state before the first task."""
 
-    def load(
-        self, layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Mapping[str, Mapping[str, NDArray[Any]]]
-    ) -> TaskState:
+    def load(self, layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> TaskState:
         """The state that `objects()` and `meta()` of an earlier one describe."""
 
     def prepare(

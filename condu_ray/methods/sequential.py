@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from numpy.typing import NDArray
-
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.full import expert, layout, prepare
+from condu_ray.methods.protocol import Stored
 from condu_ray.methods.states import LatestState
 
 __all__ = ["empty", "expert", "layout", "load", "prepare"]
@@ -19,7 +18,5 @@ def empty(layout: Layout, config: SessionConfig) -> LatestState:
     return LatestState(layout)
 
 
-def load(
-    layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Mapping[str, Mapping[str, NDArray[Any]]]
-) -> LatestState:
+def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> LatestState:
     return LatestState.load(layout, meta, objects)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from condu_ray.errors import FusionError
+from condu_ray.errors import FusionError, nearest
 from condu_ray.fusion import state as fused_state
 from condu_ray.fusion.forget import forget
 from condu_ray.fusion.layout import Layout
@@ -21,15 +21,13 @@ from condu_ray.fusion.reconstruct import (
 )
 from condu_ray.fusion.state import FusionState
 from condu_ray.fusion.unify import unify
-from condu_ray.methods.protocol import Arrays, Vector
-
-Stored = Mapping[str, Mapping[str, NDArray[Any]]]
+from condu_ray.methods.protocol import Arrays, Stored, Vector
 
 PROBE_COUNT = 65_536
 PROBE_SEED = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FusedState:
     """ConDU: one unified delta and one trigger a task, with a sample of each delta by which fidelity is told later.
 
@@ -69,10 +67,11 @@ class FusedState:
     @classmethod
     def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored) -> FusedState:
         fused = fused_state.load(layout, meta["granularity"], objects)
-        return cls(fused, {trigger.name: objects[f"probe-{trigger.uid}"]["values"] for trigger in fused.tasks})
+        probes = {trigger.name: _stored(objects, f"probe-{trigger.uid}", "values") for trigger in fused.tasks}
+        return cls(fused, probes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SeparateState:
     """Every task's delta apart, dense; in half precision where `half`."""
 
@@ -87,16 +86,16 @@ class SeparateState:
         return tuple(self.deltas)
 
     def add(self, task: str, delta: Vector) -> SeparateState:
-        _check(self.layout, self.tasks, task, delta)
-        kept = delta.astype(np.float16) if self.half else delta
+        _check_delta(self.layout, self.tasks, task, delta)
         return replace(
             self,
-            deltas={**self.deltas, task: kept},
+            deltas={**self.deltas, task: _half(task, delta) if self.half else delta},
             uids={**self.uids, task: self.next_uid},
             next_uid=self.next_uid + 1,
         )
 
     def forget(self, task: str) -> SeparateState:
+        _check_task(self.tasks, task)
         return replace(
             self,
             deltas={name: d for name, d in self.deltas.items() if name != task},
@@ -104,7 +103,8 @@ class SeparateState:
         )
 
     def delta(self, task: str) -> Vector:
-        return self.deltas[task].astype(np.float32)
+        _check_task(self.tasks, task)
+        return self.deltas[task].astype(np.float32, copy=False)
 
     def objects(self) -> Arrays:
         return {f"delta-{self.uids[name]}": {"delta": delta} for name, delta in self.deltas.items()}
@@ -114,13 +114,16 @@ class SeparateState:
 
     @classmethod
     def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored) -> SeparateState:
-        deltas = {name: objects[f"delta-{uid}"]["delta"] for name, uid in meta["uids"].items()}
+        deltas = {name: _stored(objects, f"delta-{uid}", "delta") for name, uid in meta["uids"].items()}
         return cls(layout, meta["half"], deltas, dict(meta["uids"]), meta["next_uid"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LatestState:
-    """Sequential fine-tuning: one model, moved on by every task; all tasks are answered by the newest."""
+    """Sequential fine-tuning: one model, moved on by every task; all tasks are answered by the newest.
+
+    What a task did to the model cannot be taken out again, so forgetting drops its name; without any task it is θ⁰.
+    """
 
     layout: Layout
     names: tuple[str, ...] = ()
@@ -132,13 +135,15 @@ class LatestState:
         return self.names
 
     def add(self, task: str, delta: Vector) -> LatestState:
-        _check(self.layout, self.names, task, delta)
+        _check_delta(self.layout, self.names, task, delta)
         return replace(self, names=(*self.names, task), latest=delta, uid=self.uid + 1)
 
     def forget(self, task: str) -> LatestState:
-        return replace(self, names=tuple(name for name in self.names if name != task))
+        names = _without(self.names, task)
+        return replace(self, names=names, latest=self.latest if names else None)
 
     def delta(self, task: str) -> Vector | None:
+        _check_task(self.names, task)
         return self.latest
 
     def objects(self) -> Arrays:
@@ -150,7 +155,7 @@ class LatestState:
     @classmethod
     def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored) -> LatestState:
         uid = meta["uid"]
-        latest = objects[f"latest-{uid}"]["delta"] if uid else None
+        latest = _stored(objects, f"latest-{uid}", "delta") if meta["tasks"] else None
         return cls(layout, tuple(meta["tasks"]), latest, uid)
 
 
@@ -165,13 +170,14 @@ class NamesState:
         return self.names
 
     def add(self, task: str, delta: Vector) -> NamesState:
+        _check_name(self.names, task)
         return NamesState((*self.names, task))
 
     def forget(self, task: str) -> NamesState:
-        return NamesState(tuple(name for name in self.names if name != task))
+        return NamesState(_without(self.names, task))
 
     def delta(self, task: str) -> None:
-        return None
+        _check_task(self.names, task)
 
     def objects(self) -> Arrays:
         return {}
@@ -180,10 +186,40 @@ class NamesState:
         return {"kind": "names", "tasks": list(self.names)}
 
 
-def _check(layout: Layout, tasks: tuple[str, ...], task: str, delta: Vector) -> None:
-    if task in tasks:
-        raise FusionError(f"task {task} is in the state already", "forget it first, or choose another name")
+def _check_name(tasks: tuple[str, ...], task: str) -> None:
+    if not task or task in tasks:
+        raise FusionError(f"task '{task}' is in the state already" if task else "a task needs a name (found '')")
+
+
+def _check_task(tasks: tuple[str, ...], task: str) -> None:
+    if task not in tasks:
+        raise FusionError(f"task '{task}' is not in the state", nearest(task, tasks))
+
+
+def _check_delta(layout: Layout, tasks: tuple[str, ...], task: str, delta: Vector) -> None:
+    _check_name(tasks, task)
     if delta.shape != (layout.total,) or delta.dtype != np.float32:
-        raise FusionError(f"task {task}: its delta is {delta.dtype}{list(delta.shape)}, the layout holds f32[{layout.total}]")
+        found = f"{delta.dtype}{list(delta.shape)}"
+        raise FusionError(f"task {task}: its delta is {found}, the layout holds float32[{layout.total}]")
     if not np.isfinite(delta).all():
         raise FusionError(f"task {task}: its delta holds NaN or infinity", "train with a smaller --train.lr")
+
+
+def _without(tasks: tuple[str, ...], task: str) -> tuple[str, ...]:
+    _check_task(tasks, task)
+    return tuple(name for name in tasks if name != task)
+
+
+def _half(task: str, delta: Vector) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):  # refused by name below
+        half = delta.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise FusionError(f"task {task}: its delta exceeds half precision (65504)", "train with a smaller --train.lr")
+    return half
+
+
+def _stored(objects: Stored, name: str, array: str) -> NDArray[Any]:
+    try:
+        return objects[name][array]
+    except KeyError:
+        raise FusionError(f"object '{name}' with array '{array}' is missing", "give one version's objects") from None

@@ -7,32 +7,40 @@ killed goes on from a checkpoint to the same result.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from condu_ray.config import SMALL_MODEL_PARAMETERS, SessionConfig
 from condu_ray.data import TaskData
-from condu_ray.data.loading import PictureSet
 from condu_ray.data.templates import prompts
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
+from condu_ray.methods.batches import batches, seed_of
+from condu_ray.methods.checkpoint import Checkpoint, Losses, Resume, checkpoint_of, restore
 from condu_ray.methods.protocol import Method, Vector
 from condu_ray.models.clip import Clip, class_embeddings
 
+__all__ = [
+    "Checkpoint",
+    "Place",
+    "Resume",
+    "Step",
+    "Trained",
+    "learning_rate_for",
+    "schedule",
+    "steps_for",
+    "train_task",
+]
+
 BETAS = (0.9, 0.999)
 EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 100, 1000
-
-Checkpoint = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -46,16 +54,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Resume:
-    """Loads and saves the checkpoint of a running task (None: none yet)."""
-
-    load: Callable[[], Checkpoint | None] = lambda: None
-    save: Callable[[Checkpoint], None] = lambda checkpoint: None
-
-
-@dataclass(frozen=True)
 class Step:
-    """What is reported while a task trains."""
+    """What is reported while a task trains. loss: of this process's share of the batch."""
 
     task: str
     step: int
@@ -70,7 +70,7 @@ class Trained:
 
     delta: Vector
     buffers: dict[str, NDArray[Any]]
-    losses: list[tuple[int, float]]
+    losses: Losses
 
 
 def steps_for(pictures: int, config: SessionConfig) -> int:
@@ -92,7 +92,7 @@ def learning_rate_for(parameters: int, config: SessionConfig) -> float:
 
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Factor of the peak rate at `step` (from 0): linear over the first `warmup` share, cosine to 0 after."""
-    rising = math.ceil(warmup * steps)
+    rising = math.ceil(warmup * steps - 1e-9)  # 0.07 of 100 steps is 7, whatever the last bit says
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
@@ -111,42 +111,49 @@ def train_task(
 ) -> Trained:
     """Trains `task` from θ⁰ (or θ⁰ + start) and returns what changed, relative to θ⁰.
 
-    Every process of a data-parallel group calls this alike and gets the same result; only rank 0 saves checkpoints.
-    Raises TrainingError for a loss that is not finite, naming the step.
+    Every process of a data-parallel group calls this alike and gets the same delta; only rank 0 saves checkpoints.
+    Raises TrainingError, in every process at the same step, for a loss or gradient that is not finite.
     """
     place, resume = place or Place(), resume or Resume()
+    if config.train.batch_size < place.size:
+        raise TrainingError(
+            f"a batch of {config.train.batch_size} pictures cannot be shared by {place.size} workers",
+            f"use --workers {config.train.batch_size} or a larger --train.batch-size",
+        )
     steps = steps_for(len(task.train), config)
     model, parameters = method.prepare(clip, layout, config, start)
     _set_modes(model, config)
     before = {name: tensor.detach().clone() for name, tensor in model.named_buffers()}
     loss_of = _TaskLoss(model, _text_of(clip, task, config), config)
-    optimiser = torch.optim.AdamW(
-        list(parameters.values()), lr=1.0, betas=BETAS, weight_decay=config.train.weight_decay, foreach=clip.device.type == "cuda"
-    )
-    first, losses = _restore(resume.load(), parameters, optimiser, model)
-    module = place.wrap(loss_of)
     peak = learning_rate_for(clip.parameter_count(), config)
-    batches = _batches(task, clip, config, place, range(first, steps))
+    optimiser = torch.optim.AdamW(
+        list(parameters.values()),
+        lr=peak,
+        betas=BETAS,
+        weight_decay=config.train.weight_decay,
+        foreach=clip.device.type == "cuda",
+    )
+    saved_state = resume.load()
+    first, losses = restore(saved_state, parameters, optimiser, model) if saved_state else (0, [])
+    module = place.wrap(loss_of)
     autocast = _precision(clip, config)
-    saved = time.monotonic()
-    for step, (pixels, labels) in zip(range(first, steps), batches, strict=True):
-        begun = time.monotonic()
-        torch.manual_seed(_seed_of(config.seed, "dropout", step, place.rank))
+    begun = saved = time.monotonic()
+    rest = range(first, steps)
+    for step, (pixels, labels) in zip(rest, batches(task, clip, config, rest, place.rank, place.size), strict=True):
+        torch.manual_seed(seed_of(config.seed, "dropout", step, place.rank))
         for group in optimiser.param_groups:
             group["lr"] = peak * schedule(step, steps, config.train.warmup)
         optimiser.zero_grad(set_to_none=True)
-        loss = _backward(module, pixels, labels, config.train.accumulate, autocast)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"task {task.name}: the loss is {loss} at step {step + 1} of {steps}",
-                f"train with a smaller --train.lr (it was {peak:g}) or --train.precision fp32",
-            )
+        loss = _backward(module, pixels, labels, config, place, autocast)
+        _check_finite(task, step, steps, peak, loss, parameters)
         optimiser.step()
         if step % max(1, steps // 100) == 0 or step == steps - 1:
             losses.append((step + 1, loss))
-        on_step(Step(task.name, step + 1, steps, loss, config.train.batch_size / max(1e-9, time.monotonic() - begun)))
-        if place.rank == 0 and step < steps - 1 and time.monotonic() - saved >= config.train.checkpoint_seconds:
-            resume.save(_checkpoint(step + 1, losses, parameters, optimiser, model))
+        now = time.monotonic()
+        on_step(Step(task.name, step + 1, steps, loss, config.train.batch_size / max(1e-9, now - begun)))
+        begun = now
+        if place.rank == 0 and step < steps - 1 and now - saved >= config.train.checkpoint_seconds:
+            resume.save(checkpoint_of(step + 1, losses, parameters, optimiser, model))
             saved = time.monotonic()
     return Trained(_delta(clip, method, layout, config, parameters), _changed(model, before), losses)
 
@@ -189,64 +196,49 @@ def _set_modes(model: nn.Module, config: SessionConfig) -> None:
 def _precision(clip: Clip, config: SessionConfig) -> Callable[[], Any]:
     device = clip.device.type
     wanted = config.train.precision
-    half = wanted == "bf16" or (wanted == "auto" and device == "cuda" and torch.cuda.is_bf16_supported())
+    half = wanted == "bf16" or (wanted == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(False))
     return lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=half)
 
 
-def _backward(module: nn.Module, pixels: Tensor, labels: Tensor, parts: int, autocast: Callable[[], Any]) -> float:
+def _backward(
+    module: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    config: SessionConfig,
+    place: Place,
+    autocast: Callable[[], Any],
+) -> float:
+    """Adds up the gradient of the global batch's mean loss; returns the mean loss of this share."""
+    batch_size = config.train.batch_size
+    # As many parts in every process, whatever its share: each part's backward pass waits for the others.
+    parts = min(config.train.accumulate, batch_size // place.size)
     total = 0.0
-    for some_pixels, some_labels in zip(pixels.chunk(parts), labels.chunk(parts), strict=True):
+    for some_pixels, some_labels in zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True):
         with autocast():
-            loss = module(some_pixels, some_labels) * (len(some_labels) / len(labels))
-        loss.backward()
-        total += float(loss.detach())
+            loss = module(some_pixels, some_labels)
+        # Gradients are averaged over processes, whose shares may differ by one picture.
+        (loss * (len(some_labels) * place.size / batch_size)).backward()
+        total += float(loss.detach()) * len(some_labels) / len(labels)
     return total
 
 
-def _batches(
-    task: TaskData, clip: Clip, config: SessionConfig, place: Place, steps: range
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of every global batch: pictures in an order, and with augmentation, given by the seed alone."""
-    pictures = PictureSet(task.train, clip.train_transform)
-    loader = DataLoader(
-        cast(Any, pictures),
-        batch_sampler=_Order(len(task.train), config, place, steps),
-        num_workers=config.train.loader_processes,
-        persistent_workers=False,
-    )
-    for pixels, labels in loader:
-        if clip.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        yield pixels.to(clip.device), labels.to(clip.device)
+def _check_finite(
+    task: TaskData, step: int, steps: int, peak: float, loss: float, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """The gradient is looked at too: it is the same in every process, so all of them stop or none."""
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+        raise TrainingError(
+            f"task {task.name}: the {what} is {value} at step {step + 1} of {steps}",
+            f"train with a smaller --train.lr (it was {peak:g}) or --train.precision fp32",
+        )
 
 
-class _Order:
-    """Batches of (index, seed) pairs: epoch after epoch, each a permutation, cut into global batches and then by rank."""
-
-    def __init__(self, count: int, config: SessionConfig, place: Place, steps: range) -> None:
-        self.count, self.config, self.place, self.steps = count, config, place, steps
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size, seed = self.config.train.batch_size, self.config.seed
-        shuffled: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
-        for step in self.steps:
-            batch = []
-            for position in range(step * size, (step + 1) * size)[self.place.rank :: self.place.size]:
-                epoch, place = divmod(position, self.count)
-                if epoch != shuffled[0]:
-                    shuffled = epoch, np.random.default_rng([seed, epoch]).permutation(self.count)
-                batch.append((int(shuffled[1][place]), _seed_of(seed, "augment", position)))
-            yield batch
-
-
-def _seed_of(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
-
-
-def _delta(clip: Clip, method: Method, layout: Layout, config: SessionConfig, parameters: Mapping[str, nn.Parameter]) -> Vector:
+def _delta(
+    clip: Clip, method: Method, layout: Layout, config: SessionConfig, parameters: Mapping[str, nn.Parameter]
+) -> Vector:
     _, start = method.prepare(clip, layout, config, None)
     return layout.flatten({name: (parameters[name].detach() - start[name].detach()).cpu() for name in parameters})
 
@@ -257,41 +249,3 @@ def _changed(model: nn.Module, before: Mapping[str, Tensor]) -> dict[str, NDArra
         for name, tensor in model.named_buffers()
         if not torch.equal(tensor, before[name])
     }
-
-
-def _checkpoint(
-    step: int,
-    losses: list[tuple[int, float]],
-    parameters: Mapping[str, nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    model: nn.Module,
-) -> Checkpoint:
-    arrays: Checkpoint = {"step": np.array([step]), "losses": np.array(losses, np.float64).reshape(-1, 2)}
-    for name, parameter in parameters.items():
-        arrays[f"parameter/{name}"] = parameter.detach().cpu().numpy()
-        if moments := optimiser.state.get(parameter):  # none where a model does not use a parameter
-            arrays[f"first/{name}"] = moments["exp_avg"].cpu().numpy()
-            arrays[f"second/{name}"] = moments["exp_avg_sq"].cpu().numpy()
-    arrays.update({f"buffer/{name}": tensor.cpu().numpy() for name, tensor in model.named_buffers()})
-    return arrays
-
-
-def _restore(
-    checkpoint: Checkpoint | None, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer, model: nn.Module
-) -> tuple[int, list[tuple[int, float]]]:
-    if checkpoint is None:
-        return 0, []
-    step = int(checkpoint["step"][0])
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(torch.tensor(checkpoint[f"parameter/{name}"]))
-            if f"first/{name}" not in checkpoint:
-                continue
-            optimiser.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": torch.empty_like(parameter).copy_(torch.tensor(checkpoint[f"first/{name}"])),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(torch.tensor(checkpoint[f"second/{name}"])),
-            }
-        for name, tensor in model.named_buffers():
-            tensor.copy_(torch.tensor(checkpoint[f"buffer/{name}"]))
-    return step, [(int(at), float(loss)) for at, loss in checkpoint["losses"]]

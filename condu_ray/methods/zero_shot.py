@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from numpy.typing import NDArray
+import numpy as np
 from torch import nn
 
 from condu_ray.config import SessionConfig
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
-from condu_ray.methods.protocol import Vector
+from condu_ray.methods.protocol import Stored, Vector
 from condu_ray.methods.states import NamesState
 from condu_ray.models.clip import Clip, Overrides
 
 
 def layout(clip: Clip, config: SessionConfig) -> Layout:
-    return Layout.of({})
+    # A layout holds at least one tensor; this one never learns.
+    return Layout.of({"logit_scale": np.zeros((), np.float32)})
 
 
 def empty(layout: Layout, config: SessionConfig) -> NamesState:
     return NamesState()
 
 
-def load(
-    layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Mapping[str, Mapping[str, NDArray[Any]]]
-) -> NamesState:
+def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> NamesState:
     return NamesState(tuple(meta["tasks"]))
 
 

@@ -46,7 +46,7 @@ class Clip:
     @property
     def logit_scale(self) -> float:
         """exp of the learned log temperature (100 for OpenAI's CLIP)."""
-        return float(self.model.logit_scale.detach().float().exp())  # type: ignore[operator, union-attr]
+        return float(self.model.get_parameter("logit_scale").detach().float().exp())
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
@@ -67,7 +67,8 @@ class Clip:
 
     def _encode(self, kind: str, values: Tensor, expert: Overrides | None) -> Tensor:
         overrides = {f"clip.{name}": tensor for name, tensor in (expert or {}).items()}
-        return functional_call(self._encoder, overrides, (kind, values)).float()  # type: ignore[no-any-return]
+        features: Tensor = functional_call(self._encoder, overrides, (kind, values))
+        return features.float()
 
 
 class _Encoder(nn.Module):
@@ -85,7 +86,8 @@ class _Encoder(nn.Module):
 def class_embeddings(clip: Clip, prompts: Sequence[Sequence[str]], expert: Overrides | None = None) -> Tensor:
     """One unit vector a class, f32[C, D]: mean of the unit vectors of its prompts, made unit again (CLIP, appendix)."""
     means = class_means(clip, prompts, expert)
-    return means / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    unit: Tensor = means / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return unit
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def class_means(clip: Clip, prompts: Sequence[Sequence[str]], expert: Overrides 
     """Mean of the unit vectors of each class's prompts, f32[C, D], not made unit again."""
     features = clip.texts([text for texts in prompts for text in texts], expert)
     sizes = [len(texts) for texts in prompts]
-    return torch.stack([part.mean(dim=0) for part in features.split(sizes)])
+    return torch.stack([part.mean(dim=0) for part in torch.split(features, sizes)])
 
 
 def expert_overrides(clip: Clip, delta: Mapping[str, NDArray[np.float32]]) -> Overrides:

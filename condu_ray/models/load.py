@@ -22,7 +22,8 @@ def load(spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None)
     """Loads θ⁰ in evaluation mode, without gradients.
 
     Raises ModelError for an unknown name, tag or file, for a model without pretrained weights (open_clip would hand out
-    random ones), and for weights whose digest is not `expect_sha256` (those of the store).
+    random ones), for weights named beside a folder that brings its own (open_clip would ignore them), and for weights
+    whose digest is not `expect_sha256` (those of the store).
     """
     name = f"{LOCAL_DIR}{SHIPPED}" if spec.name == DEFAULT_MODEL else spec.name
     _check_names(spec, name)
@@ -31,7 +32,7 @@ def load(spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None)
     logging.root.setLevel(logging.CRITICAL + 1)
     try:
         model, train_transform, eval_transform = open_clip.create_model_and_transforms(
-            name, pretrained=spec.pretrained, device=device
+            name, pretrained=spec.pretrained, device=device, require_pretrained=True
         )
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
@@ -65,20 +66,29 @@ def load(spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None)
 
 
 def _check_names(spec: ModelSpec, name: str) -> None:
-    if name.startswith(LOCAL_DIR):
-        if not (Path(name.removeprefix(LOCAL_DIR)) / "open_clip_config.json").is_file():
+    if name.startswith((LOCAL_DIR, "hf-hub:")):
+        if spec.pretrained is not None:
             raise ModelError(
-                f"model {spec.name}: no open_clip_config.json there", "name a folder with that file and open_clip_model.safetensors"
+                f"model {spec.name} brings its own weights, so {spec.pretrained} would be ignored",
+                "leave --pretrained out",
             )
-        return
-    if name.startswith("hf-hub:"):
+        folder = Path(name.removeprefix(LOCAL_DIR))
+        if name.startswith(LOCAL_DIR) and not (folder / "open_clip_config.json").is_file():
+            raise ModelError(
+                f"model {spec.name}: no open_clip_config.json there",
+                "name a folder with that file and open_clip_model.safetensors",
+            )
         return
     if name not in open_clip.list_models():
         raise ModelError(f"model {name} is not an open_clip name", nearest(name, open_clip.list_models()))
+    tags = open_clip.list_pretrained_tags_by_model(name)
     if spec.pretrained is None:
-        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = ", ".join(tags[:8]) or "no tags known"
+        raise ModelError(f"model {name} needs weights", f"add --pretrained with a checkpoint file or a tag ({known})")
+    tag = spec.pretrained.lower().replace("-", "_")
+    if tag not in tags and not Path(spec.pretrained).is_file():
         raise ModelError(
-            f"model {name} needs weights", f"add --pretrained with a checkpoint file or a tag ({', '.join(tags[:8]) or 'no tags known'})"
+            f"model {name}: {spec.pretrained} is neither a checkpoint file nor a tag of this model", nearest(tag, tags)
         )
 
 

@@ -1,0 +1,165 @@
+"""Adapters: they start at θ⁰ exactly, and merged they answer as they did while they were trained."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from condu_ray.errors import ModelError
+from condu_ray.models.clip import Clip
+from condu_ray.models.load import weights_sha256
+from condu_ray.models.lora import Adapters, Factors, inject, merged_weights, plan_adapters
+
+TEXTS = ["a photo of a cat.", "a drawing of a dog."]
+BOTH = pytest.mark.parametrize("fixture", ["tiny_clip", "conv_clip"])
+
+
+@pytest.fixture
+def clip(fixture: str, request: pytest.FixtureRequest) -> Clip:
+    found: Clip = request.getfixturevalue(fixture)
+    return found
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def answers(model: nn.Module, clip: Clip, pixels: Tensor) -> Tensor:
+    laid_out = pixels.contiguous(memory_format=torch.channels_last) if clip.channels_last else pixels
+    with torch.no_grad():
+        images = model.encode_image(laid_out, normalize=True)
+        return torch.cat([images, model.encode_text(clip.tokenizer(TEXTS), normalize=True)])
+
+
+def trained(clip: Clip, adapters: Adapters, pixels: Tensor) -> tuple[nn.Module, Factors]:
+    """The adapted model after two steps that change both factors, and the factors."""
+    model = copy.deepcopy(clip.model)
+    parameters = inject(model, adapters, adapters.start)
+    optimiser = torch.optim.SGD(parameters.values(), lr=0.5)
+    for _ in range(2):
+        optimiser.zero_grad()
+        images = model.encode_image(pixels, normalize=True)
+        (images[:2] * model.encode_text(clip.tokenizer(TEXTS), normalize=True)).sum().backward()
+        optimiser.step()
+    return model, {name: parameter.detach().numpy().copy() for name, parameter in parameters.items()}
+
+
+@BOTH
+@pytest.mark.parametrize("targets", ["mlp", "linear"])
+def test_at_the_start_the_adapted_model_is_the_base_model(clip: Clip, targets: str, pixels: Tensor) -> None:
+    adapters = plan_adapters(clip.model, 4, targets, seed=0)
+    model = copy.deepcopy(clip.model)
+    inject(model, adapters, adapters.start)
+    assert torch.equal(answers(model, clip, pixels), answers(clip.model, clip, pixels))
+    for name, weight in merged_weights(clip.model, adapters, adapters.start).items():
+        assert torch.equal(weight, clip.model.get_parameter(name)), name
+
+
+@BOTH
+@pytest.mark.parametrize("targets", ["mlp", "linear"])
+def test_merged_weights_answer_as_the_trained_adapters(clip: Clip, targets: str, pixels: Tensor) -> None:
+    adapters = plan_adapters(clip.model, 4, targets, seed=0)
+    model, factors = trained(clip, adapters, pixels)
+    for name, factor in factors.items():
+        assert not np.array_equal(factor, adapters.start[name]), name
+    expert = merged_weights(clip.model, adapters, factors)
+    found = torch.cat([clip.images(pixels, expert), clip.texts(TEXTS, expert)])
+    torch.testing.assert_close(found, answers(model, clip, pixels), atol=1e-5, rtol=0)
+    assert not torch.allclose(found, answers(clip.model, clip, pixels), atol=1e-3)
+    assert weights_sha256(clip.model) == clip.sha256
+
+
+def test_merging_adds_the_product_over_the_root_of_the_rank(tiny_clip: Clip) -> None:
+    adapters = plan_adapters(tiny_clip.model, 4, "mlp", seed=0)
+    name = adapters.layers[0]
+    b = np.random.default_rng(0).standard_normal(adapters.start[f"{name}.lora_B"].shape).astype(np.float32)
+    merged = merged_weights(tiny_clip.model, adapters, {**adapters.start, f"{name}.lora_B": b})[f"{name}.weight"]
+    expected = tiny_clip.model.get_parameter(f"{name}.weight").numpy() + b @ adapters.start[f"{name}.lora_A"] / 2
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_seed_alone_decides_the_start(tiny_clip: Clip) -> None:
+    one, same, other = (plan_adapters(tiny_clip.model, 4, "mlp", seed) for seed in (3, 3, 4))
+    for name, factor in one.start.items():
+        assert factor.dtype == np.float32
+        assert np.array_equal(factor, same.start[name])
+        assert np.array_equal(factor, other.start[name]) == name.endswith("lora_B"), name
+        assert not name.endswith("lora_B") or not factor.any()
+
+
+def test_the_start_is_the_same_in_every_release(tiny_clip: Clip) -> None:
+    """A store holds the seed of A⁰, not A⁰: were it drawn differently, every LoRA expert would be lost."""
+    adapters = plan_adapters(tiny_clip.model, 4, "mlp", seed=0)
+    name = "visual.transformer.resblocks.0.mlp.c_fc"
+    assert adapters.layers[0] == name
+    a = adapters.start[f"{name}.lora_A"]
+    assert a.shape == (4, 64)
+    np.testing.assert_allclose(a[0, :3] * 8, [1.7640524, 0.4001572, 0.978738], rtol=1e-6)
+    assert a.std() * 8 == pytest.approx(1, abs=0.1)
+
+
+def test_mlp_means_the_mlp_layers_of_both_towers(tiny_clip: Clip) -> None:
+    found = plan_adapters(tiny_clip.model, 2, "mlp", seed=0).layers
+    expected = {
+        f"{tower}transformer.resblocks.{block}.mlp.{layer}"
+        for tower in ("visual.", "")
+        for block in (0, 1)
+        for layer in ("c_fc", "c_proj")
+    }
+    assert set(found) == expected
+    assert len(found) == 8
+
+
+def test_a_tower_without_blocks_is_adapted_in_its_1x1_convolutions(conv_clip: Clip) -> None:
+    found = plan_adapters(conv_clip.model, 2, "mlp", seed=0).layers
+    image = {name for name in found if name.startswith("visual.")}
+    kernels = {
+        name
+        for name, layer in conv_clip.model.named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
+    }
+    assert len(kernels) > 10
+    assert image == kernels | {"visual.head.proj"}
+    assert {name for name in found if name not in image} == {
+        f"transformer.resblocks.{block}.mlp.{layer}" for block in (0, 1) for layer in ("c_fc", "c_proj")
+    }
+
+
+def test_linear_means_every_linear_layer(tiny_clip: Clip) -> None:
+    found = plan_adapters(tiny_clip.model, 2, "linear", seed=0).layers
+    assert len(found) == 12
+    assert sum(name.endswith("attn.out_proj") for name in found) == 4
+
+
+def test_where_only_the_image_tower_learns_only_it_is_adapted(tiny_clip: Clip) -> None:
+    found = plan_adapters(tiny_clip.model, 2, "mlp", 0, towers="image").layers
+    assert len(found) == 4
+    assert all(name.startswith("visual.") for name in found)
+
+
+def test_a_weight_that_two_layers_share_is_adapted_once(tiny_clip: Clip, pixels: Tensor) -> None:
+    base = copy.deepcopy(tiny_clip.model)
+    blocks = base.get_submodule("visual.transformer.resblocks")
+    blocks[1].mlp.c_fc.weight = blocks[0].mlp.c_fc.weight
+    tied = replace(tiny_clip, model=base)
+    adapters = plan_adapters(base, 4, "mlp", seed=0)
+    assert len(adapters.layers) == 7
+    model, factors = trained(tied, adapters, pixels)
+    expert = merged_weights(base, adapters, factors)
+    torch.testing.assert_close(
+        torch.cat([tied.images(pixels, expert), tied.texts(TEXTS, expert)]),
+        answers(model, tied, pixels),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_a_model_without_a_linear_layer_is_refused() -> None:
+    with pytest.raises(ModelError, match="no linear layer to adapt"):
+        plan_adapters(nn.Sequential(nn.Conv2d(3, 4, 3)), 2, "mlp", seed=0)

@@ -15,11 +15,18 @@ NAMESPACE = "condu-ray"
 
 @dataclass(frozen=True)
 class Cluster:
-    """What can be asked for: CPU cores and GPUs over all nodes; `joined`: it was running before and goes on after."""
+    """What can be asked for. nodes: (CPU cores, GPUs) of each; joined: it was running before and goes on after."""
 
-    cpus: int
-    gpus: int
+    nodes: tuple[tuple[int, int], ...]
     joined: bool
+
+    @property
+    def cpus(self) -> int:
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        return sum(gpus for _, gpus in self.nodes)
 
 
 def connect() -> Cluster:
@@ -31,7 +38,7 @@ def connect() -> Cluster:
             if joined:
                 ray.init(**quiet)
             else:
-                # A private cluster on loopback, gone with this process: it needs no token, and leaves none in the home folder.
+                # A private cluster on loopback, gone with this process: it needs no token, and leaves none behind.
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
                 ray.init(address="local", include_dashboard=False, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -40,8 +47,8 @@ def connect() -> Cluster:
                 f"Ray cluster {os.environ.get('RAY_ADDRESS', 'on this machine')}: {reason}",
                 "check RAY_ADDRESS and RAY_AUTH_MODE, or unset RAY_ADDRESS to run on this machine",
             ) from error
-    found = ray.cluster_resources()
-    return Cluster(cpus=int(found.get("CPU", 0)), gpus=int(found.get("GPU", 0)), joined=joined)
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Cluster(tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found), joined)
 
 
 def disconnect(cluster: Cluster) -> None:

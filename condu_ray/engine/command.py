@@ -12,9 +12,10 @@ from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData, describe
 from condu_ray.engine.cluster import connect, disconnect
 from condu_ray.engine.crew import RayCrew
-from condu_ray.engine.plan import create, open_data, plan
+from condu_ray.engine.plan import header_of, open_data, plan
 from condu_ray.engine.session import Stage, learn, newest, to_learn
-from condu_ray.store import Manifest, Store, open_store
+from condu_ray.engine.train import check_workers
+from condu_ray.store import Manifest, Store, create_store, open_store
 from condu_ray.store.header import open_existing
 from condu_ray.tracking.history import accuracy_matrix, histories
 from condu_ray.tracking.mlflow_run import Tracking, open_tracking
@@ -42,13 +43,19 @@ def run(config: SessionConfig, stage: Stage, source: str) -> Outcome:
     tracking = _tracking(config)
     made: list[Manifest] = []
     if missing:
-        store = store or create(config)
+        header = None if store else header_of(config)[0]
         cluster = connect()
-        crew = RayCrew(store, config, cluster)
         try:
-            made = learn(store, config, tasks, crew, stage)
+            check_workers(config, len(missing), cluster)
+            if header:
+                store = create_store(config.store, header)
+            assert store is not None
+            crew = RayCrew(store, config, cluster)
+            try:
+                made = learn(store, config, tasks, crew, stage)
+            finally:
+                crew.close()
         finally:
-            crew.close()
             disconnect(cluster)
     assert store is not None
     manifest = newest(store)
@@ -85,10 +92,10 @@ def record(store: Store, tracking: Tracking, tasks: Sequence[TaskData], stage: S
     with stage("recording") as update, tempfile.TemporaryDirectory() as folder:
         for index, manifest in enumerate(wanted):
             until = [each for each in manifests if each.version <= manifest.version]
-            pictures = draw(until, Path(folder) / str(manifest.version))
-            warning = tracking.record(
-                manifest, manifest.figures.get("losses", {}), accuracy_matrix(until), pictures, source
-            )
+            picture = Path(folder) / f"accuracy_over_versions_{manifest.version}.png"
+            draw_history(histories(until), picture)
+            losses, matrix = manifest.figures.get("losses", {}), accuracy_matrix(until)
+            warning = tracking.record(manifest, losses, matrix, [picture], source)
             warnings += [warning] if warning else []
             update(index + 1, len(wanted), "")
     return warnings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -19,11 +20,12 @@ from condu_ray.engine.fusing import Fused, Fuser
 from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import Question, Scorer, Snapshot
 from condu_ray.engine.train import Job, train
-from condu_ray.errors import ConduError
+from condu_ray.errors import ConduError, TrainingError
 from condu_ray.store import Manifest, ObjectRef, Store
 
 CHUNK = 256  # pictures a call; fixed, so that sums do not depend on the number of actors
 TRIES = 3
+HIRE_SECONDS, LONGEST_HIRE_SECONDS = 60.0, 900.0
 
 
 class Crew(Protocol):
@@ -49,7 +51,7 @@ class Crew(Protocol):
 
 
 class FusionActor(Fuser):
-    """Ray actor that owns the state of one store and publishes it in the object store, where readers map it without a copy.
+    """Ray actor that owns the state of one store and publishes it in the object store: readers map it without a copy.
 
     One call at a time. References come in a list, so that Ray does not send the arrays along with the answer.
     """
@@ -74,7 +76,7 @@ class RayCrew:
         self._fusion = (
             ray.remote(FusionActor)
             .options(
-                name=f"fusion-{store.header.id}",
+                name=_fusion_name(store),
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 num_cpus=0,
@@ -160,7 +162,27 @@ class RayCrew:
         options = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_restarts": -1, "max_task_retries": TRIES}
         actor = ray.remote(Scorer).options(**options)
         given = (self._store.url, self._config, "cuda" if gpu else "cpu")
-        return [actor.remote(*given) for _ in range(min(places, self._config.workers or places))]
+        hired = {}
+        for _ in range(min(places, self._config.workers or places)):
+            one = actor.remote(*given)
+            hired[one.__ray_ready__.remote()] = one
+        # Other work may hold some of the cluster's cores: those that found no place are not waited for.
+        ready, late = ray.wait(list(hired), num_returns=len(hired), timeout=HIRE_SECONDS)
+        if not ready:
+            ready, late = ray.wait(late, timeout=LONGEST_HIRE_SECONDS)
+        for ref in late:
+            ray.kill(hired[ref])
+        if not ready:
+            raise TrainingError(
+                f"no {'GPU' if gpu else 'CPU core'} of the cluster came free in {LONGEST_HIRE_SECONDS:.0f} s",
+                "end other work on it, and run the same command again",
+            )
+        return [hired[ref] for ref in ready]
+
+
+def _fusion_name(store: Store) -> str:
+    """A copy of a store has the same id, but not the same place."""
+    return f"fusion-{store.header.id}-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}"
 
 
 def _chunks(pictures: Split) -> list[Split]:

@@ -1,4 +1,4 @@
-"""What a session measures: accuracies before and after, zero-shot kept, fidelity; and the test pictures it measures on."""
+"""What a session measures: accuracies before and after, zero-shot kept, fidelity; and the test pictures for it."""
 
 from __future__ import annotations
 

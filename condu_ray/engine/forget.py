@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from condu_ray.engine.keys import state_key
-from condu_ray.errors import NotFound, nearest
+from condu_ray.errors import NotFound, VersionTaken, nearest
 from condu_ray.store import Manifest, Store
 from condu_ray.voting.open import TASK_OBJECTS, config_of, state_of, task_experts
 from condu_ray.voting.routing import calibrate
 
 
 def forget(store: Store, name: str) -> Manifest:
-    """Commits a version without the task. Raises NotFound for an unknown one, VersionTaken where another was faster.
+    """Commits a version without the task. Raises NotFound for an unknown one.
 
     Versions before it keep the task; `gc` removes its bytes once those are gone.
     """
+    while True:
+        made = _without(store, name)
+        try:
+            store.commit(made)
+        except VersionTaken:
+            continue  # another session was faster: take the task out of what it made
+        return made
+
+
+def _without(store: Store, name: str) -> Manifest:
     newest = store.manifest()
     gone = newest.task(name)
     if gone is None:
@@ -45,12 +55,14 @@ def forget(store: Store, name: str) -> Manifest:
     experts = task_experts(store, draft)
     thresholds = calibrate([each.prototypes for each in experts], newest.settings["vote"]["k"]) if experts else None
     accuracy = {task: value for task, value in newest.figures.get("accuracy", {}).items() if task != name}
-    made = Manifest.model_validate(
+    return Manifest.model_validate(
         draft.model_dump(exclude={"created"})
         | {
-            "state": {"method": state.meta(), "thresholds": vars(thresholds) if thresholds else None},
-            "figures": {**newest.figures, "accuracy": accuracy},
+            "state": {
+                **newest.state,
+                "method": state.meta(),
+                "thresholds": vars(thresholds) if thresholds else None,
+            },
+            "figures": {"accuracy": accuracy},
         }
     )
-    store.commit(made)
-    return made

@@ -1,7 +1,7 @@
 """Adds a task to the state of a version, in the process that owns the state. Knows no Ray.
 
-Every change is named by a key made from its input, so a repeated call, or one after a restart, gives the same result: the
-store is the truth, the state in memory a cache.
+Every change is named by a key made from its input, so a repeated call, or one after a restart, gives the same result:
+the store is the truth, the state in memory a cache.
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from numpy.typing import NDArray
 
 from condu_ray.config import SessionConfig, fixed_by_store
 from condu_ray.data import TaskData
@@ -36,9 +39,9 @@ def features_key(model_sha256: str, config: SessionConfig, task: TaskData) -> st
     return _key("features", model_sha256, config.seed, task.fingerprint)
 
 
-def tests_key(config: SessionConfig, task: TaskData) -> str:
-    """Names the list of a task's test pictures; where they are is part of it."""
-    return _key("tests", task.source, task.fingerprint, config.eval_pictures, config.seed)
+def tests_key(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Names a list of test pictures by what it says: the same pictures in another place are another list."""
+    return _key("tests", {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in arrays.items()})
 
 
 def state_key(parent: Manifest | None, config: SessionConfig, task: str, train: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from condu_ray.data.templates import prompts
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Buffers, Experts, expert_of
 from condu_ray.methods.protocol import TaskState
-from condu_ray.models.clip import class_means
+from condu_ray.models.clip import Clip, class_means
 from condu_ray.models.load import load
 from condu_ray.store import ObjectRef, open_store
 from condu_ray.voting.classifier import Classifier, TaskExpert
@@ -50,9 +51,9 @@ class Snapshot:
 class Question:
     """How many of these pictures are answered rightly, among the classes of their own task?
 
-    by: `base` (θ⁰), `own` (the delta as trained), `expert` (what is left of it in the state), `vote` (θ⁰ and the nearest
-    experts, for a task that is not learned yet), `union` (the same, and all learned classes compete; the right answer
-    names task and class). own: where the delta is, and the buffers that training changed.
+    by: `base` (θ⁰), `own` (the delta as trained), `expert` (what is left of it in the state), `vote` (θ⁰ and the
+    nearest experts, for a task that is not learned yet), `union` (the same, and all learned classes compete; the right
+    answer names task and class). own: where the delta is, and the buffers that training changed.
     """
 
     by: By
@@ -70,11 +71,16 @@ class Scorer:
     def __init__(self, url: str, config: SessionConfig, device: str = "cpu") -> None:
         self._store = open_store(url)
         header = self._store.header
-        self._clip = load(ModelSpec(**header.model), device, header.model_sha256)
-        self._layout, self._config = layout_of(header), config
+        self._device, self._layout, self._config = device, layout_of(header), config
         self._method = registry.get(header.method)
         self._vote = registry.vote_of(header.method, config.vote)
         self._newest: tuple[str, Classifier] | None = None
+
+    @cached_property
+    def _clip(self) -> Clip:
+        """Loaded by the first question: what is wrong with the model is then its answer, not an actor that died."""
+        header = self._store.header
+        return load(ModelSpec(**header.model), self._device, header.model_sha256)
 
     def features(self, pictures: Split) -> NDArray[np.float32]:
         """Unit features by θ⁰, f32[N, D], with the evaluation transform."""

@@ -1,7 +1,7 @@
 """The session spine: train, features, fuse, evaluate, commit. Each step is found again by the name of its input.
 
-Only the last step changes what readers see. A session that died is given again and goes on after the last finished step; one
-that loses a race re-fuses onto the winner without training again.
+Only the last step changes what readers see. A session that died is given again and goes on after the last finished
+step; one that loses a race re-fuses onto the winner without training again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from condu_ray.config import SessionConfig
+from condu_ray.config import SessionConfig, flatten
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
@@ -22,7 +22,7 @@ from condu_ray.engine.fusing import Fused
 from condu_ray.engine.keys import features_key, state_key, tests_key, train_key, training_settings
 from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import Snapshot
-from condu_ray.engine.train import Job
+from condu_ray.engine.train import BASE, Job
 from condu_ray.errors import DataError, StoreError, VersionTaken
 from condu_ray.methods import registry
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
@@ -88,16 +88,24 @@ def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> 
                 f"task {task.name} was learned in version {card.learned_in} from other pictures ({card.source})",
                 f"choose another name, or `condu-ray forget {task.name}` first",
             )
-        elif card.settings != training_settings(config):
+        elif others := _other_settings(card, config):
             raise DataError(
-                f"task {task.name} was learned in version {card.learned_in} with other settings",
+                f"task {task.name} was learned in version {card.learned_in} with other settings ({'; '.join(others)})",
                 f"choose another name, or `condu-ray forget {task.name}` first",
             )
     return missing
 
 
+def _other_settings(card: TaskCard, config: SessionConfig) -> list[str]:
+    """What differs from the settings a task was learned with; one that is younger than the task had its default."""
+    asked, learned = (flatten(each) for each in (training_settings(config), card.settings))
+    usual = flatten(training_settings(SessionConfig()))
+    learned = {**usual, **learned}
+    return [f"{name} {learned[name]}, not {value}" for name, value in asked.items() if learned[name] != value]
+
+
 def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: Crew, stage: Stage) -> list[Manifest]:
-    """Learns what is missing of `tasks`, one version a task, in this order; returns the versions that this call made."""
+    """Learns what is missing of `tasks`, one version a task, in this order; returns the versions that it made."""
     todo = to_learn(store, config, tasks)
     if not todo:
         return []
@@ -116,10 +124,10 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
             base = measure.baseline(crew, job.data, pictures, delta, buffers, update)
         losses = [(int(step), float(loss)) for step, loss in store.get(delta)["losses"]] if delta else []
         known.append(_Known(job, prototypes, tests, pictures, base, delta, buffers, losses))
-    made = []
+    made = list[Manifest]()
     for index, one in enumerate(known):
         later = {each.job.data.name: (each.job.data, each.pictures) for each in known[index + 1 :]}
-        manifest = _add(store, config, crew, one, later, clock, stage)
+        manifest = _add(store, config, crew, one, later, made, clock, stage)
         if manifest is not None:
             made.append(manifest)
         clock = _Clock()
@@ -130,21 +138,27 @@ def _jobs(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> lis
     info, manifest = registry.info(config.method), newest(store)
     if not info.trains:
         return [Job("", task) for task in tasks]
-    base, jobs = store.header.model_sha256, list[Job]()
+    origin, jobs = _origin(manifest) if info.ordered else BASE, list[Job]()
     for task in tasks:
+        key = train_key(store.header.model_sha256, config, task, origin)
         if not info.ordered:
-            jobs.append(Job(train_key(base, config, task, "base"), task))
+            jobs.append(Job(key, task))
         elif jobs:
-            jobs.append(Job(train_key(base, config, task, jobs[-1].key), task, after=jobs[-1].key))
-        elif manifest and manifest.tasks:
-            jobs.append(Job(train_key(base, config, task, manifest.tasks[-1].train_key), task, start=_latest(manifest)))
+            jobs.append(Job(key, task, after=origin, origin=origin))
         else:
-            jobs.append(Job(train_key(base, config, task, "base"), task))
+            jobs.append(Job(key, task, start=_latest(manifest), origin=origin))
+        origin = key if info.ordered else BASE
     return jobs
 
 
-def _latest(manifest: Manifest) -> ObjectRef:
-    return next(ref for name, ref in manifest.objects.items() if name.startswith("latest-"))
+def _origin(manifest: Manifest | None) -> str:
+    """Names the training that gave a version its newest delta."""
+    return str(manifest.state["trained"]) if manifest and manifest.tasks else BASE
+
+
+def _latest(manifest: Manifest | None) -> ObjectRef | None:
+    objects = manifest.objects if manifest else {}
+    return next((ref for name, ref in objects.items() if name.startswith("latest-")), None)
 
 
 def _features(
@@ -160,7 +174,8 @@ def _features(
         sums = FeatureSums.zero(len(task.classes), features.shape[1]).add(features[rest], task.train.labels[rest])
         made = make_prototypes(sums, crew.text_means(task.classes, task.templates), features[held])
         prototypes = store.put(key, "prototypes", made.arrays())
-    tests = store.put(tests_key(config, task), "tests", measure.pack_pictures(pictures))
+    packed = measure.pack_pictures(pictures)
+    tests = store.put(tests_key(packed), "tests", packed)
     return prototypes, tests, pictures
 
 
@@ -170,6 +185,7 @@ def _add(
     crew: Crew,
     one: _Known,
     later: dict[str, tuple[TaskData, Split]],
+    made: Sequence[Manifest],
     clock: _Clock,
     stage: Stage,
 ) -> Manifest | None:
@@ -179,7 +195,8 @@ def _add(
         parent = newest(store)
         if not to_learn(store, config, [task]):
             return None  # another session learned the very same task meanwhile
-        before = _before(store, config, crew, parent, one, clock, stage)
+        _check_start(config, parent, one)
+        before = _before(store, config, crew, parent, one, made, clock, stage)
         with clock("fuse"), stage(f"fusing {task.name}"):
             fused = crew.fuse(state_key(parent, config, task.name, one.job.key), parent, task.name, one.delta)
         draft = _draft(config, parent, one, fused, before)
@@ -196,16 +213,34 @@ def _add(
     raise StoreError(f"{MOST_RACES} other sessions were faster in a row", "run the same command again")
 
 
+def _check_start(config: SessionConfig, parent: Manifest | None, one: _Known) -> None:
+    """The delta must still be there, and, for systems that go on from task to task, start where the model is now."""
+    info = registry.info(config.method)
+    moved = info.ordered and _origin(parent) != one.job.origin
+    if moved or (info.trains and one.delta is None):
+        raise StoreError(
+            f"another session changed the store while {one.job.data.name} was learned",
+            "run the same command again, it goes on from there",
+        )
+
+
 def _before(
-    store: Store, config: SessionConfig, crew: Crew, parent: Manifest | None, one: _Known, clock: _Clock, stage: Stage
+    store: Store,
+    config: SessionConfig,
+    crew: Crew,
+    parent: Manifest | None,
+    one: _Known,
+    made: Sequence[Manifest],
+    clock: _Clock,
+    stage: Stage,
 ) -> float | None:
     """Accuracy on the new task by the version before, which has not learned it: how much of zero-shot is kept."""
     if parent is None or not parent.tasks:
         return one.figures.zero_shot
     name = one.job.data.name
-    accuracy = parent.figures.get("accuracy", {})
-    if name in accuracy:
-        return accuracy[name]  # type: ignore[no-any-return]
+    accuracy = parent.figures["accuracy"]
+    if name in accuracy and any(each.version == parent.version for each in made):
+        return float(accuracy[name])  # measured minutes ago, on the very same pictures
     with clock("evaluate"), stage(f"{name} by version {parent.version}") as update:
         crew.hold(parent)
         experts = task_experts(store, parent)
@@ -248,7 +283,7 @@ def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: F
         kind="learn",
         tasks=[*kept, card],
         objects=objects,
-        state={"method": fused.meta},
+        state={"method": fused.meta, "trained": one.job.key},
         settings=settings,
         message=f"learned {task.name}",
     )

@@ -1,18 +1,17 @@
 """Fine-tunes the tasks of a command in one Ray Train run: a worker group takes task after task.
 
-An empty `fit()` costs 10 to 24 s on two cores, so it is paid once a command. Tasks are either dealt out, one worker each, or
-shared by all workers (DDP). Every finished delta is in the store before the run ends, so a group that is restarted after a
-worker died, or a command that is given again, goes on where it stopped.
+An empty `fit()` costs 10 to 24 s on two cores, so it is paid once a command. Tasks are either dealt out, one worker
+each, or shared by all workers (DDP). Every finished delta is in the store before the run ends, so a group that is
+restarted after a worker died, or a command that is given again, goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from condu_ray.models.load import load
 from condu_ray.store import ObjectRef, Store, open_store
 from condu_ray.voting.open import layout_of
 
+BASE = "base"
 RESTARTS = 3
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 0.5
@@ -47,13 +47,15 @@ REPORT_SECONDS = 0.5
 class Job:
     """One task to train. key: names its delta in the store. start: the delta to start from (None: θ⁰, or `after`).
 
-    after: key of the job before, whose delta is the start, for systems that go on from task to task.
+    after: key of the job before, whose delta is the start, for systems that go on from task to task. origin: key of the
+    training that gave the start, whichever way it comes ("base": θ⁰).
     """
 
     key: str
     data: TaskData
     start: ObjectRef | None = None
     after: str | None = None
+    origin: str = BASE
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Group:
 def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster) -> Group:
     """Decides on workers; raises TrainingError where the cluster is too small, since Ray would wait for ever.
 
-    Counts all jobs of the command, finished or not: the threads a worker has must not depend on where a command stopped.
+    Counts all jobs of the command, finished or not: the threads of a worker must not depend on where it stopped.
     """
     gpu = config.gpu == "auto" and cluster.gpus > 0
     places = cluster.gpus if gpu else cluster.cpus
@@ -83,7 +85,22 @@ def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster
         raise TrainingError(
             f"{workers} workers need {workers} {kind}, the cluster has {places}", f"use --workers {max(1, places)}"
         )
-    return Group(workers, max(1, cluster.cpus // workers), gpu, shared)
+    return Group(workers, _cpus_each(workers, gpu, cluster), gpu, shared)
+
+
+def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
+    """Raises TrainingError where the cluster is too small for the workers that are asked for."""
+    info = registry.info(config.method)
+    if info.trains:
+        plan_group(config, jobs, info.ordered, cluster)
+
+
+def _cpus_each(workers: int, gpu: bool, cluster: Cluster) -> int:
+    """The most cores a worker can have if each must find them on one node."""
+    for cpus in range(max(1, cluster.cpus // workers), 0, -1):
+        if sum(min(cores // cpus, gpus) if gpu else cores // cpus for cores, gpus in cluster.nodes) >= workers:
+            return cpus
+    raise TrainingError(f"{workers} workers find no {workers} GPUs with a CPU core beside each", "use fewer --workers")
 
 
 class Board:
@@ -110,8 +127,8 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
         return
     ordered = registry.info(config.method).ordered
     group = plan_group(config, len(jobs), ordered, cluster)
-    board = ray.remote(num_cpus=0)(Board).remote()
-    name = f"train-{uuid.uuid4().hex[:12]}"
+    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
+    name = f"ray-train-{uuid.uuid4().hex[:12]}"  # its own: a name used before would go on where that run ended
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -128,39 +145,47 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             resources_per_worker={"CPU": group.cpus_each, **({"GPU": 1} if group.gpu else {})},
         ),
         run_config=RunConfig(
-            name=name, storage_path=str(store.work("ray-train")), failure_config=FailureConfig(max_failures=RESTARTS)
+            name=name, storage_path=str(store.work(name)), failure_config=FailureConfig(max_failures=RESTARTS)
         ),
     )
     try:
         _watch(trainer, board, update)
     finally:
         ray.kill(board)
+        store.discard_work(name)
     missing = [job.data.name for job in jobs if store.find(job.key, "delta") is None]
     if missing:
         raise TrainingError(
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
-    store.discard_work("ray-train")
     for job in jobs:
         store.discard_work(job.key)
 
 
 def _watch(trainer: TorchTrainer, board: Any, update: Update) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        fitted = pool.submit(trainer.fit)
-        while not wait_for([fitted], timeout=POLL_SECONDS).done:
-            steps, _ = ray.get(board.read.remote())
-            _show(steps, update)
-    steps, fault = ray.get(board.read.remote())
-    _show(steps, update)
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            errors.append(error)
+
+    # A daemon: Ctrl-C must not wait for the end of the training.
+    fitting = threading.Thread(target=fit, name="fit", daemon=True)
+    fitting.start()
+    while fitting.is_alive():
+        fitting.join(POLL_SECONDS)
+        _show(ray.get(board.read.remote())[0], update)
+    fault = ray.get(board.read.remote())[1]
     if fault is not None:
         raise fault
-    if error := fitted.exception():
+    for error in errors:
         reason = str(error).strip().splitlines()
         raise TrainingError(
-            f"training stopped after {RESTARTS} restarts ({type(error).__name__}: {reason[-1] if reason else 'no reason given'})",
-            "see the Ray logs (session_latest/logs/train), free memory or use fewer --workers, and run the same command again",
+            f"training stopped after {RESTARTS} restarts ({reason[-1] if reason else type(error).__name__})",
+            "see session_latest/logs/train of Ray, free memory or use fewer --workers, and run the same command again",
         ) from error
 
 
@@ -178,12 +203,21 @@ def _work(settings: dict[str, Any]) -> None:
     torch.set_num_threads(group.cpus_each)
     jobs: list[Job] = ray.get(settings["jobs"])
     mine = jobs if group.shared else jobs[rank::size]
-    place = Place(rank, size, _distribute, torch.distributed.barrier) if group.shared and size > 1 else Place()
+    together = group.shared and size > 1
+    place = Place(rank, size, _distribute, _barrier) if together else Place()
+    if ray.get(board.read.remote())[1] is not None:
+        return
     try:
         work_through(open_store(settings["store"]), config, mine, place, _reporter(board), str(get_device()))
     except ConduError as fault:
         # Doing it again would fail again: tell the driver instead of letting Ray restart the group.
         ray.get(board.fail.remote(fault))
+        if together:
+            raise  # the others wait for this one: only a restart, which finds the fault, ends them
+
+
+def _barrier() -> None:
+    torch.distributed.barrier()
 
 
 def _distribute(module: nn.Module) -> nn.Module:

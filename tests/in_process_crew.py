@@ -1,0 +1,73 @@
+"""Does the work of a session in this process, without Ray: the same functions in the same parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.config import SessionConfig, resolve
+from condu_ray.data import Split, TaskData, open_task
+from condu_ray.engine.crew import _chunks
+from condu_ray.engine.fusing import Fused, Fuser
+from condu_ray.engine.plan import create
+from condu_ray.engine.progress import Update, silent
+from condu_ray.engine.scoring import Question, Scorer, Snapshot
+from condu_ray.engine.session import learn
+from condu_ray.engine.train import Job, work_through
+from condu_ray.methods.training import Place
+from condu_ray.store import Manifest, ObjectRef, Store
+
+FAST = {"train.steps": 4, "train.batch_size": 8, "train.towers": "image", "tracking": "off"}
+"""Settings under which a task trains in a blink."""
+
+
+class InProcessCrew:
+    """`engine.crew.Crew` without Ray."""
+
+    def __init__(self, store: Store, config: SessionConfig) -> None:
+        self._store, self._config = store, config
+        self._scorer, self._fuser = Scorer(store.url, config), Fuser(store.url)
+
+    def train(self, jobs: Sequence[Job], update: Update) -> None:
+        work_through(self._store, self._config, jobs, Place(), lambda step: None)
+
+    def features(self, pictures: Split, update: Update) -> NDArray[np.float32]:
+        return np.concatenate([self._scorer.features(part) for part in _chunks(pictures)])
+
+    def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
+        return self._scorer.text_means(classes, templates)
+
+    def hold(self, version: Manifest | None) -> None:
+        self._fuser.hold(version)
+
+    def fuse(self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None) -> Fused:
+        return self._fuser.add(key, parent, task, delta)
+
+    def score(self, questions: Sequence[Question], snapshot: Snapshot | None, update: Update) -> list[float]:
+        scores = []
+        for asked in questions:
+            parts = [replace(asked, pictures=part) for part in _chunks(asked.pictures)]
+            right = sum(self._scorer.right(part, snapshot, self._fuser.state) for part in parts)
+            scores.append(100 * right / max(1, len(asked.pictures)))
+        return scores
+
+
+def settings(store: Any, model: Any, **others: Any) -> SessionConfig:
+    """Settings for a store at `store` with the model in folder `model`; `others` by dotted names, `__` for the dot."""
+    given = {name.replace("__", "."): value for name, value in others.items()}
+    return resolve({**FAST, "store": str(store), "model": f"local-dir:{model}", **given})[0]
+
+
+def learn_here(config: SessionConfig, tasks: Sequence[TaskData]) -> list[Manifest]:
+    """`learn` in this process: makes the store if needed and returns the new versions."""
+    store = create(config)
+    return learn(store, config, tasks, InProcessCrew(store, config), silent)
+
+
+def opened(folders: dict[str, Any], *names: str) -> list[TaskData]:
+    """The tasks of these names (all: none given), opened."""
+    return [open_task(name, folders[name]) for name in names or folders]

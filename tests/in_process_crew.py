@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.data import Split, TaskData, open_task
 from condu_ray.engine.crew import _chunks
 from condu_ray.engine.fusing import Fused, Fuser
-from condu_ray.engine.plan import create
+from condu_ray.engine.plan import header_of
 from condu_ray.engine.progress import Update, silent
 from condu_ray.engine.scoring import Question, Scorer, Snapshot
 from condu_ray.engine.session import learn
 from condu_ray.engine.train import Job, work_through
 from condu_ray.methods.training import Place
-from condu_ray.store import Manifest, ObjectRef, Store
+from condu_ray.store import Manifest, ObjectRef, Store, create_store
+from condu_ray.store.header import open_existing
 
 FAST = {"train.steps": 4, "train.batch_size": 8, "train.towers": "image", "tracking": "off"}
 """Settings under which a task trains in a blink."""
 
 
 class InProcessCrew:
-    """`engine.crew.Crew` without Ray."""
+    """`engine.crew.Crew` without Ray. threads: of a training, since sums may depend on them."""
 
-    def __init__(self, store: Store, config: SessionConfig) -> None:
-        self._store, self._config = store, config
+    def __init__(self, store: Store, config: SessionConfig, threads: int = 1) -> None:
+        self._store, self._config, self._threads = store, config, threads
         self._scorer, self._fuser = Scorer(store.url, config), Fuser(store.url)
 
     def train(self, jobs: Sequence[Job], update: Update) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
         work_through(self._store, self._config, jobs, Place(), lambda step: None)
+        torch.set_num_threads(before)
 
     def features(self, pictures: Split, update: Update) -> NDArray[np.float32]:
         return np.concatenate([self._scorer.features(part) for part in _chunks(pictures)])
@@ -62,12 +70,30 @@ def settings(store: Any, model: Any, **others: Any) -> SessionConfig:
     return resolve({**FAST, "store": str(store), "model": f"local-dir:{model}", **given})[0]
 
 
-def learn_here(config: SessionConfig, tasks: Sequence[TaskData]) -> list[Manifest]:
-    """`learn` in this process: makes the store if needed and returns the new versions."""
-    store = create(config)
-    return learn(store, config, tasks, InProcessCrew(store, config), silent)
+def opened(folders: Mapping[str, Any], *names: str) -> list[TaskData]:
+    """The tasks of these names, opened."""
+    return [open_task(name, folders[name]) for name in names]
 
 
-def opened(folders: dict[str, Any], *names: str) -> list[TaskData]:
-    """The tasks of these names (all: none given), opened."""
-    return [open_task(name, folders[name]) for name in names or folders]
+def make_store(config: SessionConfig) -> Store:
+    """The store of these settings, made if it is not there."""
+    return open_existing(config.store) or create_store(config.store, header_of(config)[0])
+
+
+def learn_here(config: SessionConfig, tasks: Sequence[TaskData], threads: int = 1) -> list[Manifest]:
+    """Learns in this process; makes the store if needed and returns the new versions."""
+    store = make_store(config)
+    return learn(store, config, tasks, InProcessCrew(store, config, threads), silent)
+
+
+def contents(store: str | Path) -> dict[str, Any]:
+    """What must be the same in two stores after the same work: manifests without times, objects' sha256."""
+    root = Path(store)
+    manifests = {path.name: json.loads(path.read_text()) for path in sorted((root / "versions").iterdir())}
+    for manifest in manifests.values():
+        del manifest["created"], manifest["seconds"]
+    objects = {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.glob("objects/*/*"))
+    }
+    return {**manifests, **objects}

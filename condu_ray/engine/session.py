@@ -114,6 +114,8 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
     if registry.info(config.method).trains:
         with clock("train"), stage("training") as update:
             crew.train(jobs, update)
+        for job in jobs:
+            store.discard_work(job.key)
     known = []
     for job in jobs:
         with clock("features"), stage(f"features of {job.data.name}") as update:

@@ -159,8 +159,6 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
-    for job in jobs:
-        store.discard_work(job.key)
 
 
 def _watch(trainer: TorchTrainer, board: Any, update: Update) -> None:

@@ -1,0 +1,57 @@
+"""How many workers, with how many cores: decided before Ray is asked, which would wait for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from condu_ray.config import SessionConfig
+from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.train import Group, check_workers, plan_group
+from condu_ray.errors import TrainingError
+
+LAPTOP = Cluster(((8, 0),), joined=False)
+BOX = Cluster(((16, 4),), joined=False)
+
+
+def plan(cluster: Cluster, jobs: int, ordered: bool = False, **settings: Any) -> Group:
+    return plan_group(SessionConfig(**settings), jobs, ordered, cluster)
+
+
+def test_small_tasks_get_a_worker_each() -> None:
+    assert plan(LAPTOP, 3) == Group(3, 2, gpu=False, shared=False)
+    assert plan(LAPTOP, 20) == Group(8, 1, gpu=False, shared=False)
+    assert plan(LAPTOP, 3, workers=2) == Group(2, 4, gpu=False, shared=False)
+
+
+def test_tasks_that_start_from_one_another_share_one_worker() -> None:
+    assert plan(LAPTOP, 3, ordered=True) == Group(1, 8, gpu=False, shared=False)
+
+
+def test_a_single_task_is_shared_by_all_gpus() -> None:
+    assert plan(BOX, 1) == Group(4, 4, gpu=True, shared=True)
+    assert plan(BOX, 2) == Group(2, 8, gpu=True, shared=False)
+    assert plan(BOX, 1, gpu="no") == Group(1, 16, gpu=False, shared=False)
+
+
+def test_more_workers_than_places_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"9 workers need 9 CPU cores, the cluster has 8: use --workers 8"):
+        plan(LAPTOP, 1, workers=9, parallel="data")
+    with pytest.raises(TrainingError, match=r"5 workers need 5 GPUs, the cluster has 4"):
+        plan(BOX, 1, workers=5)
+
+
+def test_a_worker_never_needs_more_cores_than_its_node_has() -> None:
+    """16 cores for 3 workers would be 5 each, but a node of 8 holds only one such."""
+    two_nodes = Cluster(((8, 0), (8, 0)), joined=True)
+    assert plan(two_nodes, 1, workers=3, parallel="data") == Group(3, 4, gpu=False, shared=True)
+
+
+def test_a_gpu_without_a_core_beside_it_is_refused() -> None:
+    with pytest.raises(TrainingError, match="CPU core beside each"):
+        plan(Cluster(((0, 2), (8, 0)), joined=True), 1)
+
+
+def test_what_does_not_train_needs_no_workers() -> None:
+    check_workers(SessionConfig(method="zero-shot", workers=99), 1, LAPTOP)

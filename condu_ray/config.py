@@ -224,7 +224,7 @@ def check_task_name(name: str) -> str:
         or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name)
     ):
         raise ValueError(
-            f"task name '{name}' must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+            f"task name {name!r} must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
         )
     return name
 

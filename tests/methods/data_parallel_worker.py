@@ -1,6 +1,6 @@
 """One of two processes that train a task together; started by test_data_parallel.py.
 
-Arguments: folder of the model, JSON of pictures, settings and labels, rank, number of processes, folder for the results.
+Arguments: folder of the model, JSON of pictures, labels and settings, rank, number of processes, folder for results.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(model: str, given: str, rank: int, size: int, out: Path) -> None:
         if not (out / "gradient.npy").exists():
             np.save(out / "gradient.npy", np.concatenate(first))
 
-    place = Place(rank, size, lambda module: DistributedDataParallel(module, static_graph=True), distributed.barrier)
+    place = Place(rank, size, lambda module: DistributedDataParallel(module, static_graph=True))
     trained = train_task(clip, method, layout, task, config, place=place, resume=Resume(save=save))
     np.save(out / f"delta-{rank}.npy", trained.delta)
 
@@ -47,9 +47,7 @@ def main(model: str, given: str, rank: int, size: int, out: Path) -> None:
     if rank == 1:  # this process alone sees a loss that is not finite
         layout.views(bad_start)["text_projection"][:] = np.nan
     try:
-        wrapped = Place(
-            rank, size, lambda module: DistributedDataParallel(module, init_sync=False), distributed.barrier
-        )
+        wrapped = Place(rank, size, lambda module: DistributedDataParallel(module, init_sync=False))
         train_task(clip, method, layout, task, config, start=bad_start, place=wrapped)
     except TrainingError as error:
         (out / f"error-{rank}.txt").write_text(str(error), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -270,7 +271,7 @@ def test_half_precision_arithmetic_trains_single_precision_parameters(
 def test_the_shares_of_all_processes_are_the_batch(batch_size: int) -> None:
     whole = [sorted(batch) for batch in Order(10, batch_size, 3, range(7))]
     shares = zip(*(Order(10, batch_size, 3, range(7), rank, 3) for rank in range(3)), strict=True)
-    assert [sorted(sum(each, [])) for each in shares] == whole
+    assert [sorted(itertools.chain(*each)) for each in shares] == whole
 
 
 def test_the_order_is_one_permutation_an_epoch_and_the_same_from_any_step() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,14 @@ WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
 
 @pytest.fixture
-def named_model(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def named_model(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The tiny architecture under an open_clip name of its own, as a user adds one."""
     monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
     monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
     config = json.loads((tiny_model_dir / CONFIG).read_text())["model_cfg"]
     (tmp_path / "condu-tiny.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path)
-    yield "condu-tiny"
+    return "condu-tiny"
 
 
 @pytest.fixture

@@ -155,6 +155,9 @@ def train_task(
         if place.rank == 0 and step < steps - 1 and now - saved >= config.train.checkpoint_seconds:
             resume.save(checkpoint_of(step + 1, losses, parameters, optimiser, model))
             saved = time.monotonic()
+    # Gradients and moments go before the start is made again to compare with: together they would be the peak.
+    optimiser.state.clear()
+    optimiser.zero_grad(set_to_none=True)
     return Trained(_delta(clip, method, layout, config, parameters), _changed(model, before), losses)
 
 

@@ -1,0 +1,152 @@
+"""The work of a session on a real Ray cluster, with processes killed in the middle of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Learned
+from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings
+from ray_processes import ray_processes
+
+from condu_ray.cli import main
+from condu_ray.config import SessionConfig
+from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.crew import RayCrew
+from condu_ray.engine.evaluate import evaluate
+from condu_ray.engine.progress import silent
+from condu_ray.engine.session import _jobs, learn
+from condu_ray.engine.train import train
+from condu_ray.store import Store, open_store
+
+Folders = dict[str, Path]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+ONE, TWO = Cluster(((1, 0),), joined=True), Cluster(((2, 0),), joined=True)
+
+
+def nothing(done: int, total: int, note: str) -> None:
+    pass
+
+
+def delta_of(store: Store, key: str) -> Any:
+    ref = store.find(key, "delta")
+    assert ref is not None
+    return store.get(ref)
+
+
+def test_a_session_on_ray_gives_what_one_process_gives(
+    learned: Learned, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    """Bit for bit: deltas, prototypes, fused states and figures of both versions."""
+    here = settings(tmp_path / "here", tiny_model_dir)
+    learn_here(here, opened(picture_tasks, *learned.tasks), threads=2)  # of a worker: four cores for two tasks
+    assert contents(learned.store) == contents(here.store)
+
+
+def test_a_session_on_ray_leaves_nothing_behind(learned: Learned) -> None:
+    report = open_store(learned.store).gc(dry_run=True, in_use_s=0)
+    assert (report.objects, report.leftovers) == ([], [])
+
+
+def test_evaluate_measures_each_task_and_their_union(learned: Learned) -> None:
+    manifest = open_store(learned.store).manifest()
+    union = evaluate(str(learned.store), None, "union", [], silent)
+    assert [row["name"] for row in union["tasks"]] == learned.tasks
+    assert [row["pictures"] for row in union["tasks"]] == [card.pictures["test"] for card in manifest.tasks]
+    assert all(row["accuracy"] <= manifest.figures["accuracy"][row["name"]] for row in union["tasks"])
+    assert union["mean"] == pytest.approx(np.mean([row["accuracy"] for row in union["tasks"]]))
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    def prepared(name: str) -> tuple[SessionConfig, Store, Any]:
+        config = settings(tmp_path / name, tiny_model_dir, train__steps=150, train__checkpoint_seconds=1e-6)
+        store = make_store(config)
+        return config, store, _jobs(store, config, opened(picture_tasks, "colours"))
+
+    killed: list[int] = []
+    seen: list[int] = []
+
+    def kill_once(done: int, total: int, note: str) -> None:
+        seen.append(done)
+        if not killed and 0 < done < total:
+            killed.extend(ray_processes("RayTrainWorker"))
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    config, store, jobs = prepared("killed")
+    train(store, config, jobs, ONE, kill_once)
+    assert killed
+    other, undisturbed, _ = prepared("undisturbed")
+    InProcessCrew(undisturbed, other).train(jobs, nothing)
+    ours, theirs = delta_of(store, jobs[0].key), delta_of(undisturbed, jobs[0].key)
+    np.testing.assert_array_equal(ours["delta"], theirs["delta"])
+    np.testing.assert_array_equal(ours["losses"], theirs["losses"])
+
+
+def test_two_processes_train_a_task_together(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:
+    config = settings(tmp_path / "two", tiny_model_dir, parallel="data", workers=2)
+    store, one = make_store(config), settings(tmp_path / "one", tiny_model_dir)
+    jobs = _jobs(store, config, opened(picture_tasks, "colours"))
+    train(store, config, jobs, TWO, nothing)
+    alone = make_store(one)
+    InProcessCrew(alone, one).train(jobs, nothing)
+    ours, theirs = (delta_of(each, jobs[0].key)["delta"] for each in (store, alone))
+    # AdamW's first steps are as large for a tiny gradient as for a large one, so its rounding shows.
+    assert np.linalg.norm(ours - theirs) <= 0.05 * np.linalg.norm(theirs)
+
+
+def test_a_loss_that_is_no_number_is_one_sentence(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, given = tmp_path / "store", ["--train.steps=4", "--train.batch-size=8", "--tracking=off", "--workers=1"]
+    given += ["--model", f"local-dir:{tiny_model_dir}", "--train.lr=0.9", "--train.weight-decay=1e30"]
+    with pytest.raises(SystemExit) as left:
+        main(["learn", "colours", "--data", str(picture_tasks["colours"]), "--store", str(store), *given])
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert "error: task colours:" in said
+    assert "--train.lr" in said
+    assert "Traceback" not in said
+    assert open_store(store).versions() == []
+
+
+class Unlucky(RayCrew):
+    """A crew that loses its fusion actor before each score and between two fuses, and once all its scorers."""
+
+    def fuse(self, *given: Any) -> Any:
+        self.kill("FusionActor")
+        return super().fuse(*given)
+
+    def score(self, *given: Any) -> Any:
+        self.kill("FusionActor")
+        if not hasattr(self, "struck"):
+            self.struck = self.kill("Scorer")
+        return super().score(*given)
+
+    def kill(self, name: str) -> int:
+        pids = ray_processes(name)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return len(pids)
+
+
+def test_killed_actors_change_no_result(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:
+    unlucky, calm = (settings(tmp_path / name, tiny_model_dir, workers=1) for name in ("unlucky", "calm"))
+    tasks = opened(picture_tasks, "colours", "stripes")
+    learn_here(calm, tasks)
+    store = make_store(unlucky)
+    InProcessCrew(store, unlucky).train(_jobs(store, unlucky, tasks), nothing)  # what is trained is not trained again
+    crew = Unlucky(store, unlucky, ONE)
+    try:
+        learn(store, unlucky, tasks, crew, silent)
+    finally:
+        crew.close()
+    assert crew.struck == 1
+    assert contents(unlucky.store) == contents(calm.store)

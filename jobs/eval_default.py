@@ -72,7 +72,7 @@ def class_vectors(model: open_clip.CLIP, tokenizer: object, folder: Path) -> Ten
 
 def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Accuracy of a logistic regression on the image vectors, scaled by 10 so that the default penalty suits them."""
-    regression = LogisticRegression(max_iter=300).fit(10 * train.numpy(), train_labels.numpy())
+    regression = LogisticRegression(max_iter=1000).fit(10 * train.numpy(), train_labels.numpy())
     return float(regression.score(10 * test.numpy(), test_labels.numpy()))
 
 

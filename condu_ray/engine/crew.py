@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayTaskError
 from ray.util import ActorPool
 
 from condu_ray.config import SessionConfig
@@ -81,6 +81,7 @@ class RayCrew:
                 get_if_exists=True,
                 num_cpus=0,
                 max_restarts=-1,
+                max_task_retries=TRIES,  # every change is named by its input, so it may be called again
                 lifetime="detached" if cluster.joined else None,
             )
             .remote(store.url)
@@ -130,16 +131,10 @@ class RayCrew:
         self._pool = []
 
     def _change(self, method: str, *given: Any) -> Any:
-        """Calls the fusion actor, again if it died meanwhile: every change is named by its input."""
-        for attempt in range(TRIES):
-            try:
-                return ray.get(getattr(self._fusion, method).remote(*given))
-            except RayActorError:
-                if attempt == TRIES - 1:
-                    raise
-            except RayTaskError as error:
-                raise _cause(error) from None
-        raise AssertionError("unreachable")
+        try:
+            return ray.get(getattr(self._fusion, method).remote(*given))
+        except RayTaskError as error:
+            raise _cause(error) from None
 
     def _spread(self, calls: Sequence[tuple[str, tuple[Any, ...]]], update: Update) -> list[Any]:
         """Results of these calls in their order, from whichever actors are free."""

@@ -9,8 +9,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import contextlib
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -157,13 +155,12 @@ def learned(
     tiny_model_dir: Path, picture_tasks: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
 ) -> Learned:
     """A store with two versions; tests that change it take a copy."""
-    from condu_ray.cli import main
+    from command_line import condu
 
     store, tasks = tmp_path_factory.mktemp("learned") / "store", ["colours", "stripes"]
     given = [f"--task={name}={picture_tasks[name]}" for name in tasks]
     settings = ["--model", f"local-dir:{tiny_model_dir}", "--train.steps=4", "--train.batch-size=8"]
     settings += ["--train.towers=image", "--workers=2"]
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        main(["learn", *given, *settings, "--store", str(store), "--json"])
-    return Learned(store, json.loads(out.getvalue()), tasks)
+    said = condu("learn", *given, *settings, "--store", store, "--json")
+    assert said.code == 0, said.err
+    return Learned(store, said.document, tasks)

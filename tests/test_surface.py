@@ -1,0 +1,163 @@
+"""What users see, as lists: a change of a command, a setting, a method or a shipped file has to be made here too."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer
+import yaml
+
+from condu_ray.cli import app
+from condu_ray.config import MethodName, fields, resolve
+from condu_ray.methods.registry import METHODS
+
+ROOT = Path(__file__).parents[1]
+
+COMMANDS = [
+    "learn",
+    "predict",
+    "tasks",
+    "versions",
+    "show",
+    "diff",
+    "rollback",
+    "forget",
+    "evaluate",
+    "methods",
+    "gc",
+    "doctor",
+    "demo",
+]
+
+SETTINGS = [
+    "store",
+    "tasks",
+    "method",
+    "model",
+    "pretrained",
+    "train.steps",
+    "train.batch_size",
+    "train.accumulate",
+    "train.lr",
+    "train.warmup",
+    "train.weight_decay",
+    "train.label_smoothing",
+    "train.towers",
+    "train.batch_norm",
+    "train.precision",
+    "train.checkpoint_seconds",
+    "train.loader_processes",
+    "lora.rank",
+    "lora.targets",
+    "lora.mode",
+    "lora.seed",
+    "fusion.granularity",
+    "vote.k",
+    "vote.combine",
+    "vote.average",
+    "vote.temperature",
+    "vote.base_weight",
+    "vote.adaptive",
+    "vote.union",
+    "workers",
+    "parallel",
+    "gpu",
+    "seed",
+    "test_share",
+    "eval_pictures",
+    "tracking",
+]
+
+CONFIGS = [
+    ".github/ISSUE_TEMPLATE/bug.yml",
+    ".pre-commit-config.yaml",
+    "condu_ray/models/shipped/open_clip_config.json",
+]
+
+# Packages that cost seconds to import: help must not wait for them.
+HEAVY = ("torch", "ray", "open_clip", "mlflow", "matplotlib", "sklearn", "torchvision", "numpy")
+
+HELP = """
+import contextlib, io, sys
+from condu_ray.cli import main
+
+for command in sys.argv[1:]:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            main([command, "--help"])
+    except SystemExit as end:
+        assert not end.code, (command, end.code)
+    assert "Usage: condu-ray " + command in said.getvalue(), said.getvalue()
+print(*sys.modules)
+"""
+
+
+def test_the_commands() -> None:
+    assert list(typer.main.get_command(app).commands) == COMMANDS  # type: ignore[attr-defined]  # it is a group
+
+
+def test_help_of_every_command_works_and_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", HELP, *COMMANDS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(set(done.stdout.split()) & set(HEAVY)) == []
+
+
+def test_the_settings() -> None:
+    assert [name for name, _ in fields()] == SETTINGS
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert [name for name, info in fields() if not info.description] == []
+
+
+def test_every_method_can_be_chosen() -> None:
+    assert list(METHODS) == list(get_args(MethodName))
+
+
+def tracked() -> list[str]:
+    """Paths of the files that belong to the project, new ones that are not ignored included."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return sorted({name for name in names if name and (ROOT / name).is_file()})
+
+
+def test_every_shipped_config_is_read() -> None:
+    found = [name for name in tracked() if name.endswith((".json", ".yaml", ".yml")) and not name.startswith("tests/")]
+    assert found == CONFIGS
+    for name in found:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        assert isinstance(content, dict), name
+        assert content, name
+        if name.startswith(("jobs/", "clusters/")):
+            resolve({}, path)
+
+
+def test_no_file_names_a_package_registry() -> None:
+    hosts = re.compile(
+        r"(py" + r"pi|python" + r"hosted|npm" + r"js|deb\." + r"debian|conda\.ana" + r"conda)\.(org|com)"
+    )
+    seen, naming = 0, []
+    for name in tracked():
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # weights and arrays
+        seen += 1
+        naming += [name] if hosts.search(text) else []
+    assert naming == []
+    assert seen > 100
+
+
+def test_the_lock_file_is_not_tracked() -> None:
+    assert [name for name in tracked() if name.endswith("uv.lock")] == []

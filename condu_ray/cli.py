@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ app = typer.Typer(
     epilog="Try: condu-ray demo | condu-ray learn cars --data ./cars | condu-ray predict picture.jpg",
 )
 
+INTERRUPTED = 130
 DEFAULT_STORE = SessionConfig.model_fields["store"].default
 StoreOption = Annotated[str, typer.Option("--store", envvar="CONDU_STORE", help="folder that holds the versions")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document")]
@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     except ConduError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one ended", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as left:
+        if left.code == INTERRUPTED:
+            print("stopped; the same command goes on where this one ended", file=sys.stderr)
+        raise
 
 
 def _version(wanted: bool) -> None:
@@ -90,6 +91,7 @@ def learn(
         reports.show_plan(plan)
         reports.show_table("settings", ("name", "value", "from"), [(n, str(v), origin[n]) for n, v in values.items()])
         return
+    _folder(pictures)
     outcome = command.run(merged, stage, "condu-ray " + shlex.join(sys.argv[1:]))
     drawn = command.draw_store(merged.store, pictures) if pictures else []
     for warning in outcome.warnings:
@@ -111,6 +113,15 @@ def learn(
     if not outcome.made:
         reports.say(f"nothing to do: version {outcome.newest.version} holds these tasks already")
     reports.say(f"next: condu-ray predict PICTURE --store {merged.store}")
+
+
+def _folder(pictures: Path | None) -> None:
+    """Makes the folder for pictures before the work starts."""
+    if pictures is not None:
+        try:
+            pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--pictures {pictures}: {error.strerror}", "give a folder that can be written") from None
 
 
 def _tasks(name: str | None, data: str | None, tasks: list[str] | None) -> list[str]:
@@ -149,6 +160,7 @@ def predict(
     from condu_ray.store import open_store
 
     open_store(store).manifest(version)  # a wrong place is said before a model is loaded
+    _folder(pictures)
     from condu_ray.voting.open import load_classifier
     from condu_ray.voting.pictures import classify_paths
 
@@ -202,8 +214,9 @@ def show(
     opened = open_store(store)
     manifest = opened.manifest(version)
     if pictures:
-        from condu_ray.engine.command import draw
+        from condu_ray.tracking.history import draw
 
+        _folder(pictures)
         draw([opened.manifest(number) for number in opened.versions() if number <= manifest.version], pictures)
     if json:
         reports.emit(manifest.model_dump(mode="json"))
@@ -311,7 +324,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the stores and pictures")] = Path("condu-demo"),
     json: JsonOption = False,
 ) -> None:
-    """Learns five small domains: sequential fine-tuning forgets, ConDU keeps. Offline, at most four minutes on two cores."""
+    """Learns five small domains, offline: sequential fine-tuning forgets, ConDU keeps. At most 4 min on two cores."""
     from condu_ray.benchmark.demo import run
     from condu_ray.engine.progress import stage
 

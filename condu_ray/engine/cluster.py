@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -41,11 +43,13 @@ def connect() -> Cluster:
                 # A private cluster on loopback, gone with this process: it needs no token, and leaves none behind.
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
                 ray.init(address="local", include_dashboard=False, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:
+            # ConnectionError, RuntimeError, ValueError; and a bare Exception where a busy machine is slow to start Ray.
             reason = str(error).strip().splitlines()[0]
+            mend = "check RAY_ADDRESS and RAY_AUTH_MODE, or unset RAY_ADDRESS to run on this machine"
             raise TrainingError(
                 f"Ray cluster {os.environ.get('RAY_ADDRESS', 'on this machine')}: {reason}",
-                "check RAY_ADDRESS and RAY_AUTH_MODE, or unset RAY_ADDRESS to run on this machine",
+                mend if joined else "close what else uses this machine's cores, and run the same command again",
             ) from error
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Cluster(tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found), joined)
@@ -55,3 +59,16 @@ def disconnect(cluster: Cluster) -> None:
     """Stops a cluster that `connect` started; leaves one that it joined."""
     if not cluster.joined:
         ray.shutdown()
+
+
+@contextmanager
+def connected(given: Cluster | None = None) -> Iterator[Cluster]:
+    """A cluster for as long as the block runs: the one given, which goes on after, else one from `connect`."""
+    if given is not None:
+        yield given
+        return
+    cluster = connect()
+    try:
+        yield cluster
+    finally:
+        disconnect(cluster)

@@ -10,16 +10,16 @@ from typing import Any
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData, describe
-from condu_ray.engine.cluster import connect, disconnect
+from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import header_of, open_data, plan
 from condu_ray.engine.session import Stage, learn, newest, to_learn
 from condu_ray.engine.train import check_workers
 from condu_ray.store import Manifest, Store, create_store, open_store
 from condu_ray.store.header import open_existing
-from condu_ray.tracking.history import accuracy_matrix, histories
+from condu_ray.tracking.history import accuracy_matrix, draw, histories
 from condu_ray.tracking.mlflow_run import Tracking, open_tracking
-from condu_ray.tracking.pictures import draw_history, draw_matrix
+from condu_ray.tracking.pictures import draw_history
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class Outcome:
     warnings: list[str] = field(default_factory=list)
 
 
-def run(config: SessionConfig, stage: Stage, source: str) -> Outcome:
+def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | None = None) -> Outcome:
     """Learns the tasks of `config`; given again, it does only what is missing.
 
-    source: what asked for it, for the tracking. Raises ConduError for bad input, before anything is written.
+    source: what asked for it, for the tracking. cluster: one that the caller is connected to; None: connects where
+    there is something to learn. Raises ConduError for bad input, before anything is written.
     """
     tasks = open_data(config, stage)
     store = open_existing(config.store)
@@ -44,19 +45,16 @@ def run(config: SessionConfig, stage: Stage, source: str) -> Outcome:
     made: list[Manifest] = []
     if missing:
         header = None if store else header_of(config)[0]
-        cluster = connect()
-        try:
-            check_workers(config, len(missing), cluster)
+        with connected(cluster) as found:
+            check_workers(config, len(missing), found)
             if header:
                 store = create_store(config.store, header)
             assert store is not None
-            crew = RayCrew(store, config, cluster)
+            crew = RayCrew(store, config, found)
             try:
                 made = learn(store, config, tasks, crew, stage)
             finally:
                 crew.close()
-        finally:
-            disconnect(cluster)
     assert store is not None
     manifest = newest(store)
     assert manifest is not None
@@ -99,17 +97,6 @@ def record(store: Store, tracking: Tracking, tasks: Sequence[TaskData], stage: S
             warnings += [warning] if warning else []
             update(index + 1, len(wanted), "")
     return warnings
-
-
-def draw(manifests: Sequence[Manifest], folder: Path) -> list[Path]:
-    """Draws the accuracy matrix and the accuracy of each task over the versions; returns the files."""
-    matrix = accuracy_matrix(manifests)
-    drawn = [folder / "accuracy_matrix.png", folder / "accuracy_over_versions.png"]
-    if matrix is None:
-        return []
-    draw_matrix(matrix, drawn[0])
-    draw_history(histories(manifests), drawn[1])
-    return drawn
 
 
 def draw_store(url: str, folder: Path) -> list[Path]:

@@ -71,13 +71,15 @@ def _kept(store: Store, manifest: Manifest) -> list[tuple[TaskCard, Split]]:
 
 def _given(config: SessionConfig, manifest: Manifest, stage: Stage) -> list[tuple[TaskCard, Split]]:
     asked = []
-    for task in open_data(config, stage):
-        card = manifest.task(task.name)
+    for name, source in config.tasks.items():
+        card = manifest.task(name)
         if card is None:
             raise NotFound(
-                f"no task {task.name} in version {manifest.version}",
-                nearest(task.name, [c.name for c in manifest.tasks]),
+                f"no task {name} in version {manifest.version}", nearest(name, [card.name for card in manifest.tasks])
             )
+        # With its own seed, or pictures it was trained on would be among those to test on where the split is made here.
+        made_with = {"seed": card.settings["seed"], "test_share": manifest.settings["test_share"]}
+        (task,) = open_data(config.model_copy(update={"tasks": {name: source}, **made_with}), stage)
         _same_classes(card, task)
         asked.append((card, task.test))
     return asked

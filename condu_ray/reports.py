@@ -85,8 +85,8 @@ def show_tasks(manifest: Manifest) -> None:
         ],
     )
     say(
-        "zero-shot: the base model. before: the vote of the version before, which had not learned the task (zero-shot kept).\n"
-        "alone: fine-tuned for this task only. now: its expert in this version. kept: of what fine-tuning alone gains.\n"
+        "zero-shot: the base model. before: the vote of the version before it was learned (zero-shot kept).\n"
+        "alone: fine-tuned for this task only. now: its expert. kept: of what fine-tuning alone gains.\n"
         "L2 error, cosine: the expert's delta against the one trained (fidelity)."
     )
 

@@ -1,4 +1,4 @@
-"""`ray job submit -- python jobs/session.py cars --data /shared/cars --store /shared/store`: what `condu-ray learn` does."""
+"""What `condu-ray learn` does, as a job: `ray job submit -- python jobs/session.py cars --data /shared/cars`."""
 
 import sys
 

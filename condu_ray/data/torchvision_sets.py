@@ -92,7 +92,7 @@ def _write(name: str, folder: Path) -> None:
 def _construct(name: str, chosen: dict[str, Any]) -> Any:
     import inspect
 
-    import torchvision.datasets  # type: ignore[import-untyped]
+    import torchvision.datasets
 
     kind = getattr(torchvision.datasets, name)
     accepted = inspect.signature(kind).parameters

@@ -47,12 +47,31 @@ METHODS = {
             trains=True,
             ordered=False,
         ),
-        MethodInfo("zero-shot", "zero_shot", "the base model answers everything", "baseline (CLIP)", trains=False, ordered=False, single=True),
         MethodInfo(
-            "finetune", "finetune", "one separate dense model a task: the upper bound, and its cost", "baseline", trains=True, ordered=False
+            "zero-shot",
+            "zero_shot",
+            "the base model answers everything",
+            "baseline (CLIP)",
+            trains=False,
+            ordered=False,
+            single=True,
         ),
         MethodInfo(
-            "sequential", "sequential", "one model fine-tuned on task after task: it forgets", "baseline", trains=True, ordered=True, single=True
+            "finetune",
+            "finetune",
+            "one separate dense model a task: the upper bound, and its cost",
+            "baseline",
+            trains=True,
+            ordered=False,
+        ),
+        MethodInfo(
+            "sequential",
+            "sequential",
+            "one model fine-tuned on task after task: it forgets",
+            "baseline",
+            trains=True,
+            ordered=True,
+            single=True,
         ),
     )
 }

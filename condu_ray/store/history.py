@@ -1,4 +1,4 @@
-"""What happened in a store: rollback to an earlier version, and how two versions differ. Reads and writes manifests only."""
+"""Rollback to an earlier version, and how two versions differ: manifests only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def rollback(store: Store, version: int) -> Manifest:
 
 
 def difference(store: Store, before: int, after: int) -> dict[str, Any]:
-    """What changed from one version to another: tasks learned and gone, figures and settings that differ, bytes added."""
+    """What changed between versions: tasks learned and gone, figures and settings that differ, bytes added."""
     old, new = store.manifest(before), store.manifest(after)
     old_tasks = {card.name: card for card in old.tasks}
     new_tasks = {card.name: card for card in new.tasks}

@@ -1,4 +1,4 @@
-"""Killed at any instant, nothing published is lost and nothing half-done is seen; the same command finishes the work."""
+"""Killed at any instant: nothing published is lost, nothing half-done is seen, the same command finishes the work."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Streams of tasks to measure methods on, and the demo."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from condu_ray.store import GcReport, Manifest, StoreHeader
 
 SKIPPED_SHOWN = 5
+PIPE_WIDTH = 200
 
 
 def emit(document: Any) -> None:
@@ -26,15 +27,18 @@ def say(text: str = "") -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Prints a table; numbers to the right, None as a dash."""
+    """Prints a table; numbers to the right, None as a dash. Nothing is cut off: long texts go on in the next line."""
     table = Table(title=title, title_justify="left", header_style="bold")
     rows = [list(row) for row in rows]
     for index, column in enumerate(columns):
         numbers = all(isinstance(row[index], int | float | None) for row in rows)
-        table.add_column(column, justify="right" if numbers else "left")
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(_text(value) for value in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPE_WIDTH)
+    console.print(table)
 
 
 def _text(value: Any) -> str:

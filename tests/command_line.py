@@ -27,6 +27,15 @@ class Said:
         return json.loads(self.out)
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What `condu-ray learn --json` of two tasks gave, on a real Ray cluster. said: the document it printed."""
+
+    store: Path
+    said: dict[str, Any]
+    tasks: list[str]
+
+
 def condu(*arguments: str | Path) -> Said:
     """`condu-ray ARGUMENTS` in this process."""
     from condu_ray.cli import main

@@ -11,7 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,8 @@ from PIL import Image
 import condu_ray  # noqa: F401  (sets what Ray reads when it is imported)
 
 if TYPE_CHECKING:
+    from command_line import Learned
+
     from condu_ray.models.clip import Clip
 
 TINY: dict[str, Any] = {
@@ -141,21 +142,12 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What `condu-ray learn --json` of two tasks gave, on a real Ray cluster. said: the document it printed."""
-
-    store: Path
-    said: dict[str, Any]
-    tasks: list[str]
-
-
 @pytest.fixture(scope="session")
 def learned(
     tiny_model_dir: Path, picture_tasks: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
 ) -> Learned:
     """A store with two versions; tests that change it take a copy."""
-    from command_line import condu
+    from command_line import Learned, condu
 
     store, tasks = tmp_path_factory.mktemp("learned") / "store", ["colours", "stripes"]
     given = [f"--task={name}={picture_tasks[name]}" for name in tasks]

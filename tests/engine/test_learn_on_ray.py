@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Learned
+from command_line import Learned
 from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings
 from ray_processes import ray_processes
 

@@ -1,0 +1,89 @@
+"""`condu-ray predict`: the published JSON, the three label spaces, versions that never change their answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import condu, process
+
+
+def test_the_published_object(store: Path, picture: Path) -> None:
+    said = condu("predict", picture, "--store", store, "--json")
+    assert said.code == 0
+    (answer,) = said.document
+    keys = ["image", "label", "task", "probability", "labels", "votes", "label_space", "version"]
+    assert list(answer) == keys
+    assert answer["image"] == str(picture)
+    assert [list(each) for each in answer["labels"]] == [["label", "task", "probability"]] * len(answer["labels"])
+    assert [list(each) for each in answer["votes"]] == [["task", "similarity", "weight"]] * len(answer["votes"])
+    first = answer["labels"][0]
+    assert (first["label"], first["task"], first["probability"]) == (
+        answer["label"],
+        answer["task"],
+        answer["probability"],
+    )
+    shares = [each["probability"] for each in answer["labels"]]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(vote["weight"] for vote in answer["votes"]) == pytest.approx(1, abs=1e-5)
+    assert (answer["label_space"], answer["version"]) == ("union", 2)
+
+
+def test_a_named_task_is_answered_by_its_expert_alone(store: Path, picture: Path) -> None:
+    (answer,) = condu("predict", picture, "--task", "colours", "--store", store, "--json").document
+    assert (answer["label"], answer["task"], answer["label_space"]) == ("red", "colours", "task")
+    assert {each["label"] for each in answer["labels"]} == {"red", "green", "blue"}
+    assert sum(each["probability"] for each in answer["labels"]) == pytest.approx(1, abs=1e-5)
+    assert answer["votes"] == [{"task": "colours", "similarity": None, "weight": 1.0}]
+
+
+def test_labels_of_ones_own_belong_to_no_task(store: Path, picture: Path) -> None:
+    (answer,) = condu("predict", picture, "--labels", "cat, dog,a car", "--store", store, "--json").document
+    assert {each["label"] for each in answer["labels"]} == {"cat", "dog", "a car"}
+    assert {each["task"] for each in answer["labels"]} == {None}
+    assert answer["label_space"] == "candidates"
+
+
+def test_one_object_a_picture_in_the_order_given(store: Path, picture_tasks: dict[str, Path], picture: Path) -> None:
+    folder = picture_tasks["stripes"] / "test" / "across"
+    answers = condu("predict", picture, folder, "--store", store, "--json").document
+    assert [each["image"] for each in answers] == [str(picture), *map(str, sorted(folder.iterdir()))]
+    alone = condu("predict", picture, "--store", store, "--json").document
+    assert answers[:1] == alone
+
+
+def test_top_limits_the_labels_and_not_the_probabilities(store: Path, picture: Path) -> None:
+    (short,) = condu("predict", picture, "--top", "1", "--store", store, "--json").document
+    (long,) = condu("predict", picture, "--store", store, "--json").document
+    assert len(short["labels"]) == 1
+    assert short["probability"] == long["probability"]
+
+
+def test_an_older_version_still_answers_as_it_did(store: Path, copy: Path, picture: Path) -> None:
+    before = condu("predict", picture, "--version", "1", "--store", store, "--json").document
+    condu("forget", "colours", "--store", copy)
+    after = condu("predict", picture, "--version", "1", "--store", copy, "--json").document
+    assert before == after
+    assert before[0]["version"] == 1
+
+
+def test_for_people_it_names_version_label_and_votes(store: Path, picture: Path) -> None:
+    text = condu("predict", picture, "--task", "colours", "--store", store).out
+    assert "version 2" in text
+    assert "red" in text
+    assert "colours 1.00" in text
+
+
+def test_votes_are_drawn(store: Path, picture: Path, tmp_path: Path) -> None:
+    assert condu("predict", picture, "--store", store, "--pictures", tmp_path / "votes", "--json").code == 0
+    assert [path.name for path in (tmp_path / "votes").iterdir()] == ["votes_0000.png"]
+
+
+def test_it_starts_no_ray(store: Path, picture: Path) -> None:
+    code = (
+        "import sys; from condu_ray.cli import main\ntry: main()\nfinally: print('ray' in sys.modules, file=sys.stderr)"
+    )
+    said = process("predict", picture, "--store", store, "--json", code=code)
+    assert (said.code, said.err.split()[-1]) == (0, "False")
+    assert json.loads(said.out) == condu("predict", picture, "--store", store, "--json").document

@@ -97,7 +97,8 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
 def _list(source: str, classes: Sequence[str] | None) -> Listing:
     if source.startswith(PREFIX):
         return list_torchvision(source.removeprefix(PREFIX), classes)
-    path = Path(source).expanduser()
+    # Absolute: workers that read the pictures have another working folder.
+    path = Path(source).expanduser().absolute()
     if path.is_dir():
         return list_tars(path, classes) if holds_tars(path) else list_folder(path, classes)
     if path.is_file() and path.suffix.lower() == ".csv":
@@ -109,7 +110,9 @@ def _list(source: str, classes: Sequence[str] | None) -> Listing:
     if source in KNOWN:
         return list_torchvision(source, classes)
     mend = "give a folder of pictures, a webdataset folder, a .csv file, or a torchvision name such as CIFAR10"
-    raise DataError(f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(path)) else mend)
+    raise DataError(
+        f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(Path(source).expanduser())) else mend
+    )
 
 
 def _similar(path: Path) -> str:

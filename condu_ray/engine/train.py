@@ -32,7 +32,7 @@ from condu_ray.engine.progress import Update
 from condu_ray.errors import ConduError, TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import Vector
-from condu_ray.methods.training import Checkpoint, Place, Resume, Step, train_task
+from condu_ray.methods.training import Checkpoint, Place, Resume, Step, steps_for, train_task
 from condu_ray.models.load import load
 from condu_ray.store import ObjectRef, Store, open_store
 from condu_ray.voting.open import layout_of
@@ -193,6 +193,19 @@ def _show(steps: Mapping[str, Step], update: Update) -> None:
         update(sum(s.step for s in steps.values()), sum(s.steps for s in steps.values()), note)
 
 
+def deal(jobs: Sequence[Job], workers: int, config: SessionConfig) -> list[list[Job]]:
+    """Who trains what: the longest task first, each to the worker that has the fewest steps so far."""
+    if workers == 1:
+        return [list(jobs)]  # in the order given: a task may start from the one before
+    dealt: list[list[Job]] = [[] for _ in range(workers)]
+    load = [0] * workers
+    for job in sorted(jobs, key=lambda each: -steps_for(len(each.data.train), config)):
+        least = load.index(min(load))
+        dealt[least].append(job)
+        load[least] += steps_for(len(job.data.train), config)
+    return dealt
+
+
 def _work(settings: dict[str, Any]) -> None:
     """What each worker of the group runs."""
     config, group, board = settings["config"], settings["group"], settings["board"]
@@ -200,7 +213,7 @@ def _work(settings: dict[str, Any]) -> None:
     rank, size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(group.cpus_each)
     jobs: list[Job] = ray.get(settings["jobs"])
-    mine = jobs if group.shared else jobs[rank::size]
+    mine = jobs if group.shared else deal(jobs, size, config)[rank]
     together = group.shared and size > 1
     place = Place(rank, size, _distribute, _barrier) if together else Place()
     if ray.get(board.read.remote())[1] is not None:

@@ -1,0 +1,148 @@
+"""README's commands are taken out and run in order, on small pictures; links and code in the documents are followed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+from condu_ray.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS += sorted((ROOT / "clusters").glob("*.md"))
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"`(\w+\.yaml)`")
+
+# Commands that are not run here, by their form, and why.
+NOT_RUN = {
+    r"pip install uv && uv run condu-ray demo": "sets up an environment; the demo has tests of its own",
+    r"uv run pytest": "is this very run",
+    r"uv run mlflow ui --backend-store-uri sqlite:///condu-store/mlflow\.db": "serves until it is stopped",
+    r"export RAY_AUTH_MODE=token": "is for the cluster of the next lines",
+    r"ray get-auth-token --generate": "writes into the home folder",
+    r"ray start --head": "starts a cluster that stays",
+    r"ray job submit -- python jobs/session\.py (?P<learn>.+)": "needs that cluster",
+}
+RUN, SKIPPED = 13, 7
+
+PICTURES = {
+    "birds/train/heron": 8,
+    "birds/train/owl": 8,
+    "birds/test/heron": 4,
+    "birds/test/owl": 4,
+    "signs/stop": 10,
+    "signs/yield": 10,
+    "food/bread": 10,
+    "food/soup": 10,
+    "new": 2,
+}
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(document.read_text(encoding="utf-8")) if kind == language]
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
+    assert [line for line in lines if not line.startswith("$ ")] == [], "each line of a console block is a command"
+    return [line.removeprefix("$ ") for line in lines]
+
+
+def form(command: str) -> re.Match[str] | None:
+    return next((match for pattern in NOT_RUN if (match := re.fullmatch(pattern, command))), None)
+
+
+def write_pictures(folder: Path) -> None:
+    """Noise around one colour a class, so that the classes can be told apart."""
+    for seed, (place, count) in enumerate(PICTURES.items()):
+        random = np.random.RandomState(seed)
+        colour = np.random.RandomState(sum(Path(place).name.encode())).uniform(60, 195, 3)
+        (folder / place).mkdir(parents=True)
+        for number in range(1, count + 1):
+            pixels = np.clip(colour + random.uniform(-40, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / place / f"{number}.png")
+
+
+def test_commands_that_are_not_run_have_the_right_form() -> None:
+    """Each form is used, and what a job would learn is understood by `learn`."""
+    found = [(command, match) for command in commands() if (match := form(command))]
+    assert len(found) == SKIPPED
+    assert {match.re.pattern for _, match in found} == set(NOT_RUN)
+    learn = typer.main.get_command(app).commands["learn"]  # type: ignore[attr-defined]  # it is a group
+    for _, match in found:
+        if given := match.groupdict().get("learn"):
+            assert learn.make_context("learn", shlex.split(given)).params["name"] == "birds"
+    assert (ROOT / "jobs" / "session.py").is_file()
+
+
+@pytest.mark.timeout(900)
+def test_the_commands_run(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, body in zip(FILE_NAME.findall(readme), blocks(ROOT / "README.md", "yaml"), strict=True):
+        (tmp_path / name).write_text(body, encoding="utf-8")
+    environment = os.environ | {
+        "CONDU_MODEL": f"local-dir:{tiny_model_dir}",
+        "CONDU_TRAIN__STEPS": "5",
+        "CONDU_TRACKING": "off",
+        "CONDU_CACHE": str(tmp_path / "cache"),
+    }
+    installed = str(Path(sys.executable).with_name("condu-ray"))
+
+    def run(command: str) -> str:
+        words = shlex.split(command)
+        assert words[:3] == ["uv", "run", "condu-ray"], f"{command}: neither run here nor listed in NOT_RUN"
+        done = subprocess.run(
+            [installed, *words[3:]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.strip(), f"{command} said nothing"
+        return done.stdout
+
+    said = {command: run(command) for command in commands() if not form(command)}
+
+    assert len(said) == RUN
+    made = json.loads(run("uv run condu-ray versions --json"))
+    assert [version["kind"] for version in made] == ["learn", "learn", "learn", "forget", "rollback"]
+    assert [version["tasks"] for version in made][2:] == [["birds", "signs", "food"], ["birds", "signs"], ["birds"]]
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
+        "accuracy_matrix.png",
+        "accuracy_over_versions.png",
+    }
+    (answer,) = next(json.loads(text) for command, text in said.items() if "--labels" in command)
+    assert (answer["label_space"], answer["version"]) == ("candidates", 3)
+    assert {each["label"] for each in answer["labels"]} == {"a lighthouse", "a bridge", "a castle"}
+
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / "store.md", "python")
+    exec(compile(code, "docs/store.md", "exec"), {})
+
+
+def test_the_library_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks(ROOT / "docs" / "fusion.md", "python")
+    space: dict[str, object] = {}
+    exec(compile(code, "docs/fusion.md", "exec"), space)
+    assert {name: each.shape for name, each in space["expert_delta"].items()} == {"weight": (8, 16), "bias": (8,)}  # type: ignore[attr-defined]
+    assert "relative_l2" in capsys.readouterr().out
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    links = [
+        (document.relative_to(ROOT), link)
+        for document in DOCUMENTS
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert len(links) >= 15
+    assert [(str(document), link) for document, link in links if not (ROOT / document.parent / link).exists()] == []

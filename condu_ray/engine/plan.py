@@ -15,17 +15,18 @@ from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.training import learning_rate_for, steps_for
 from condu_ray.models.load import load
-from condu_ray.store import Store, StoreHeader, create_store
+from condu_ray.store import StoreHeader
 from condu_ray.store.header import open_existing
 from condu_ray.voting.open import layout_of
 
 
 @dataclass(frozen=True)
 class Need:
-    """Estimates in bytes. worker: parameters, gradients and moments of a training process, without activations.
+    """Numbers of parameters, and estimates in bytes.
 
-    fusion: peak of the fusion actor. scorer: θ⁰ and one expert. version: what a new version adds to the disk. passing:
-    deltas that are kept until their task is committed.
+    worker: parameters, gradients and moments of a training process, without activations. fusion: peak of the fusion
+    actor. scorer: θ⁰ and one expert. version: what a new version adds to the disk. passing: deltas that are kept until
+    their task is committed.
     """
 
     parameters: int
@@ -63,11 +64,6 @@ def header_of(config: SessionConfig) -> tuple[StoreHeader, int]:
     return header, clip.parameter_count()
 
 
-def create(config: SessionConfig) -> Store:
-    """Opens the store of these settings, or makes it."""
-    return open_existing(config.store) or create_store(config.store, header_of(config)[0])
-
-
 def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence[TaskData], learned: int) -> Need:
     """What this session needs, for `parameters` of the base model and `learned` tasks in the store."""
     fused, total = layout.total, learned + len(tasks)
@@ -77,7 +73,7 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
     )
     return Need(
         parameters=parameters,
-        fused=fused,
+        fused=sum(entry.size for entry in layout.entries),
         worker=4 * (3 * parameters + 3 * fused),
         fusion=(16 * fused + (total + 7) // 8 * 2 * fused + total * 2 * plane) if fuses else 8 * fused,
         scorer=4 * (parameters + 2 * fused),

@@ -1,8 +1,9 @@
-"""Kills a session at chosen calls and runs it again, each time in a forked child: a run takes less than a second.
+"""Kills a session at chosen calls and runs it again, in forked children, so that a run takes less than a second.
 
 usage: crash_driver.py JSON, with {"model": folder, "tasks": {name: folder}, "out": folder, "settings": {...}, "at":
 "store" (calls of the store and of the crew), "step" (steps of training too) or "file" (changes of files too), "seeds":
-kills at random times besides}. Prints JSON: the calls of an undisturbed session, and what each kill led to.
+kills at random times besides}. Prints one JSON document: the calls of an undisturbed session, and what each kill led
+to.
 """
 
 from __future__ import annotations

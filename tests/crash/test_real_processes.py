@@ -1,0 +1,138 @@
+"""The command as people run it: killed, stopped with Ctrl-C, submitted as a job to a cluster that is there already."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from command_line import process
+from in_process_crew import contents, learn_here, opened, settings
+
+from condu_ray.store import open_store
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 240.0
+Folders = dict[str, Path]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def arguments(model: Path, tasks: Folders, store: Path, steps: int) -> list[str]:
+    given = [f"--task={name}={tasks[name]}" for name in ("colours", "stripes")]
+    given += ["--model", f"local-dir:{model}", "--store", str(store), f"--train.steps={steps}", "--tracking=off"]
+    return [*given, "--train.batch-size=8", "--train.towers=image", "--train.checkpoint-seconds=0.01", "--workers=2"]
+
+
+def started(*given: str, **environment: str) -> subprocess.Popen[str]:
+    code = "from condu_ray.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *given],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **environment},
+    )
+
+
+def wait_for(what: Callable[[], object], child: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not what():
+        assert child.poll() is None, "it ended before"
+        assert time.monotonic() < end, "it did not come so far"
+        time.sleep(0.02)
+
+
+def test_a_killed_command_ends_the_work_when_given_again(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    store, steps = tmp_path / "store", 60
+    given = ["learn", *arguments(tiny_model_dir, picture_tasks, store, steps)]
+    for moment in ("work/train-*/checkpoint.safetensors", "objects/train-*/delta.safetensors"):
+        child = started(*given)
+        wait_for(lambda moment=moment: list(store.glob(moment)), child)  # type: ignore[misc]
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        assert open_store(store).versions() == []
+    said = process(*given, "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["made"] == [1, 2]
+    here = settings(tmp_path / "here", tiny_model_dir, train__steps=steps)
+    learn_here(here, opened(picture_tasks, "colours", "stripes"), threads=max(1, (os.cpu_count() or 1) // 2))
+    open_store(store).gc(in_use_s=0)
+    left = [*store.glob("work/*"), *store.glob("tmp/*")]
+    ours, theirs = contents(store), contents(here.store)
+    for held in (ours, theirs):  # the interval between checkpoints changes no bits, but is a setting
+        for name in ("00000001.json", "00000002.json"):
+            del held[name]["settings"]["train"]["checkpoint_seconds"]
+    assert (ours, left) == (theirs, [])
+
+
+def test_ctrl_c_ends_a_training_and_leaves_a_store_that_opens(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    child = started("learn", *arguments(tiny_model_dir, picture_tasks, store, 100_000))
+    wait_for(lambda: list(store.glob("work/train-*/checkpoint.safetensors")), child)
+    begun = time.monotonic()
+    os.killpg(child.pid, signal.SIGINT)
+    _, err = child.communicate(timeout=DEADLINE)
+    assert child.returncode == 130, err
+    assert time.monotonic() - begun < 60
+    assert "stopped; the same command goes on where this one ended" in err
+    assert "Traceback" not in err
+    assert open_store(store).versions() == []
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[str]:
+    """Address of the job server of a cluster that somebody else started. Ended by its own process group."""
+    dashboard = free_port()
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    command += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", "--disable-usage-stats"]
+    with open(tmp_path / "head.log", "w") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, text=True)
+        try:
+            wait_for(lambda: answers(dashboard), child)
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait(60)
+
+
+def answers(port: int) -> bool:
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/version", timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_job_on_a_cluster_does_what_learn_does(
+    head: str, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head, "--"]
+    command += [sys.executable, str(ROOT / "jobs" / "session.py"), *arguments(tiny_model_dir, picture_tasks, store, 4)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [card.name for card in open_store(store).manifest().tasks] == ["colours", "stripes"]
+    here = settings(tmp_path / "here", tiny_model_dir)
+    learn_here(here, opened(picture_tasks, "colours", "stripes"))
+    assert open_store(store).manifest().objects == open_store(here.store).manifest().objects

@@ -123,8 +123,9 @@ class VoteConfig(_Section):
         default=None, ge=0, lt=1, description="share of the base model; unset: 1 / (experts + 1)"
     )
     adaptive: bool = Field(default=True, description="run fewer experts where the similarities decide")
-    union: Literal["joint", "routed"] = Field(
-        default="routed", description="joint: every expert scores all labels; routed: those of the chosen tasks"
+    union: Literal["own", "routed", "joint"] = Field(
+        default="own",
+        description="own: each chosen expert scores its task's classes; routed: all chosen tasks' classes; joint: all",
     )
 
 

@@ -18,7 +18,7 @@ from condu_ray.config import VoteConfig
 from condu_ray.errors import DataError, NotFound, nearest
 from condu_ray.models.clip import Clip, Overrides
 from condu_ray.voting.answer import Answer, Vote
-from condu_ray.voting.combine import combine, probabilities, weights
+from condu_ray.voting.combine import combine, probabilities, side_by_side, weights
 from condu_ray.voting.labels import Block, LabelSpace
 from condu_ray.voting.prototypes import Prototypes
 from condu_ray.voting.routing import UNCALIBRATED, Chosen, Thresholds, choose, similarities
@@ -37,10 +37,15 @@ class TaskExpert:
 
 @dataclass(frozen=True)
 class _Ballot:
-    """Who votes for a picture, and which blocks of the label space count for it (indices)."""
+    """Who votes for a picture, which blocks of the label space count (indices), and which of them each voter scores.
+
+    apart: every voter scores a block of its own, so that weights belong to blocks.
+    """
 
     votes: tuple[Vote, ...]
     blocks: tuple[int, ...]
+    scored: tuple[tuple[int, ...], ...]
+    apart: bool = False
 
 
 class Classifier:
@@ -125,7 +130,7 @@ class Classifier:
         if space.kind == "task":
             task = str(space.labels[0].task)
             self._check_task(task)
-            ballots = [_Ballot((Vote(task, None, 1.0),), (0,))] * len(pixels)
+            ballots = [_Ballot((Vote(task, None, 1.0),), (0,), ((0,),))] * len(pixels)
         else:
             base = self.clip.images(pixels)
             ballots = self._ballots(base, space)
@@ -135,21 +140,30 @@ class Classifier:
         for picture, ballot in enumerate(ballots):
             columns = np.concatenate([spans[block] for block in ballot.blocks])
             rows = [
-                np.concatenate([logits[vote.task, block][picture] for block in ballot.blocks]) for vote in ballot.votes
+                np.concatenate([logits[vote.task, block][picture] for block in blocks])
+                for vote, blocks in zip(ballot.votes, ballot.scored, strict=True)
             ]
-            scores = combine(np.stack(rows), np.array([vote.weight for vote in ballot.votes]), self._vote)
+            shares = np.array([vote.weight for vote in ballot.votes])
+            scores = side_by_side(rows, shares) if ballot.apart else combine(np.stack(rows), shares, self._vote)
             scored.append((ballot.votes, columns, scores))
         return scored
 
     def _ballots(self, base: Tensor, space: LabelSpace) -> list[_Ballot]:
         similarity = similarities(base.cpu().numpy(), self._prototypes)
         every = tuple(range(len(space.blocks)))
-        routed = space.kind == "union" and self._vote.union == "routed"
+        union = self._vote.union if space.kind == "union" else None
         place = {block.task: index for index, block in enumerate(space.blocks)}
         ballots = []
         for row, chosen in zip(similarity, choose(similarity, self._vote, self._thresholds), strict=True):
-            blocks = tuple(sorted(place[self._names[task]] for task in chosen.experts)) if routed else every
-            ballots.append(_Ballot(self._votes(row, chosen), blocks))
+            if union == "own":
+                votes = self._votes(row, Chosen(chosen.experts, base=False))
+                own = tuple(place[vote.task] for vote in votes)
+                ballots.append(_Ballot(votes, own, tuple((block,) for block in own), apart=True))
+                continue
+            votes, blocks = self._votes(row, chosen), every
+            if union == "routed":
+                blocks = tuple(sorted(place[self._names[task]] for task in chosen.experts))
+            ballots.append(_Ballot(votes, blocks, (blocks,) * len(votes)))
         return ballots
 
     def _votes(self, similarity: NDArray[np.float32], chosen: Chosen) -> tuple[Vote, ...]:
@@ -173,7 +187,7 @@ class Classifier:
                 features = base[pictures]
             else:
                 features = self.clip.images(pixels[pictures], overrides)
-            for index in dict.fromkeys(block for i in pictures for block in ballots[i].blocks):
+            for index in dict.fromkeys(block for i in pictures for block in _scored_by(voter, ballots[i])):
                 table = self._tables.of(None if overrides is None else voter, overrides, blocks[index])
                 values = (self.clip.logit_scale * features @ table.T).cpu().numpy()
                 logits[voter, index] = dict(zip(pictures, values, strict=True))
@@ -187,3 +201,7 @@ class Classifier:
         ranked = tuple((space.labels[i], float(shares[i])) for i in np.argsort(-shares, kind="stable"))
         label, probability = ranked[0]
         return Answer(label, probability, ranked, votes, space.kind, self.version)
+
+
+def _scored_by(voter: Expert, ballot: _Ballot) -> tuple[int, ...]:
+    return next(blocks for vote, blocks in zip(ballot.votes, ballot.scored, strict=True) if vote.task == voter)

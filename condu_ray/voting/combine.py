@@ -5,6 +5,7 @@ Legend: M voters of a picture (experts, then θ⁰ if it takes part), C labels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,16 @@ def combine(logits: NDArray[Any], weights: Scores, vote: VoteConfig) -> Scores:
     mixed = weights @ np.stack([probabilities(row) for row in logits])
     with np.errstate(divide="ignore"):  # a probability below the smallest float is 0, its logarithm -inf
         return np.asarray(np.log(mixed))
+
+
+def side_by_side(logits: Sequence[NDArray[Any]], weights: Scores) -> Scores:
+    """Each expert scores labels of its own: probability of a label = weight of its task · probability within the task.
+
+    logits: one array an expert, over its own labels. Returns the logarithms, one after another. Our reconstruction.
+    """
+    with np.errstate(divide="ignore"):
+        parts = [np.log(weight) + np.log(probabilities(row)) for row, weight in zip(logits, weights, strict=True)]
+    return np.concatenate(parts)
 
 
 def probabilities(scores: NDArray[Any]) -> Scores:

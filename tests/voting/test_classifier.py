@@ -204,7 +204,7 @@ def test_class_names_are_embedded_once_an_expert(make: Make, pixels: Tensor, mon
         return texts(self, sentences, expert)
 
     monkeypatch.setattr(Clip, "texts", counted)
-    classifier = make(adaptive=False)
+    classifier = make(adaptive=False, union="joint")
     classifier.classify(pixels)
     assert len(embedded) == 4 * 3, "four voters, three tasks' labels"
     classifier.classify(pixels, task="pets")
@@ -236,9 +236,25 @@ def test_no_picture_no_answer(make: Make, pixels: Tensor) -> None:
     assert make().label_indices(pixels[:0], LabelSpace.of_candidates(WORDS)).tolist() == []
 
 
+def test_learned_classes_compete_by_task_weight_times_class_probability(
+    make: Make, pixels: Tensor, experts: tuple[TaskExpert, ...]
+) -> None:
+    """The default: each chosen expert scores its own task's classes, the base model none."""
+    classifier = make(adaptive=False, k=2)
+    for index, answer in enumerate(classifier.classify(pixels)):
+        assert len(answer.votes) == 2
+        assert sum(vote.weight for vote in answer.votes) == pytest.approx(1)
+        expected = {}
+        for vote in answer.votes:
+            (alone,) = classifier.classify(pixels[index : index + 1], task=vote.task)
+            expected |= {label: vote.weight * share for label, share in alone.ranked}
+        for label, share in answer.ranked:
+            assert share == pytest.approx(expected.get(label, 0.0), abs=1e-5)
+
+
 def test_one_task_alone(make: Make, pixels: Tensor, experts: tuple[TaskExpert, ...]) -> None:
     (answer,) = make(experts=experts[:1]).classify(pixels[:1])
-    assert [vote.task for vote in answer.votes] == ["pets", None]
+    assert [vote.task for vote in answer.votes] == ["pets"], "all labels are learned: the base model has no part"
     assert {label.task for label, _ in answer.ranked} == {"pets"}
 
 
@@ -264,7 +280,7 @@ def test_mistakes_are_named(make: Make, pixels: Tensor, experts: tuple[TaskExper
 
 
 def test_the_published_json(make: Make, pixels: Tensor) -> None:
-    (answer,) = make(adaptive=False, k=2).classify(pixels[:1])
+    (answer,) = make(adaptive=False, k=2, union="joint").classify(pixels[:1])
     published = json.loads(json.dumps(answer.to_json("a.png", top=2)))
     assert list(published) == ["image", "label", "task", "probability", "labels", "votes", "label_space", "version"]
     assert published["image"] == "a.png"

@@ -149,7 +149,8 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
         ),
     )
     try:
-        _watch(trainer, board, update)
+        total = sum(steps_for(len(job.data.train), config) for job in pending)
+        _watch(trainer, board, lambda steps: _show(steps, total, update))
     finally:
         ray.kill(board)
         store.discard_work(name)
@@ -161,7 +162,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
         )
 
 
-def _watch(trainer: TorchTrainer, board: Any, update: Update) -> None:
+def _watch(trainer: TorchTrainer, board: Any, show: Callable[[Mapping[str, Step]], None]) -> None:
     errors: list[Exception] = []
 
     def fit() -> None:
@@ -175,7 +176,7 @@ def _watch(trainer: TorchTrainer, board: Any, update: Update) -> None:
     fitting.start()
     while fitting.is_alive():
         fitting.join(POLL_SECONDS)
-        _show(ray.get(board.read.remote())[0], update)
+        show(ray.get(board.read.remote())[0])
     fault = ray.get(board.read.remote())[1]
     if fault is not None:
         raise fault
@@ -187,10 +188,10 @@ def _watch(trainer: TorchTrainer, board: Any, update: Update) -> None:
         ) from error
 
 
-def _show(steps: Mapping[str, Step], update: Update) -> None:
+def _show(steps: Mapping[str, Step], total: int, update: Update) -> None:
     if steps:
         note = "  ".join(f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f}" for s in steps.values() if s.step < s.steps)
-        update(sum(s.step for s in steps.values()), sum(s.steps for s in steps.values()), note)
+        update(sum(s.step for s in steps.values()), total, note)
 
 
 def deal(jobs: Sequence[Job], workers: int, config: SessionConfig) -> list[list[Job]]:

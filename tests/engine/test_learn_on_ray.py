@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Learned
+from command_line import Learned, condu
 from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings
 from ray_processes import ray_processes
 
-from condu_ray.cli import main
-from condu_ray.config import SessionConfig
+from condu_ray.config import SessionConfig, resolve
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.evaluate import evaluate
@@ -22,6 +22,7 @@ from condu_ray.engine.progress import silent
 from condu_ray.engine.session import _jobs, learn
 from condu_ray.engine.train import train
 from condu_ray.store import Store, open_store
+from condu_ray.store.header import fixed_settings
 
 Folders = dict[str, Path]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -60,6 +61,39 @@ def test_evaluate_measures_each_task_and_their_union(learned: Learned) -> None:
     assert [row["pictures"] for row in union["tasks"]] == [card.pictures["test"] for card in manifest.tasks]
     assert all(row["accuracy"] <= manifest.figures["accuracy"][row["name"]] for row in union["tasks"])
     assert union["mean"] == pytest.approx(np.mean([row["accuracy"] for row in union["tasks"]]))
+
+
+def test_a_copy_of_a_store_is_not_written_to_by_the_actor_of_the_other(
+    learned: Learned, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    """On a cluster that stays, the fusion actor of a store outlives the session; a copy has the same id."""
+    config, _ = resolve({"train.steps": 4, "train.batch_size": 8}, fixed=fixed_settings(str(learned.store)))
+    copy = open_store(shutil.copytree(learned.store, tmp_path / "copy"))
+    jobs = _jobs(copy, config, opened(picture_tasks, "places"))
+    InProcessCrew(copy, config).train(jobs, nothing)
+    before = contents(learned.store)
+    first, second = RayCrew(open_store(learned.store), config, ONE), RayCrew(copy, config, ONE)
+    first.hold(open_store(learned.store).manifest())
+    fused = second.fuse("state-of-places", copy.manifest(), "places", copy.find(jobs[0].key, "delta"))
+    assert [copy.fault(ref) for ref in fused.objects.values()] == [None] * len(fused.objects)
+    assert contents(learned.store) == before
+
+
+def test_a_store_that_may_not_be_written_is_said_before_training(
+    learned: Learned, picture_tasks: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.mkdir
+
+    def mkdir(path: Any, *given: Any, **named: Any) -> None:
+        if str(path).startswith(str(learned.store)):
+            raise PermissionError(13, "Permission denied")
+        real(path, *given, **named)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    said = condu("learn", "places", "--data", picture_tasks["places"], "--store", learned.store, "--workers", "1")
+    assert said.code == 2
+    assert "give this user the permission or choose another --store" in said.err
+    assert open_store(learned.store).versions() == [1, 2]
 
 
 def test_a_killed_training_goes_on_to_the_same_bits(
@@ -102,18 +136,14 @@ def test_two_processes_train_a_task_together(tiny_model_dir: Path, picture_tasks
     assert np.linalg.norm(ours - theirs) <= 0.05 * np.linalg.norm(theirs)
 
 
-def test_a_loss_that_is_no_number_is_one_sentence(
-    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loss_that_is_no_number_is_one_sentence(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:
     store, given = tmp_path / "store", ["--train.steps=4", "--train.batch-size=8", "--tracking=off", "--workers=1"]
     given += ["--model", f"local-dir:{tiny_model_dir}", "--train.lr=0.9", "--train.weight-decay=1e30"]
-    with pytest.raises(SystemExit) as left:
-        main(["learn", "colours", "--data", str(picture_tasks["colours"]), "--store", str(store), *given])
-    said = capsys.readouterr().err
-    assert left.value.code == 2
-    assert "error: task colours:" in said
-    assert "--train.lr" in said
-    assert "Traceback" not in said
+    said = condu("learn", "colours", "--data", picture_tasks["colours"], "--store", store, *given)
+    assert said.code == 2
+    assert "error: task colours:" in said.err
+    assert "--train.lr" in said.err
+    assert "Traceback" not in said.err
     assert open_store(store).versions() == []
 
 

@@ -11,7 +11,9 @@ import pytest
 from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings
 
 from condu_ray.config import SessionConfig
+from condu_ray.data import open_task
 from condu_ray.engine import session, train
+from condu_ray.engine.evaluate import _given
 from condu_ray.engine.forget import forget
 from condu_ray.engine.progress import silent
 from condu_ray.errors import DataError, NotFound, StoreError
@@ -291,6 +293,20 @@ def test_a_delta_that_is_gone_is_not_taken_for_an_untrained_one(
     with pytest.raises(StoreError, match=r"run the same command again"):
         session.learn(store, config, opened(picture_tasks, "colours"), Forgetful(store, config), silent)
     assert store.versions() == []
+
+
+def test_what_was_trained_on_is_not_evaluated_on_where_the_split_is_made_here(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir, method="zero-shot", seed=5, test_share=0.3)
+    unsplit = {"colours": picture_tasks["colours"] / "train"}
+    task = open_task("colours", unsplit["colours"], seed=5, test_share=0.3)
+    assert task.split_made
+    (made,) = learn_here(config, [task])
+    asked = settings(tmp_path / "store", tiny_model_dir, tasks=[f"colours={unsplit['colours']}"])
+    ((card, pictures),) = _given(asked, made, silent)
+    assert card.name == "colours"
+    assert pictures == task.test
 
 
 def test_test_pictures_that_went_away_are_not_measured(

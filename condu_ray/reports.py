@@ -248,11 +248,20 @@ def show_doctor(found: dict[str, Any]) -> None:
 
 
 def show_demo(found: dict[str, Any]) -> None:
+    """The three methods side by side, where the pictures are, and what to try next."""
+    say(f"learned one after another: {', '.join(found['tasks'])}")
     show_table(
-        "five small domains, one after another: accuracy in percent",
+        "accuracy in percent",
         ("method", "Transfer", "Average", "Last"),
         [(name, row["transfer"], row["average"], row["last"]) for name, row in found["methods"].items()],
     )
     say("Transfer: tasks not yet learned. Average: over the whole stream. Last: all tasks, at the end.")
+    if found["alone"] is not None:
+        say(f"Fine-tuning one model a task, forgetting nothing, would end at {found['alone']:.1f}.")
+    for warning in found["warnings"]:
+        say(f"warning: {warning}")
     for picture in found["pictures"]:
         say(f"picture: {picture}")
+    say("next:")
+    for command in found["next"]:
+        say(f"  {command}")

@@ -22,7 +22,15 @@ from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.tracking.pictures import draw_comparison, draw_votes
 
 METHODS = ("condu", "sequential")
-SETTINGS = {"train.steps": 48, "train.batch_size": 32}
+# For few steps. On these worlds, with the default model, 40 steps of the usual settings reach 83 % alone and 73 % fused;
+# the image tower alone, without smoothing, at a lower rate: 95 % and 91 %.
+SETTINGS = {
+    "train.steps": 40,
+    "train.batch_size": 32,
+    "train.lr": 3e-4,
+    "train.label_smoothing": 0.0,
+    "train.towers": "image",
+}
 VOTED_ON = ("shapes", "star")
 
 

@@ -26,12 +26,12 @@ Point = tuple[float, float]
 def shape(rng: Generator, kind: str) -> Pixels:
     """One shape of any colour on a softly shaded background of another, with smaller distractors."""
     ground = _colour(rng)
-    image = _picture(_blend(ground, _far_from(rng, ground, 60), _clouds(rng, 3)))
+    image = _picture(_blend(ground, _far_from(rng, ground, 60), 0.7 * _clouds(rng, 3)))
     pen = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(0, 5))):
         x, y = rng.uniform(0, FINE, 2)
         pen.line([(x, y), (x + rng.normal(0, 25), y + rng.normal(0, 25))], fill=_colour(rng), width=2)
-    size, turn = rng.uniform(20, 46), rng.uniform(-0.6, 0.6)
+    size, turn = rng.uniform(28, 48), rng.uniform(-0.5, 0.5)
     centre = rng.uniform(size, FINE - size, 2)
     fill = _far_from(rng, ground, 130)
     behind = image.copy()

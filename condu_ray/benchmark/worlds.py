@@ -85,10 +85,10 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 WORLDS = (
     World(
-        "digits",
-        DIGITS,
-        ("a photo of the number {c}.", "a handwritten {c}.", "the digit {c}."),
-        _digits,
+        "textures",
+        ("striped", "chequered", "dotted", "wavy", "zigzag", "brick", "grainy", "marbled"),
+        ("a photo of a {c} texture.", "a {c} pattern.", "a {c} surface."),
+        partial(_drawn, drawing.texture),
     ),
     World(
         "shapes",
@@ -97,16 +97,16 @@ WORLDS = (
         partial(_drawn, drawing.shape),
     ),
     World(
+        "digits",
+        DIGITS,
+        ("a photo of the number {c}.", "a handwritten {c}.", "the digit {c}."),
+        _digits,
+    ),
+    World(
         "land",
         ("forest", "farmland", "city", "river", "lake", "beach", "desert", "highway"),
         ("a satellite photo of a {c}.", "an aerial view of a {c}.", "a {c} seen from above."),
         partial(_drawn, drawing.land),
-    ),
-    World(
-        "textures",
-        ("striped", "chequered", "dotted", "wavy", "zigzag", "brick", "grainy", "marbled"),
-        ("a photo of a {c} texture.", "a {c} pattern.", "a {c} surface."),
-        partial(_drawn, drawing.texture),
     ),
     World(
         "metal",

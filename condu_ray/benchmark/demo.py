@@ -22,7 +22,7 @@ from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.tracking.pictures import draw_comparison, draw_votes
 
 METHODS = ("condu", "sequential")
-# For few steps. On these worlds, with the default model, 40 steps of the usual settings reach 83 % alone and 73 % fused;
+# For few steps. On these worlds, with the default model, 40 steps of the usual settings reach 83 % alone, 73 % fused;
 # the image tower alone, without smoothing, at a lower rate: 95 % and 91 %.
 SETTINGS = {
     "train.steps": 40,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import ray
 from condu_ray.errors import TrainingError
 
 NAMESPACE = "condu-ray"
+REACH_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ def connect() -> Cluster:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
         try:
             if joined:
+                _reach(os.environ["RAY_ADDRESS"])
                 ray.init(**quiet)
             else:
                 # A private cluster on loopback, gone with this process: it needs no token, and leaves none behind.
@@ -53,6 +56,13 @@ def connect() -> Cluster:
             ) from error
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Cluster(tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found), joined)
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
 
 
 def disconnect(cluster: Cluster) -> None:

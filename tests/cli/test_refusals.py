@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Said, condu
+from command_line import Said, condu, process
 from PIL import Image
 
 
@@ -340,3 +340,17 @@ def test_a_file_where_the_store_should_be(tmp_path: Path, picture_tasks: dict[st
     said = condu("learn", "x", "--data", picture_tasks["places"], "--store", tmp_path / "file")
     check(said)
     assert "is a file, not the folder of a store" in said.err
+
+
+# --- clusters
+
+
+def test_a_cluster_that_is_not_there(copy: Path, picture_tasks: dict[str, Path]) -> None:
+    """As a process, since this one may be connected to a cluster. Ray itself would try for five minutes."""
+    given = ["learn", "places", "--data", picture_tasks["places"], "--store", copy, "--tracking", "off"]
+    before = digest(copy)
+    said = process(*given, RAY_ADDRESS="127.0.0.1:9")
+    check(said)
+    assert "Ray cluster 127.0.0.1:9" in said.err
+    assert "unset RAY_ADDRESS" in said.err
+    assert digest(copy) == before

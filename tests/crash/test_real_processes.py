@@ -102,8 +102,9 @@ def head(tmp_path: Path) -> Iterator[str]:
     """Address of the job server of a cluster that somebody else started. Ended by its own process group."""
     dashboard = free_port()
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
-    command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
-    command += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", "--disable-usage-stats"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+    ports = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    command += [f"--{name}={free_port()}" for name in ports]  # not those of another Ray on this machine
     with open(tmp_path / "head.log", "w") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, text=True)
         try:

@@ -21,6 +21,8 @@ from condu_ray.engine.evaluate import evaluate
 from condu_ray.engine.progress import silent
 from condu_ray.engine.session import _jobs, learn
 from condu_ray.engine.train import train
+from condu_ray.errors import DataError
+from condu_ray.methods.batches import Order
 from condu_ray.store import Store, open_store
 from condu_ray.store.header import fixed_settings
 
@@ -134,6 +136,21 @@ def test_two_processes_train_a_task_together(tiny_model_dir: Path, picture_tasks
     ours, theirs = (delta_of(each, jobs[0].key)["delta"] for each in (store, alone))
     # AdamW's first steps are as large for a tiny gradient as for a large one, so its rounding shows.
     assert np.linalg.norm(ours - theirs) <= 0.05 * np.linalg.norm(theirs)
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_finds_wrong_ends_both(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    """A picture went away: the process that needs it says so, and the other does not wait for it for ever."""
+    config = settings(tmp_path / "store", tiny_model_dir, parallel="data", workers=2)
+    folder = Path(shutil.copytree(picture_tasks["colours"], tmp_path / "colours"))
+    store = make_store(config)
+    jobs = _jobs(store, config, opened({"colours": folder}, "colours"))
+    (first,) = Order(36, 8, config.seed, range(1), rank=1, size=2)
+    Path(jobs[0].data.train.pictures[first[0][0]].path).unlink()
+    with pytest.raises(DataError, match=r"cannot be read any more \(no such file\)"):
+        train(store, config, jobs, TWO, nothing)
 
 
 def test_a_loss_that_is_no_number_is_one_sentence(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def load_picture(picture: Picture) -> Image.Image:
         image = to_rgb(image)
     except (OSError, Unreadable) as error:
         raise DataError(
-            f"the picture {picture.path} cannot be read any more ({reason(error)})", "run the command again"
+            f"the picture {picture.path} cannot be read any more ({reason(error)})",
+            "put it back, or remove it, and run the command again",
         ) from error
     return image if turn is None else image.transpose(turn)
 

@@ -203,7 +203,8 @@ def test_a_picture_that_went_away_is_one_sentence_also_from_a_loader_process(
         with pytest.raises(DataError) as caught:
             train(tiny_clip, replace(colours, train=train_split), settings(train__loader_processes=processes))
         assert str(caught.value) == (
-            "the picture /nowhere/3.png cannot be read any more (no such file): put it back, or remove it, and run the command again."
+            "the picture /nowhere/3.png cannot be read any more (no such file): "
+            "put it back, or remove it, and run the command again."
         )
 
 

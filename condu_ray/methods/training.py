@@ -86,7 +86,7 @@ def learning_rate_for(parameters: int, config: SessionConfig) -> float:
         return config.train.lr
     small = parameters < SMALL_MODEL_PARAMETERS
     if config.method == "condu-lora":
-        return 2e-3 if small else 1e-3
+        return 1e-2 if small else 1e-3
     return 5e-4 if small else 1e-5
 
 

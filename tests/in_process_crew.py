@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from condu_ray.data import Split, TaskData, open_task
 from condu_ray.engine.crew import _chunks
 from condu_ray.engine.fusing import Fused, Fuser
 from condu_ray.engine.plan import header_of
-from condu_ray.engine.progress import Update, silent
+from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import Question, Scorer, Snapshot
 from condu_ray.engine.session import learn
 from condu_ray.engine.train import Job, work_through
@@ -62,6 +63,12 @@ class InProcessCrew:
             right = sum(self._scorer.right(part, snapshot, self._fuser.state) for part in parts)
             scores.append(100 * right / max(1, len(asked.pictures)))
         return scores
+
+
+@contextmanager
+def silent(name: str) -> Iterator[Update]:
+    """A stage that shows nothing."""
+    yield lambda done, total, note: None
 
 
 def settings(store: Any, model: Any, **others: Any) -> SessionConfig:

@@ -57,16 +57,3 @@ def _lines(name: str) -> Iterator[Update]:
 
     yield update
     print(f"{name}: done in {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
-
-
-def silent(name: str) -> _Silent:
-    """A stage that shows nothing, for callers that only want the result."""
-    return _Silent()
-
-
-class _Silent:
-    def __enter__(self) -> Update:
-        return lambda done, total, note: None
-
-    def __exit__(self, *args: object) -> None:
-        return None

@@ -190,7 +190,11 @@ def _watch(trainer: TorchTrainer, board: Any, show: Callable[[Mapping[str, Step]
 
 def _show(steps: Mapping[str, Step], total: int, update: Update) -> None:
     if steps:
-        note = "  ".join(f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f}" for s in steps.values() if s.step < s.steps)
+        note = "  ".join(
+            f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f} {s.pictures_per_second:.0f} pictures/s"
+            for s in steps.values()
+            if s.step < s.steps
+        )
         update(sum(s.step for s in steps.values()), total, note)
 
 

@@ -24,13 +24,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from in_process_crew import InProcessCrew, contents, make_store, opened, settings
+from in_process_crew import InProcessCrew, contents, make_store, opened, settings, silent
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine import plan, scoring, train
 from condu_ray.engine.keys import train_key
-from condu_ray.engine.progress import silent
 from condu_ray.engine.session import learn
 from condu_ray.methods.training import Place
 from condu_ray.store import LocalStore, Store, open_store

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Learned, condu
-from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings
+from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings, silent
 from ray_processes import ray_processes
 
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.evaluate import evaluate
-from condu_ray.engine.progress import silent
 from condu_ray.engine.session import _jobs, learn
 from condu_ray.engine.train import train
 from condu_ray.errors import DataError

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings
+from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings, silent
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import open_task
 from condu_ray.engine import session, train
 from condu_ray.engine.evaluate import _given
 from condu_ray.engine.forget import forget
-from condu_ray.engine.progress import silent
 from condu_ray.errors import DataError, NotFound, StoreError
 from condu_ray.store import LocalStore, Manifest, open_store
 from condu_ray.store.history import rollback

@@ -28,8 +28,9 @@ from pydantic_settings.exceptions import SettingsError
 
 from condu_ray.errors import ConfigError, nearest
 
-MethodName = Literal["condu", "condu-lora", "zero-shot", "finetune", "sequential"]
+MethodName = Literal["condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential"]
 Granularity = Literal["l1", "tensor_mean", "tensor", "row"]
+Triggers = Literal["mask", "sign"]
 DEFAULT_MODEL = "default"
 
 # Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
@@ -108,6 +109,10 @@ class FusionConfig(_Section):
     """How deltas become one unified delta."""
 
     granularity: Granularity = Field(default="row", description="over what a rescaler is shared; published: l1")
+    triggers: Triggers | None = Field(
+        default=None,
+        description="what a task's bits say: mask (published) or sign; unset: sign for condu-sign, else mask",
+    )
 
 
 class VoteConfig(_Section):
@@ -238,6 +243,11 @@ def fields(section: type[BaseModel] = SessionConfig, prefix: str = "") -> Iterat
             yield from fields(inner, f"{prefix}{name}.")
         else:
             yield prefix + name, info
+
+
+def triggers_of(config: SessionConfig) -> Triggers:
+    """What a task's bits say: as set, or what the method stands for."""
+    return config.fusion.triggers or ("sign" if config.method == "condu-sign" else "mask")
 
 
 def fixed_by_store(config: SessionConfig) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_all_wrong_values_are_told_at_once_with_name_value_and_origin(
     assert f"train.lr = nan (from file {file})" in told
     assert f"train.weight_decay = inf (from file {file}): Input should be a finite number" in told
     assert "vote.k = 'many' (from environment): Input should be a valid integer" in told
-    assert "method = 'condoo' (from option): Input should be 'condu', 'condu-lora'" in told
+    assert "method = 'condoo' (from option): Input should be 'condu', 'condu-sign', 'condu-lora'" in told
     assert "test_share = 1.5 (from option)" in told
     assert "no setting 'nonsense'" in told
 
@@ -245,7 +245,7 @@ def test_settings_cannot_be_changed_by_accident() -> None:
 
 
 OTHERS = {
-    "method": st.sampled_from(["condu", "condu-lora", "zero-shot", "finetune", "sequential"]),
+    "method": st.sampled_from(["condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential"]),
     "gpu": st.sampled_from(["auto", "no"]),
     "tracking": st.sampled_from([None, "off", "http://somewhere:5000"]),
     "tasks": st.dictionaries(st.from_regex(r"[a-z0-9][a-z._-]{0,5}", fullmatch=True), st.just("a/b"), max_size=3),

@@ -58,6 +58,7 @@ SETTINGS = [
     "lora.mode",
     "lora.seed",
     "fusion.granularity",
+    "fusion.triggers",
     "vote.k",
     "vote.combine",
     "vote.average",

@@ -68,7 +68,7 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
     """What this session needs, for `parameters` of the base model and `learned` tasks in the store."""
     fused, total = layout.total, learned + len(tasks)
     plane = fused // 8
-    fuses = config.method in ("condu", "condu-lora") and not (
+    fuses = config.method in ("condu", "condu-sign", "condu-lora") and not (
         config.method == "condu-lora" and config.lora.mode == "exact"
     )
     return Need(

@@ -92,7 +92,12 @@ def fidelity_at(state: FusionState, task: str, coordinates: NDArray[np.int64], v
     mask = (state.packed[position // 8, coordinates] >> np.uint8(position % 8)) & np.uint8(1) != 0
     scale = state.tasks[position].rescalers[group_of(state.layout, state.granularity, coordinates)]
     restored = np.where(mask, state.u[coordinates] * scale, np.float32(0))
-    return _fidelity(_sums(kept, restored, mask))
+    return compare(kept, restored, mask)
+
+
+def compare(delta: NDArray[np.float32], restored: NDArray[np.float32], mask: NDArray[np.bool_]) -> Fidelity:
+    """Fidelity of values that were restored, one by one. delta, restored: f32[n]; mask: bool[n], bits that are set."""
+    return _fidelity(_sums(delta, restored, mask))
 
 
 def _sums(delta: NDArray[np.float32], restored: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -27,6 +27,9 @@ Plane = NDArray[np.uint8]
 
 Objects = dict[str, dict[str, NDArray[Any]]]
 
+LARGEST_NORM = 1e25
+"""Deltas beyond this are refused: below it no product of rescaler and u can leave float32, in any granularity."""
+
 _CHUNK = 1 << 17  # bytes of a plane worked on at once: a million coordinates
 
 
@@ -146,24 +149,24 @@ def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping
         return FusionState.empty(layout, granularity)
     if len(found) != 1:
         raise FusionError(f"one object 'rescalers-...' is needed, found {len(found)}", "give one version's objects")
-    small = _read_meta(layout, granularity, objects, found[0])
+    small = read_meta(layout, granularity, objects, found[0])
     uids = [int(task["uid"]) for task in small["tasks"]]
     newest, plane = int(small["next_uid"]) - 1, (layout.total // 8,)
     groups = group_count(layout, granularity)
-    rescalers = _array(objects, found[0], "rescalers", np.float32, (len(uids), groups))
+    rescalers = read_array(objects, found[0], "rescalers", np.float32, (len(uids), groups))
     tasks = tuple(
         Task(
             str(task["name"]),
             uid,
-            _array(objects, f"birth-{uid}", "norms", np.float64, (groups,)),
+            read_array(objects, f"birth-{uid}", "norms", np.float64, (groups,)),
             rescalers[position],
-            _array(objects, f"birth-{uid}", "birth", np.uint8, plane),
+            read_array(objects, f"birth-{uid}", "birth", np.uint8, plane),
         )
         for position, (uid, task) in enumerate(zip(uids, small["tasks"], strict=True))
     )
     sessions = needed_flips(tasks, newest + 1)
-    flips = {uid: _array(objects, f"flips-{uid}", "flips", np.uint8, plane) for uid in sessions}
-    u = _array(objects, f"u-{newest}", "u", np.float32, (layout.total,))
+    flips = {uid: read_array(objects, f"flips-{uid}", "flips", np.uint8, plane) for uid in sessions}
+    u = read_array(objects, f"u-{newest}", "u", np.float32, (layout.total,))
     packed = pack_masks(layout, tasks, flips)
     return FusionState(layout, granularity, u, tasks, flips, packed, newest + 1, tuple(small["forgotten"]))
 
@@ -194,9 +197,19 @@ def _rescalers_name(uid: int, forgotten: tuple[int, ...]) -> str:
     return f"rescalers-{uid}" + ("-without-" + "-".join(map(str, forgotten)) if forgotten else "")
 
 
-def _read_meta(
+def write_bits(plane: Plane, start: int, bits: NDArray[np.bool_]) -> None:
+    """Sets bits from coordinate `start` on, in a plane that is still 0 there; rows need not start at a whole byte."""
+    before = start % 8
+    if before:
+        bits = np.concatenate([np.zeros(before, np.bool_), bits])
+    packed = np.packbits(bits, bitorder="little")
+    plane[start // 8 : start // 8 + packed.size] |= packed
+
+
+def read_meta(
     layout: Layout, granularity: str, objects: Mapping[str, Mapping[str, NDArray[Any]]], name: str
 ) -> dict[str, Any]:
+    """What `meta` wrote, checked against the layout and granularity. Raises FusionError."""
     try:
         small: dict[str, Any] = json.loads(np.asarray(objects[name]["meta"], np.uint8).tobytes())
         theirs = {"layout": small["layout"], "granularity": small["granularity"]}
@@ -210,13 +223,14 @@ def _read_meta(
     return small
 
 
-def _array(
+def read_array(
     objects: Mapping[str, Mapping[str, NDArray[Any]]],
     name: str,
     key: str,
     dtype: type[np.generic],
     shape: tuple[int, ...],
 ) -> NDArray[Any]:
+    """One array of an object. Raises FusionError where it is missing or of another dtype or shape."""
     try:
         array = objects[name][key]
     except KeyError:

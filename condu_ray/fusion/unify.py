@@ -20,10 +20,7 @@ from condu_ray.errors import FusionError
 from condu_ray.fusion.groups import Block, blocks, combine, group_count
 from condu_ray.fusion.kernels import fuse_block
 from condu_ray.fusion.layout import as_f32, not_finite
-from condu_ray.fusion.state import FusionState, Plane, Task, needed_flips
-
-_LARGEST_NORM = 1e25
-"""Deltas beyond this are refused: below it no product of rescaler and u can leave float32, in any granularity."""
+from condu_ray.fusion.state import LARGEST_NORM, FusionState, Task, needed_flips, write_bits
 
 
 class EmptyTrigger(UserWarning):
@@ -60,10 +57,10 @@ def unify(state: FusionState, task: str, delta: Any) -> FusionState:
             u[here],
             packed[:, here],
         )
-        if not fused.sums[-1].max() <= _LARGEST_NORM:
+        if not fused.sums[-1].max() <= LARGEST_NORM:
             raise not_finite(block.entry)
-        _write_bits(birth, block.start, fused.born)
-        _write_bits(flips, block.start, fused.flipped)
+        write_bits(birth, block.start, fused.born)
+        write_bits(flips, block.start, fused.flipped)
         parts.append((block, fused.sums))
 
     sums = combine(layout, granularity, parts)
@@ -84,15 +81,6 @@ def rescale(norms: NDArray[np.float64], masses: NDArray[np.float64]) -> NDArray[
     rescalers = np.ones(norms.shape)
     np.divide(norms, masses, out=rescalers, where=masses > 0)
     return np.minimum(rescalers, np.finfo(np.float32).max).astype(np.float32)
-
-
-def _write_bits(plane: Plane, start: int, bits: NDArray[np.bool_]) -> None:
-    """Sets bits from coordinate `start` on, in a plane that is still 0 there; rows need not start at a whole byte."""
-    before = start % 8
-    if before:
-        bits = np.concatenate([np.zeros(before, np.bool_), bits])
-    packed = np.packbits(bits, bitorder="little")
-    plane[start // 8 : start // 8 + packed.size] |= packed
 
 
 def _warn_of_empty(before: FusionState, after: FusionState) -> None:

@@ -1,13 +1,16 @@
-"""ConDU with full fine-tuning: train from θ⁰, fuse the delta (arXiv 2503.10705, decoupling and unifying)."""
+"""ConDU with full fine-tuning: train from θ⁰, fuse the delta (arXiv 2503.10705, decoupling and unifying).
+
+As `condu-sign` with sign triggers over shared magnitudes (our reconstruction).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from condu_ray.config import SessionConfig
+from condu_ray.config import SessionConfig, triggers_of
+from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
-from condu_ray.fusion.state import FusionState
 from condu_ray.methods.full import expert, layout, prepare
 from condu_ray.methods.protocol import Stored
 from condu_ray.methods.states import FusedState
@@ -16,7 +19,7 @@ __all__ = ["empty", "expert", "layout", "load", "prepare"]
 
 
 def empty(layout: Layout, config: SessionConfig) -> FusedState:
-    return FusedState(FusionState.empty(layout, config.fusion.granularity))
+    return FusedState(triggers.empty(layout, config.fusion.granularity, triggers_of(config)))
 
 
 def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> FusedState:

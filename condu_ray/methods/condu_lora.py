@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from condu_ray.config import SessionConfig
+from condu_ray.config import SessionConfig, triggers_of
+from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
-from condu_ray.fusion.state import FusionState
 from condu_ray.methods.protocol import Stored, TaskState, Vector
 from condu_ray.methods.states import FusedState, SeparateState
 from condu_ray.models.clip import Clip, Overrides
@@ -43,7 +43,7 @@ def layout(clip: Clip, config: SessionConfig) -> Layout:
 def empty(layout: Layout, config: SessionConfig) -> TaskState:
     if config.lora.mode == "exact":
         return SeparateState(layout, half=True)
-    return FusedState(FusionState.empty(layout, config.fusion.granularity))
+    return FusedState(triggers.empty(layout, config.fusion.granularity, triggers_of(config)))
 
 
 def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> TaskState:

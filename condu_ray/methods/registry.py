@@ -40,6 +40,14 @@ METHODS = {
             ordered=False,
         ),
         MethodInfo(
+            "condu-sign",
+            "condu",
+            "full fine-tuning, one sign bit a parameter and task over magnitudes that all tasks share",
+            "ours, docs/fusion.md",
+            trains=True,
+            ordered=False,
+        ),
+        MethodInfo(
             "condu-lora",
             "condu_lora",
             "LoRA adapters, fused the same way",

@@ -10,17 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError, nearest
-from condu_ray.fusion import state as fused_state
-from condu_ray.fusion.forget import forget
+from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
-from condu_ray.fusion.reconstruct import (
-    Fidelity,
-    fidelity_at,
-    probe_coordinates,
-    reconstruct,
-)
-from condu_ray.fusion.state import FusionState
-from condu_ray.fusion.unify import unify
+from condu_ray.fusion.reconstruct import Fidelity, probe_coordinates
 from condu_ray.methods.protocol import Arrays, Stored, Vector
 
 PROBE_COUNT = 65_536
@@ -34,7 +26,7 @@ class FusedState:
     probes: task -> f32[min(PROBE_COUNT, parameters)], the task's own delta at the same coordinates for every task.
     """
 
-    fused: FusionState
+    fused: triggers.State
     probes: Mapping[str, Vector] = field(default_factory=dict)
 
     @property
@@ -42,31 +34,34 @@ class FusedState:
         return tuple(trigger.name for trigger in self.fused.tasks)
 
     def add(self, task: str, delta: Vector) -> FusedState:
-        fused = unify(self.fused, task, delta)
+        fused = triggers.unify(self.fused, task, delta)
         probe = delta[probe_coordinates(fused.layout, PROBE_COUNT, PROBE_SEED)]
         return FusedState(fused, {**self.probes, task: probe})
 
     def forget(self, task: str) -> FusedState:
-        return FusedState(forget(self.fused, task), {name: p for name, p in self.probes.items() if name != task})
+        return FusedState(
+            triggers.forget(self.fused, task), {name: p for name, p in self.probes.items() if name != task}
+        )
 
     def delta(self, task: str) -> Vector:
-        return reconstruct(self.fused, task)
+        return triggers.reconstruct(self.fused, task)
 
     def fidelity(self, task: str) -> Fidelity:
         """How much of the task's own fine-tuning is left, from the kept sample (exact up to 65,536 parameters)."""
         coordinates = probe_coordinates(self.fused.layout, PROBE_COUNT, PROBE_SEED)
-        return fidelity_at(self.fused, task, coordinates, self.probes[task])
+        return triggers.fidelity_at(self.fused, task, coordinates, self.probes[task])
 
     def objects(self) -> Arrays:
         probes = {f"probe-{trigger.uid}": {"values": self.probes[trigger.name]} for trigger in self.fused.tasks}
-        return {**fused_state.objects(self.fused), **probes}
+        return {**triggers.objects(self.fused), **probes}
 
     def meta(self) -> dict[str, Any]:
-        return fused_state.meta(self.fused)
+        return triggers.meta(self.fused)
 
     @classmethod
     def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored) -> FusedState:
-        fused = fused_state.load(layout, meta["granularity"], objects)
+        # Stores of the first release know masks alone and do not say so.
+        fused = triggers.load(layout, meta["granularity"], meta.get("triggers", "mask"), objects)
         probes = {trigger.name: _stored(objects, f"probe-{trigger.uid}", "values") for trigger in fused.tasks}
         return cls(fused, probes)
 

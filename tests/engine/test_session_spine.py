@@ -267,7 +267,7 @@ def test_one_model_that_was_moved_on_by_another_session_is_not_set_back(
     assert [card.name for card in made.tasks] == ["stripes", "colours"]
 
 
-@pytest.mark.parametrize("method", ["zero-shot", "finetune", "condu-lora"])
+@pytest.mark.parametrize("method", ["zero-shot", "finetune", "condu-lora", "condu-sign"])
 def test_every_method_learns_forgets_and_learns_on(
     method: str, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
 ) -> None:

@@ -1,0 +1,75 @@
+"""The two kinds of one-bit triggers behind one set of functions: masks as published, signs as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.errors import FusionError
+from condu_ray.fusion import signs
+from condu_ray.fusion import state as masks
+from condu_ray.fusion.forget import forget as forget_mask
+from condu_ray.fusion.layout import Layout, as_f32
+from condu_ray.fusion.reconstruct import Fidelity, compare
+from condu_ray.fusion.reconstruct import fidelity_at as mask_fidelity_at
+from condu_ray.fusion.reconstruct import reconstruct as from_mask
+from condu_ray.fusion.signs import SignState
+from condu_ray.fusion.state import FusionState, Objects
+from condu_ray.fusion.unify import unify as unify_masks
+
+if TYPE_CHECKING:
+    from condu_ray.config import Granularity, Triggers
+
+State = FusionState | SignState
+
+
+def empty(layout: Layout, granularity: Granularity, triggers: Triggers) -> State:
+    """The state before the first task. Raises FusionError for a granularity that these triggers do not have."""
+    return SignState.empty(layout, granularity) if triggers == "sign" else FusionState.empty(layout, granularity)
+
+
+def unify(state: State, task: str, delta: Any) -> State:
+    """The state after `task`; see `unify.unify` and `signs.unify`."""
+    return signs.unify(state, task, delta) if isinstance(state, SignState) else unify_masks(state, task, delta)
+
+
+def reconstruct(state: State, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """The task's delta as the state holds it, f32[total]."""
+    return signs.reconstruct(state, task, out) if isinstance(state, SignState) else from_mask(state, task, out)
+
+
+def forget(state: State, task: str) -> State:
+    """The state without `task`; every other reconstruction stays equal, bit for bit."""
+    return signs.forget(state, task) if isinstance(state, SignState) else forget_mask(state, task)
+
+
+def fidelity_at(state: State, task: str, coordinates: NDArray[np.int64], values: Any) -> Fidelity:
+    """Estimate of the fidelity from the delta's values at some coordinates; a sign trigger loses no bit."""
+    if not isinstance(state, SignState):
+        return mask_fidelity_at(state, task, coordinates, values)
+    kept = as_f32(values)
+    if kept.shape != coordinates.shape or kept.ndim != 1:
+        raise FusionError(f"task {task!r}: {list(kept.shape)} values for {list(coordinates.shape)} coordinates")
+    return compare(kept, signs.values_at(state, task, coordinates), np.ones(kept.shape, np.bool_))
+
+
+def meta(state: State) -> dict[str, Any]:
+    """What is small in a state, as JSON."""
+    return signs.meta(state) if isinstance(state, SignState) else masks.meta(state)
+
+
+def objects(state: State) -> Objects:
+    """What a store has to hold: object name -> array name -> array."""
+    return signs.objects(state) if isinstance(state, SignState) else masks.objects(state)
+
+
+def load(
+    layout: Layout, granularity: Granularity, triggers: Triggers, objects: Mapping[str, Mapping[str, NDArray[Any]]]
+) -> State:
+    """The state that `objects` describes, equal to the bit."""
+    if triggers == "sign":
+        return signs.load(layout, granularity, objects)
+    return masks.load(layout, granularity, objects)

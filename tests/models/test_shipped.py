@@ -6,16 +6,21 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from captioned_world import CLASSES, DIGITS, draw
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 
 import condu_ray
 
 SHIPPED = Path(condu_ray.__file__).parent / "models" / "shipped"
 WEIGHTS = SHIPPED / "open_clip_model.safetensors"
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "held_out_names"
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +86,42 @@ def test_the_card_names_the_sources_and_their_terms() -> None:
         "pretrain_default.py",
     ):
         assert needed in card, needed
+
+
+def _top1(
+    shipped: tuple[open_clip.CLIP, object, object], pictures: list[Image.Image], labels: list[int], prompts: list[str]
+) -> float:
+    model, preprocess, tokenizer = shipped
+    with torch.no_grad():
+        text = model.encode_text(tokenizer(prompts), normalize=True)  # type: ignore[operator]
+        image = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)  # type: ignore[operator]
+    return float(((image @ text.T).argmax(1) == torch.tensor(labels)).float().mean())
+
+
+def test_names_it_was_never_taught_land_near_their_own_meaning(
+    shipped: tuple[open_clip.CLIP, object, object],
+) -> None:
+    names = (FIXTURES / "names.txt").read_text().splitlines()
+    wanted = load_file(FIXTURES / "vectors.safetensors")["vectors"].float()
+    found = (_texts(shipped, *names) @ wanted.T).argmax(1) == torch.arange(len(names))
+    assert len(names) == 300
+    assert float(found.float().mean()) > 0.55, "the right one of 300"
+
+
+def test_real_handwritten_digits_are_read_without_having_seen_one(
+    shipped: tuple[open_clip.CLIP, object, object],
+) -> None:
+    digits = load_digits()
+    shown = [
+        Image.fromarray((image * (255 / 16)).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC).convert("RGB")
+        for image in digits.images[:300]
+    ]
+    said = [f"the number {word} written by hand." for word in DIGITS]
+    assert _top1(shipped, shown, digits.target[:300].tolist(), said) > 0.4, "chance is 0.1"
+
+
+def test_combinations_held_out_of_training_are_recognised(shipped: tuple[open_clip.CLIP, object, object]) -> None:
+    held = [one for one in CLASSES if one.held_out]
+    drawn = [Image.fromarray(draw(one, np.random.default_rng((5, row)))) for row, one in enumerate(held)]
+    said = [f"a photo of a {one.caption}." for one in held]
+    assert _top1(shipped, drawn, list(range(len(held))), said) > 0.5, f"chance is 1 in {len(held)}"

@@ -5,7 +5,7 @@
 Prints zero-shot top-1 and top-5, chance and a linear probe for each set, pictures per second and bytes. At most 1,000
 test pictures and 4,000 training pictures (for the probe) a set. The last set is drawn: the classes of the captioned
 world that pretraining never saw. The model is loaded by open_clip alone. --fine-tune also trains every set by itself
-with the package's defaults, at most 400 steps of 32 pictures.
+with the package's defaults, at most 300 steps of 32 pictures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from condu_ray.models.clip import class_embeddings
 from condu_ray.models.load import SHIPPED, load
 
 SEEN = {"tiny_imagenet"}  # trained on its train split; its classes are no news to the model
-TEST_PICTURES, PROBE_PICTURES, MOST_STEPS = 1000, 4000, 400
+TEST_PICTURES, PROBE_PICTURES, MOST_STEPS = 1000, 4000, 300
 GENERATED = "generated_held_out"
 
 Transform = Callable[[Image.Image], Tensor]

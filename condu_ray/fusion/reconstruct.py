@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from condu_ray.errors import FusionError
 from condu_ray.fusion.groups import blocks, group_of
 from condu_ray.fusion.layout import Layout, as_f32
-from condu_ray.fusion.state import FusionState
+from condu_ray.fusion.state import FusionState, blank
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,7 @@ def reconstruct(state: FusionState, task: str, out: NDArray[np.float32] | None =
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    position, total = state.position(task), state.layout.total
-    if out is None:
-        out = np.zeros(total, np.float32)
-    elif out.shape != (total,) or out.dtype != np.float32:
-        raise FusionError(f"out is {out.dtype}{list(out.shape)}, expected float32[{total}]")
-    else:
-        out[:] = 0  # padding
+    position, out = state.position(task), blank(state.layout.total, out)
     bits, rescalers = state.packed[position // 8], state.tasks[position].rescalers
     for block in blocks(state.layout, state.granularity):
         here = slice(block.start, block.stop)

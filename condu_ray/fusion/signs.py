@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from condu_ray.errors import FusionError, nearest
+from condu_ray.errors import FusionError
 from condu_ray.fusion.groups import Block, blocks, combine, group_count, group_of
 from condu_ray.fusion.layout import Layout, as_f32, not_finite
-from condu_ray.fusion.state import LARGEST_NORM, Objects, Plane, read_array, read_meta, write_bits
+from condu_ray.fusion.state import LARGEST_NORM, Objects, Plane, blank, position_of, read_array, read_meta, write_bits
 
 if TYPE_CHECKING:
     from condu_ray.config import Granularity
@@ -76,10 +76,7 @@ class SignState:
 
     def position(self, task: str) -> int:
         """Index of a task in the order learned. Raises FusionError for an unknown name."""
-        try:
-            return self.names.index(task)
-        except ValueError:
-            raise FusionError(f"task {task!r} is not in the fused state", nearest(task, self.names)) from None
+        return position_of(task, self.names)
 
 
 def unify(state: SignState, task: str, delta: Any) -> SignState:
@@ -122,13 +119,7 @@ def reconstruct(state: SignState, task: str, out: NDArray[np.float32] | None = N
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    held, total = state.tasks[state.position(task)], state.layout.total
-    if out is None:
-        out = np.zeros(total, np.float32)
-    elif out.shape != (total,) or out.dtype != np.float32:
-        raise FusionError(f"out is {out.dtype}{list(out.shape)}, expected float32[{total}]")
-    else:
-        out[:] = 0  # padding
+    held, out = state.tasks[state.position(task)], blank(state.layout.total, out)
     for block in blocks(state.layout, state.granularity):
         here = slice(block.start, block.stop)
         value = out[here].reshape(block.rows, block.row_length)

@@ -79,10 +79,7 @@ class FusionState:
 
     def position(self, task: str) -> int:
         """Index of a task in the order learned. Raises FusionError for an unknown name."""
-        try:
-            return self.names.index(task)
-        except ValueError:
-            raise FusionError(f"task {task!r} is not in the fused state", nearest(task, self.names)) from None
+        return position_of(task, self.names)
 
     def mask(self, task: str) -> NDArray[np.bool_]:
         """The task's mask now, bool[total]; False on padding."""
@@ -195,6 +192,24 @@ def pack_masks(layout: Layout, tasks: tuple[Task, ...], flips: Mapping[int, Plan
 
 def _rescalers_name(uid: int, forgotten: tuple[int, ...]) -> str:
     return f"rescalers-{uid}" + ("-without-" + "-".join(map(str, forgotten)) if forgotten else "")
+
+
+def position_of(task: str, names: tuple[str, ...]) -> int:
+    """Index of a task in the order learned. Raises FusionError for an unknown name."""
+    try:
+        return names.index(task)
+    except ValueError:
+        raise FusionError(f"task {task!r} is not in the fused state", nearest(task, names)) from None
+
+
+def blank(total: int, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """f32[total] of zeros, padding too: `out` where it is given. Raises FusionError for another shape or dtype."""
+    if out is None:
+        return np.zeros(total, np.float32)
+    if out.shape != (total,) or out.dtype != np.float32:
+        raise FusionError(f"out is {out.dtype}{list(out.shape)}, expected float32[{total}]")
+    out[:] = 0
+    return out
 
 
 def write_bits(plane: Plane, start: int, bits: NDArray[np.bool_]) -> None:

@@ -45,7 +45,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Material:
-    """Pictures as tensors f32[n, 3, H, W] made on demand; labels int64[n]."""
+    """RGB pictures and their labels, int64[n]."""
 
     pictures: Sequence[Image.Image]
     labels: Tensor
@@ -62,7 +62,7 @@ class Set:
 
 
 def opened(folder: Path) -> Set:
-    """A set with its first pictures in content order, so that classes are mixed as they come."""
+    """A set; of a large one, a sample."""
     task = open_task(folder.name, folder)
     train, test = sample(task.train, PROBE_PICTURES, 0), sample(task.test, TEST_PICTURES, 0)
     parts = [Material([load_picture(p) for p in s.pictures], torch.from_numpy(s.labels)) for s in (train, test)]

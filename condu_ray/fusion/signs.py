@@ -50,8 +50,8 @@ class SignedTask:
 class SignState:
     """All tasks over one vector of magnitudes. Every change makes a new state; write into no array.
 
-    magnitudes: uint32[total], A in units of 1 / 65536. counts: int64[G], tasks that added to a group. added: how many
-    sessions added a task, forgotten ones too. forgotten: uids dropped, ascending.
+    magnitudes: uint32[total], A in units of 1 / 65536. counts: int64[G], tasks that added to a group. next_uid: of the
+    next session, so how many were added, forgotten ones too. forgotten: uids dropped, ascending.
     """
 
     layout: Layout

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from condu_ray.config import SMALL_MODEL_PARAMETERS, SessionConfig
 from condu_ray.data import TaskData
-from condu_ray.data.templates import prompts
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.batches import batches, seed_of
 from condu_ray.methods.checkpoint import Checkpoint, Losses, Resume, checkpoint_of, restore
+from condu_ray.methods.objective import BETAS, TaskLoss, backward, check_finite, precision, set_modes
 from condu_ray.methods.protocol import Method, Vector
-from condu_ray.models.clip import Clip, class_embeddings
+from condu_ray.models.clip import Clip
 
 __all__ = [
     "Checkpoint",
@@ -39,7 +39,6 @@ __all__ = [
     "train_task",
 ]
 
-BETAS = (0.9, 0.999)
 EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 100, 1000
 
 
@@ -122,9 +121,9 @@ def train_task(
         )
     steps = steps_for(len(task.train), config)
     model, parameters = method.prepare(clip, layout, config, start)
-    _set_modes(model, config)
+    set_modes(model, config.train.batch_norm)
     before = {name: tensor.detach().clone() for name, tensor in model.named_buffers()}
-    loss_of = _TaskLoss(model, _text_of(clip, task, config), config)
+    loss_of = TaskLoss(clip, model, task, config)
     peak = learning_rate_for(clip.parameter_count(), config)
     optimiser = torch.optim.AdamW(
         list(parameters.values()),
@@ -136,7 +135,7 @@ def train_task(
     saved_state = resume.load()
     first, losses = restore(saved_state, parameters, optimiser, model) if saved_state else (0, [])
     module = place.wrap(loss_of)
-    autocast = _precision(clip, config)
+    autocast = precision(clip, config)
     begun = saved = time.monotonic()
     rest = range(first, steps)
     for step, (pixels, labels) in zip(rest, batches(task, clip, config, rest, place.rank, place.size), strict=True):
@@ -144,8 +143,9 @@ def train_task(
         for group in optimiser.param_groups:
             group["lr"] = peak * schedule(step, steps, config.train.warmup)
         optimiser.zero_grad(set_to_none=True)
-        loss = _backward(module, pixels, labels, config, place, autocast)
-        _check_finite(task, step, steps, peak, loss, parameters)
+        loss = backward(module, pixels, labels, config, autocast, place.size)
+        mend = f"train with a smaller --train.lr (it was {peak:g}) or --train.precision fp32"
+        check_finite(task.name, f"step {step + 1} of {steps}", loss, parameters.values(), mend)
         optimiser.step()
         if step % max(1, steps // 100) == 0 or step == steps - 1:
             losses.append((step + 1, loss))
@@ -159,84 +159,6 @@ def train_task(
     optimiser.state.clear()
     optimiser.zero_grad(set_to_none=True)
     return Trained(_delta(clip, method, layout, config, parameters), _changed(model, before), losses)
-
-
-class _TaskLoss(nn.Module):
-    """Cross entropy of a batch against the task's classes; one module, so that DDP sees every parameter."""
-
-    def __init__(self, model: nn.Module, text: Tensor, config: SessionConfig) -> None:
-        super().__init__()
-        self.model = model
-        self.smoothing = config.train.label_smoothing
-        self.text_learns = config.train.towers == "both"
-        self.register_buffer("text", text, persistent=False)
-
-    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        model = cast(Any, self.model)
-        image_BD = model.encode_image(pixels, normalize=True)
-        text_CD = model.encode_text(self.text, normalize=True) if self.text_learns else self.text
-        logits_BC = model.logit_scale.detach().exp() * image_BD @ text_CD.T
-        return nn.functional.cross_entropy(logits_BC.float(), labels, label_smoothing=self.smoothing)
-
-
-def _text_of(clip: Clip, task: TaskData, config: SessionConfig) -> Tensor:
-    """Tokens of the first prompt of each class, or fixed class vectors where only the image tower learns."""
-    texts = [prompts(name, task.templates) for name in task.classes]
-    if config.train.towers == "both":
-        return clip.tokenizer([each[0] for each in texts]).to(clip.device)
-    return class_embeddings(clip, texts)
-
-
-def _set_modes(model: nn.Module, config: SessionConfig) -> None:
-    model.train()
-    if config.train.batch_norm == "frozen":
-        # A running variance that is fused like a parameter could turn negative; frozen ones stay θ⁰'s.
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-
-
-def _precision(clip: Clip, config: SessionConfig) -> Callable[[], Any]:
-    device = clip.device.type
-    wanted = config.train.precision
-    half = wanted == "bf16" or (wanted == "auto" and device == "cuda" and torch.cuda.is_bf16_supported(False))
-    return lambda: torch.autocast(device, dtype=torch.bfloat16, enabled=half)
-
-
-def _backward(
-    module: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
-    config: SessionConfig,
-    place: Place,
-    autocast: Callable[[], Any],
-) -> float:
-    """Adds up the gradient of the global batch's mean loss; returns the mean loss of this share."""
-    batch_size = config.train.batch_size
-    # As many parts in every process, whatever its share: each part's backward pass waits for the others.
-    parts = min(config.train.accumulate, batch_size // place.size)
-    total = 0.0
-    for some_pixels, some_labels in zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True):
-        with autocast():
-            loss = module(some_pixels, some_labels)
-        # Gradients are averaged over processes, whose shares may differ by one picture.
-        (loss * (len(some_labels) * place.size / batch_size)).backward()
-        total += float(loss.detach()) * len(some_labels) / len(labels)
-    return total
-
-
-def _check_finite(
-    task: TaskData, step: int, steps: int, peak: float, loss: float, parameters: Mapping[str, nn.Parameter]
-) -> None:
-    """The gradient is looked at too: it is the same in every process, so all of them stop or none."""
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    norm = float(nn.utils.get_total_norm(gradients))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-        raise TrainingError(
-            f"task {task.name}: the {what} is {value} at step {step + 1} of {steps}",
-            f"train with a smaller --train.lr (it was {peak:g}) or --train.precision fp32",
-        )
 
 
 def _delta(

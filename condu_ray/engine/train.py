@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import nn
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
+from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.progress import Update
 from condu_ray.errors import ConduError, TrainingError
@@ -39,8 +39,6 @@ from condu_ray.voting.open import layout_of
 
 BASE = "base"
 RESTARTS = 3
-POLL_SECONDS = 0.5
-REPORT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -103,23 +101,6 @@ def _cpus_each(workers: int, gpu: bool, cluster: Cluster) -> int:
     raise TrainingError(f"{workers} workers find no {workers} GPUs with a CPU core beside each", "use fewer --workers")
 
 
-class Board:
-    """Ray actor: the newest step of each task, and what went wrong."""
-
-    def __init__(self) -> None:
-        self._steps: dict[str, Step] = {}
-        self._fault: ConduError | None = None
-
-    def step(self, step: Step) -> None:
-        self._steps[step.task] = step
-
-    def fail(self, fault: ConduError) -> None:
-        self._fault = self._fault or fault
-
-    def read(self) -> tuple[dict[str, Step], ConduError | None]:
-        return self._steps, self._fault
-
-
 def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Cluster, update: Update) -> None:
     """Returns when the store holds the delta of every job (`find(job.key, "delta")`)."""
     pending = [job for job in jobs if store.find(job.key, "delta") is None]
@@ -127,7 +108,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
         return
     ordered = registry.info(config.method).ordered
     group = plan_group(config, len(jobs), ordered, cluster)
-    board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
+    board = post()
     name = f"ray-train-{uuid.uuid4().hex[:12]}"  # its own: a name used before would go on where that run ended
     trainer = TorchTrainer(
         _work,
@@ -150,7 +131,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     )
     try:
         total = sum(steps_for(len(job.data.train), config) for job in pending)
-        _watch(trainer, board, lambda steps: _show(steps, total, update))
+        _watch(trainer, board, lambda steps: show(steps, total, update))
     finally:
         ray.kill(board)
         store.discard_work(name)
@@ -162,7 +143,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
         )
 
 
-def _watch(trainer: TorchTrainer, board: Any, show: Callable[[Mapping[str, Step]], None]) -> None:
+def _watch(trainer: TorchTrainer, board: Any, tell: Callable[[Mapping[str, Step]], None]) -> None:
     errors: list[Exception] = []
 
     def fit() -> None:
@@ -176,7 +157,7 @@ def _watch(trainer: TorchTrainer, board: Any, show: Callable[[Mapping[str, Step]
     fitting.start()
     while fitting.is_alive():
         fitting.join(POLL_SECONDS)
-        show(ray.get(board.read.remote())[0])
+        tell(ray.get(board.read.remote())[0])
     fault = ray.get(board.read.remote())[1]
     if fault is not None:
         raise fault
@@ -186,16 +167,6 @@ def _watch(trainer: TorchTrainer, board: Any, show: Callable[[Mapping[str, Step]
             f"training stopped after {RESTARTS} restarts ({reason[-1] if reason else type(error).__name__})",
             "see session_latest/logs/train of Ray, free memory or use fewer --workers, and run the same command again",
         ) from error
-
-
-def _show(steps: Mapping[str, Step], total: int, update: Update) -> None:
-    if steps:
-        note = "  ".join(
-            f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f} {s.pictures_per_second:.0f} pictures/s"
-            for s in steps.values()
-            if s.step < s.steps
-        )
-        update(sum(s.step for s in steps.values()), total, note)
 
 
 def deal(jobs: Sequence[Job], workers: int, config: SessionConfig) -> list[list[Job]]:
@@ -224,7 +195,7 @@ def _work(settings: dict[str, Any]) -> None:
     if ray.get(board.read.remote())[1] is not None:
         return
     try:
-        work_through(open_store(settings["store"]), config, mine, place, _reporter(board), str(get_device()))
+        work_through(open_store(settings["store"]), config, mine, place, reporter(board), str(get_device()))
     except ConduError as fault:
         # Doing it again would fail again: tell the driver instead of letting Ray restart the group.
         ray.get(board.fail.remote(fault))
@@ -238,18 +209,6 @@ def _barrier() -> None:
 
 def _distribute(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, static_graph=True)
-
-
-def _reporter(board: Any) -> Callable[[Step], None]:
-    last = [0.0]
-
-    def report(step: Step) -> None:
-        now = time.monotonic()
-        if now - last[0] >= REPORT_SECONDS or step.step == step.steps:
-            last[0] = now
-            board.step.remote(step)
-
-    return report
 
 
 def work_through(

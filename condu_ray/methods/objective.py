@@ -67,7 +67,7 @@ def precision(clip: Clip, config: SessionConfig) -> Callable[[], Any]:
 
 
 def backward(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: Callable[[Tensor, Tensor], Any],
     pixels: Tensor,
     labels: Tensor,
     config: SessionConfig,

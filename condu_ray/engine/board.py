@@ -1,0 +1,62 @@
+"""The newest step of each task that trains: workers write it up, the driver reads it and shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+
+from condu_ray.engine.progress import Update
+from condu_ray.errors import ConduError
+from condu_ray.methods.training import Step
+
+POLL_SECONDS = 0.5
+REPORT_SECONDS = 0.5
+
+
+class Board:
+    """Ray actor: the newest step of each task, and what went wrong."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, Step] = {}
+        self._fault: ConduError | None = None
+
+    def step(self, step: Step) -> None:
+        self._steps[step.task] = step
+
+    def fail(self, fault: ConduError) -> None:
+        self._fault = self._fault or fault
+
+    def read(self) -> tuple[dict[str, Step], ConduError | None]:
+        return self._steps, self._fault
+
+
+def post() -> Any:
+    """A new board, which needs no core; the handle of its actor."""
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
+
+
+def reporter(board: Any) -> Callable[[Step], None]:
+    """Writes steps up, not more often than somebody could read them."""
+    last = [0.0]
+
+    def report(step: Step) -> None:
+        now = time.monotonic()
+        if now - last[0] >= REPORT_SECONDS or step.step == step.steps:
+            last[0] = now
+            board.step.remote(step)
+
+    return report
+
+
+def show(steps: Mapping[str, Step], total: int, update: Update) -> None:
+    """Moves a bar of `total` steps on."""
+    if steps:
+        note = "  ".join(
+            f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f} {s.pictures_per_second:.0f} pictures/s"
+            for s in steps.values()
+            if s.step < s.steps
+        )
+        update(sum(s.step for s in steps.values()), total, note)

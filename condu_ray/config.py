@@ -28,7 +28,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from condu_ray.errors import ConfigError, nearest
 
-MethodName = Literal["condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential"]
+MethodName = Literal["condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential", "wise-ft"]
 Granularity = Literal["l1", "tensor_mean", "tensor", "row"]
 Triggers = Literal["mask", "sign"]
 DEFAULT_MODEL = "default"

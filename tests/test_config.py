@@ -245,7 +245,7 @@ def test_settings_cannot_be_changed_by_accident() -> None:
 
 
 OTHERS = {
-    "method": st.sampled_from(["condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential"]),
+    "method": st.sampled_from(["condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential", "wise-ft"]),
     "gpu": st.sampled_from(["auto", "no"]),
     "tracking": st.sampled_from([None, "off", "http://somewhere:5000"]),
     "tasks": st.dictionaries(st.from_regex(r"[a-z0-9][a-z._-]{0,5}", fullmatch=True), st.just("a/b"), max_size=3),

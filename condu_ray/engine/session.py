@@ -143,24 +143,17 @@ def _jobs(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> lis
     origin, jobs = _origin(manifest) if info.ordered else BASE, list[Job]()
     for task in tasks:
         key = train_key(store.header.model_sha256, config, task, origin)
-        if not info.ordered:
-            jobs.append(Job(key, task))
-        elif jobs:
-            jobs.append(Job(key, task, after=origin, origin=origin))
+        if info.ordered:
+            jobs.append(Job(key, task, manifest.version if manifest else None, origin))
+            origin = key
         else:
-            jobs.append(Job(key, task, start=_latest(manifest), origin=origin))
-        origin = key if info.ordered else BASE
+            jobs.append(Job(key, task))
     return jobs
 
 
 def _origin(manifest: Manifest | None) -> str:
     """Names the training that gave a version its newest delta."""
     return str(manifest.state["trained"]) if manifest and manifest.tasks else BASE
-
-
-def _latest(manifest: Manifest | None) -> ObjectRef | None:
-    objects = manifest.objects if manifest else {}
-    return next((ref for name, ref in objects.items() if name.startswith("latest-")), None)
 
 
 def _features(

@@ -29,13 +29,13 @@ from condu_ray.data import TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.progress import Update
-from condu_ray.errors import ConduError, TrainingError
+from condu_ray.errors import ConduError, StoreError, TrainingError
 from condu_ray.methods import registry
-from condu_ray.methods.protocol import Vector
+from condu_ray.methods.protocol import TaskState, Vector
 from condu_ray.methods.training import Checkpoint, Place, Resume, Step, steps_for, train_task
 from condu_ray.models.load import load
-from condu_ray.store import ObjectRef, Store, open_store
-from condu_ray.voting.open import layout_of
+from condu_ray.store import Store, open_store
+from condu_ray.voting.open import config_of, layout_of, state_of
 
 BASE = "base"
 RESTARTS = 3
@@ -43,16 +43,16 @@ RESTARTS = 3
 
 @dataclass(frozen=True)
 class Job:
-    """One task to train. key: names its delta in the store. start: the delta to start from (None: θ⁰, or `after`).
+    """One task to train. key: names its delta in the store.
 
-    after: key of the job before, whose delta is the start, for systems that go on from task to task. origin: key of the
-    training that gave the start, whichever way it comes ("base": θ⁰).
+    For systems that go on from task to task: parent is the version whose state the first job of a list starts from
+    (None: θ⁰), each later one starts from the state after the job before; origin is the key of the training that came
+    before ("base": none).
     """
 
     key: str
     data: TaskData
-    start: ObjectRef | None = None
-    after: str | None = None
+    parent: int | None = None
     origin: str = BASE
 
 
@@ -220,25 +220,42 @@ def work_through(
     device: str = "cpu",
 ) -> None:
     """Trains these jobs one after another and puts each delta into the store; what is there already is left alone."""
-    pending = [job for job in jobs if store.find(job.key, "delta") is None]
-    if not pending:
+    if all(store.find(job.key, "delta") for job in jobs):
         return
     header = store.header
     clip = load(config.model_spec, device, header.model_sha256)
     method, layout = registry.get(header.method), layout_of(header)
-    for job in pending:
-        folder = store.work(job.key)
-        trained = train_task(clip, method, layout, job.data, config, _start(store, job), place, _resume(folder), report)
-        if place.rank == 0:
-            if trained.buffers:
-                store.put(job.key, "buffers", trained.buffers)
-            store.put(job.key, "delta", {"delta": trained.delta, "losses": np.array(trained.losses, np.float64)})
-        place.barrier()  # the next task may start from this delta
+    state = _state_before(store, jobs[0]) if registry.info(header.method).ordered else None
+    for job in jobs:
+        if store.find(job.key, "delta") is None:
+            start, resume = _start(state), _resume(store.work(job.key))
+            trained = train_task(clip, method, layout, job.data, config, start, place, resume, report)
+            if place.rank == 0:
+                if trained.buffers:
+                    store.put(job.key, "buffers", trained.buffers)
+                store.put(job.key, "delta", {"delta": trained.delta, "losses": np.array(trained.losses, np.float64)})
+            place.barrier()  # the next task may start from this delta
+        if state is not None:
+            state = state.add(job.data.name, _delta(store, job))
 
 
-def _start(store: Store, job: Job) -> Vector | None:
-    ref = store.find(job.after, "delta") if job.after else job.start
-    return None if ref is None else store.get(ref)["delta"]
+def _state_before(store: Store, job: Job) -> TaskState:
+    header = store.header
+    if job.parent is None:
+        return registry.get(header.method).empty(layout_of(header), config_of(header))
+    return state_of(store, store.manifest(job.parent))
+
+
+def _start(state: TaskState | None) -> Vector | None:
+    """What answers now for systems that go on from task to task; θ⁰ (None) for all others, and before any task."""
+    return state.delta(state.tasks[-1]) if state is not None and state.tasks else None
+
+
+def _delta(store: Store, job: Job) -> Vector:
+    ref = store.find(job.key, "delta")
+    if ref is None:
+        raise StoreError(f"the delta of {job.data.name} is gone from {store.url}", "run the same command again")
+    return store.get(ref)["delta"]
 
 
 def _resume(folder: Path) -> Resume:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: what `condu`, `finetune` and `sequential` have in common."""
+"""Full fine-tuning: what `condu`, `finetune`, `sequential` and `wise-ft` have in common."""
 
 from __future__ import annotations
 

@@ -81,6 +81,15 @@ METHODS = {
             ordered=True,
             single=True,
         ),
+        MethodInfo(
+            "wise-ft",
+            "wise_ft",
+            "one model, after each task averaged with the one before: it forgets less",
+            "WiSE-FT, arXiv 2109.01903; after each task as in ZSCL, arXiv 2303.06628",
+            trains=True,
+            ordered=True,
+            single=True,
+        ),
     )
 }
 

@@ -117,13 +117,15 @@ class SeparateState:
 class LatestState:
     """Sequential fine-tuning: one model, moved on by every task; all tasks are answered by the newest.
 
-    What a task did to the model cannot be taken out again, so forgetting drops its name; without any task it is θ⁰.
+    share: how much of a new task's model enters; the rest is the model before (1: nothing). What a task did to the
+    model cannot be taken out again, so forgetting drops its name; without any task it is θ⁰.
     """
 
     layout: Layout
     names: tuple[str, ...] = ()
     latest: Vector | None = None
     uid: int = 0
+    share: float = 1.0
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -131,7 +133,13 @@ class LatestState:
 
     def add(self, task: str, delta: Vector) -> LatestState:
         _check_delta(self.layout, self.names, task, delta)
-        return replace(self, names=(*self.names, task), latest=delta, uid=self.uid + 1)
+        return replace(self, names=(*self.names, task), latest=self._moved(delta), uid=self.uid + 1)
+
+    def _moved(self, delta: Vector) -> Vector:
+        if self.share == 1:
+            return delta
+        new = np.float32(self.share) * delta
+        return new if self.latest is None else new + np.float32(1 - self.share) * self.latest
 
     def forget(self, task: str) -> LatestState:
         names = _without(self.names, task)
@@ -148,10 +156,10 @@ class LatestState:
         return {"kind": "latest", "tasks": list(self.names), "uid": self.uid}
 
     @classmethod
-    def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored) -> LatestState:
+    def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored, share: float = 1.0) -> LatestState:
         uid = meta["uid"]
         latest = _stored(objects, f"latest-{uid}", "delta") if meta["tasks"] else None
-        return cls(layout, tuple(meta["tasks"]), latest, uid)
+        return cls(layout, tuple(meta["tasks"]), latest, uid, share)
 
 
 @dataclass(frozen=True)

@@ -237,11 +237,12 @@ def test_the_loser_of_a_race_for_the_same_task_has_nothing_left_to_do(
     assert (open_store(config.store).versions(), trainings) == ([1], ["colours"])
 
 
+@pytest.mark.parametrize("method", ["sequential", "wise-ft"])
 def test_one_model_that_goes_on_from_task_to_task_starts_where_it_is(
-    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+    method: str, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
 ) -> None:
     """Given one after another or at once, the last task's model is the same; a forgotten name changes no start."""
-    at_once, apart, forgot = (settings(tmp_path / name, tiny_model_dir, method="sequential") for name in "abc")
+    at_once, apart, forgot = (settings(tmp_path / name, tiny_model_dir, method=method) for name in "abc")
     learn_here(at_once, opened(picture_tasks, "colours", "stripes"))
     for name in ("colours", "stripes"):
         learn_here(apart, opened(picture_tasks, name))

@@ -28,9 +28,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora exact": {"method": "condu-lora", "lora__mode": "exact"},
     "finetune": {"method": "finetune"},
     "sequential": {"method": "sequential"},
+    "wise-ft": {"method": "wise-ft"},
     "zero-shot": {"method": "zero-shot"},
 }
-KEEPS_DELTAS = [kind for kind in KINDS if kind not in ("sequential", "zero-shot")]
+KEEPS_DELTAS = [kind for kind in KINDS if kind not in ("sequential", "wise-ft", "zero-shot")]
 TRAINS = [kind for kind in KINDS if kind != "zero-shot"]
 
 
@@ -209,6 +210,16 @@ def test_one_model_answers_all_tasks_with_what_came_last(system: System) -> None
     nothing = state.forget("b").forget("a")
     assert nothing.objects() == {}
     assert np.array_equal(system.stored(nothing).add("c", delta(2)).delta("c"), delta(2))
+
+
+@pytest.mark.parametrize("kind", ["wise-ft"])
+def test_one_model_is_averaged_with_the_one_before(system: System) -> None:
+    """The base model is the first of them: after two tasks it has a quarter, as the first task has."""
+    state = system.empty().add("a", delta(0))
+    np.testing.assert_allclose(state.delta("a"), delta(0) / 2, rtol=1e-6)
+    state = system.stored(state).add("b", delta(1))
+    np.testing.assert_allclose(state.delta("a"), delta(0) / 4 + delta(1) / 2, rtol=1e-5, atol=1e-6)
+    assert len(state.objects()) == 1
 
 
 @pytest.mark.parametrize("kind", ["zero-shot"])

@@ -266,7 +266,9 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option("--task", metavar="NAME=PATH", help="measure on this data instead")
     ] = None,
-    labels: Annotated[str, typer.Option(help="task: the task is named; union: all learned classes compete")] = "task",
+    labels: Annotated[
+        str, typer.Option(help="task (named), candidates (its classes are given) or union (all classes)")
+    ] = "task",
     version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,

@@ -64,6 +64,12 @@ class InProcessCrew:
             scores.append(100 * right / max(1, len(asked.pictures)))
         return scores
 
+    def route(
+        self, pictures: Split, snapshot: Snapshot, update: Update
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        orders, scores = zip(*[self._scorer.routed(part, snapshot) for part in _chunks(pictures)], strict=True)
+        return np.concatenate(orders), np.concatenate(scores)
+
 
 @contextmanager
 def silent(name: str) -> Iterator[Update]:

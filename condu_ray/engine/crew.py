@@ -49,6 +49,11 @@ class Crew(Protocol):
     def score(self, questions: Sequence[Question], snapshot: Snapshot | None, update: Update) -> list[float]:
         """Accuracy in percent for each question."""
 
+    def route(
+        self, pictures: Split, snapshot: Snapshot, update: Update
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Where the router sends pictures: (order i64[N, T], score f64[N]), see `Scorer.routed`."""
+
 
 class FusionActor(Fuser):
     """Ray actor that owns the state of one store and publishes it in the object store: readers map it without a copy.
@@ -123,6 +128,15 @@ class RayCrew:
         for index, count in zip(owner, right, strict=True):
             counts[index] += count
         return [100 * counts[index] / max(1, len(each.pictures)) for index, each in enumerate(questions)]
+
+    def route(
+        self, pictures: Split, snapshot: Snapshot, update: Update
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        shared = ray.put(snapshot)
+        orders, scores = zip(
+            *self._spread([("routed", (chunk, shared)) for chunk in _chunks(pictures)], update), strict=True
+        )
+        return np.concatenate(orders), np.concatenate(scores)
 
     def close(self) -> None:
         """Gives the pool's cores back; the fusion actor of a cluster that was joined goes on."""

@@ -10,24 +10,26 @@ from condu_ray.engine import figures as measure
 from condu_ray.engine.cluster import connect, disconnect
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import open_data
-from condu_ray.engine.scoring import Snapshot
+from condu_ray.engine.scoring import By, Snapshot
 from condu_ray.engine.session import Stage
 from condu_ray.errors import ConfigError, DataError, NotFound, nearest
 from condu_ray.store import Manifest, Store, TaskCard, open_store
 from condu_ray.voting.open import buffers_of, task_experts
 from condu_ray.voting.routing import Thresholds
 
-SPACES = ("task", "union")
+BY: dict[str, By] = {"task": "expert", "candidates": "vote", "union": "union"}
+"""Label space -> who answers."""
 
 
 def evaluate(url: str, version: int | None, labels: str, data: list[str], stage: Stage) -> dict[str, Any]:
     """Accuracy in percent on each task: {"version", "labels", "tasks": [{"name", "pictures", "accuracy"}], "mean"}.
 
-    labels: `task` (each picture's task is named) or `union` (all learned classes compete). data: NAME=PATH to measure a
-    learned task on its test split there; empty: the pictures that its session kept for testing.
+    labels: `task` (each picture's task is named), `candidates` (the classes of its task are given, no task is named) or
+    `union` (all learned classes compete). data: NAME=PATH to measure a learned task on its test split there; empty: the
+    pictures that its session kept for testing.
     """
-    if labels not in SPACES:
-        raise ConfigError(f"--labels {labels} is not a label space", nearest(labels, SPACES))
+    if labels not in BY:
+        raise ConfigError(f"--labels {labels} is not a label space", nearest(labels, BY))
     store = open_store(url)
     manifest = store.manifest(version)
     config, _ = resolve({"store": url, **({"tasks": data} if data else {})}, fixed=store.header.settings)
@@ -36,17 +38,10 @@ def evaluate(url: str, version: int | None, labels: str, data: list[str], stage:
     cluster = connect()
     crew = RayCrew(store, config, cluster)
     try:
-        crew.hold(manifest)
-        thresholds = manifest.state.get("thresholds")
-        snapshot = Snapshot(
-            f"version-{manifest.version}",
-            tuple(task_experts(store, manifest)),
-            buffers_of(store, manifest),
-            Thresholds(**thresholds) if thresholds else None,
-        )
-        questions = [measure.ask("expert" if labels == "task" else "union", card, pictures) for card, pictures in asked]
+        questions = [measure.ask(BY[labels], card, pictures) for card, pictures in asked]
         with stage(f"evaluating version {manifest.version}") as update:
-            scores = crew.score(questions, snapshot, update)
+            crew.hold(manifest)
+            scores = crew.score(questions, snapshot_of(store, manifest), update)
     finally:
         crew.close()
         disconnect(cluster)
@@ -55,6 +50,17 @@ def evaluate(url: str, version: int | None, labels: str, data: list[str], stage:
         for (card, pictures), score in zip(asked, scores, strict=True)
     ]
     return {"version": manifest.version, "labels": labels, "tasks": rows, "mean": sum(scores) / len(scores)}
+
+
+def snapshot_of(store: Store, manifest: Manifest) -> Snapshot:
+    """What answers in a published version, besides its state."""
+    thresholds = manifest.state.get("thresholds")
+    return Snapshot(
+        f"version-{manifest.version}",
+        tuple(task_experts(store, manifest)),
+        buffers_of(store, manifest),
+        Thresholds(**thresholds) if thresholds else None,
+    )
 
 
 def _kept(store: Store, manifest: Manifest) -> list[tuple[TaskCard, Split]]:

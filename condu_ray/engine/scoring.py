@@ -26,7 +26,7 @@ from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.open import layout_of
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes
-from condu_ray.voting.routing import Thresholds
+from condu_ray.voting.routing import Thresholds, similarities
 
 BATCH = 64
 
@@ -91,6 +91,16 @@ class Scorer:
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Mean of the unit vectors of each class's prompts by θ⁰, f32[C, D]."""
         return class_means(self._clip, [prompts(name, templates) for name in classes]).cpu().numpy()
+
+    def routed(self, pictures: Split, snapshot: Snapshot) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Where the router sends pictures: (order i64[N, T], score f64[N]).
+
+        order: the snapshot's tasks by number, the likeliest first. score: how surely a picture is of one of them, here
+        its highest similarity. Asks for no state: θ⁰ routes.
+        """
+        similarity = similarities(self.features(pictures), [expert.prototypes for expert in snapshot.experts])
+        order = np.argsort(-similarity, axis=1, kind="stable")
+        return order.astype(np.int64), similarity.max(axis=1).astype(np.float64)
 
     def right(self, asked: Question, snapshot: Snapshot | None, state: TaskState | None) -> int:
         """Number of right answers."""

@@ -10,20 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import Learned, condu
 from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings, silent
 from ray_processes import ray_processes
 
 from condu_ray.config import SessionConfig, resolve
+from condu_ray.data import load_picture
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.crew import RayCrew
-from condu_ray.engine.evaluate import evaluate
+from condu_ray.engine.crew import CHUNK, RayCrew
+from condu_ray.engine.evaluate import evaluate, snapshot_of
+from condu_ray.engine.figures import learned_pictures
+from condu_ray.engine.scoring import Scorer
 from condu_ray.engine.session import _jobs, learn
 from condu_ray.engine.train import train
 from condu_ray.errors import DataError
 from condu_ray.methods.batches import Order
 from condu_ray.store import Store, open_store
 from condu_ray.store.header import fixed_settings
+from condu_ray.voting.labels import LabelSpace
+from condu_ray.voting.open import load_classifier
 
 Folders = dict[str, Path]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -62,6 +68,36 @@ def test_evaluate_measures_each_task_and_their_union(learned: Learned) -> None:
     assert [row["pictures"] for row in union["tasks"]] == [card.pictures["test"] for card in manifest.tasks]
     assert all(row["accuracy"] <= manifest.figures["accuracy"][row["name"]] for row in union["tasks"])
     assert union["mean"] == pytest.approx(np.mean([row["accuracy"] for row in union["tasks"]]))
+
+
+def test_evaluate_with_candidates_asks_the_vote_among_a_tasks_own_classes(learned: Learned) -> None:
+    store = open_store(learned.store)
+    manifest, classifier = store.manifest(), load_classifier(str(learned.store))
+    found = evaluate(str(learned.store), None, "candidates", [], silent)
+    assert [row["name"] for row in found["tasks"]] == learned.tasks
+    for row, pictures in zip(found["tasks"], learned_pictures(store, manifest).values(), strict=True):
+        card = manifest.task(row["name"])
+        pixels = torch.stack([classifier.clip.eval_transform(load_picture(each)) for each in pictures.pictures])
+        space = LabelSpace.of_candidates(card.classes, card.templates)
+        right = classifier.label_indices(pixels, space) == pictures.labels
+        assert row["accuracy"] == pytest.approx(100 * right.mean())
+
+
+def test_pictures_are_routed_in_their_order_by_however_many_actors(learned: Learned) -> None:
+    store = open_store(learned.store)
+    config, _ = resolve({}, fixed=fixed_settings(str(learned.store)))
+    manifest, snapshot = store.manifest(), snapshot_of(store, store.manifest())
+    some = list(learned_pictures(store, manifest).values())
+    pictures = some[1].take(np.arange(CHUNK + 5) % len(some[1]))
+    crew = RayCrew(store, config, TWO)
+    try:
+        order, score = crew.route(pictures, snapshot, nothing)
+    finally:
+        crew.close()
+    expected, sure = Scorer(store.url, config).routed(pictures, snapshot)
+    assert np.array_equal(order, expected)
+    assert np.array_equal(np.sort(order, axis=1), np.tile([0, 1], (len(pictures), 1)))
+    np.testing.assert_allclose(score, sure, rtol=1e-5)
 
 
 def test_a_copy_of_a_store_is_not_written_to_by_the_actor_of_the_other(

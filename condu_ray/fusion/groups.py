@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,6 +65,15 @@ def group_count(layout: Layout, granularity: Granularity) -> int:
     if granularity in ("l1", "tensor_mean"):
         return 1
     return len(layout.entries) if granularity == "tensor" else int(layout.rows[-1])
+
+
+def groups_of_tensors(layout: Layout, granularity: Granularity) -> list[slice]:
+    """The rescalers of each tensor, in the layout's order: one, or, with `row`, as many as it has rows."""
+    if granularity == "row":
+        return [slice(int(first), int(last)) for first, last in pairwise(layout.rows)]
+    if granularity == "tensor":
+        return [slice(index, index + 1) for index in range(len(layout.entries))]
+    return [slice(0, 1)] * len(layout.entries)
 
 
 def group_of(layout: Layout, granularity: Granularity, coordinates: NDArray[np.int64]) -> NDArray[np.int64]:

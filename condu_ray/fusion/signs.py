@@ -1,11 +1,11 @@
 """Sign triggers: a task keeps the sign of each coordinate, all tasks share the magnitudes (our reconstruction).
 
-    n = mean |d| over a group (a row)          r = n, written once, never changed
+    n = mean |d| over a group (a row)          r = n, or as it was trained when the task was added (`with_rescalers`)
     A_j += |d_j| / n    c += 1                 u_j = A_j / c
     reconstruction: r * u_j with the task's sign; +0 where r = 0
 
 A is uint32 fixed point, so the order in which tasks come, and any sharding, give the same bits. Normalised magnitudes
-have mean 1 in each group, so u has too, and the L1 norm of every reconstruction stays that of the delta as learned.
+have mean 1 in each group, so u has too: no later task changes the L1 norm of a reconstruction, with r = n the delta's.
 A group that is zero everywhere is skipped: r = 0, c is not raised.
 """
 
@@ -112,6 +112,22 @@ def unify(state: SignState, task: str, delta: Any) -> SignState:
         tasks=(*state.tasks, added),
         next_uid=state.next_uid + 1,
     )
+
+
+def with_rescalers(state: SignState, task: str, rescalers: Any) -> SignState:
+    """The state with other rescalers for one task; the reconstruction of every other stays equal, bit for bit.
+
+    rescalers: f32[G] (NumPy or torch, any floating dtype). Raises FusionError for an unknown task, another shape, NaN
+    and Inf.
+    """
+    position, values = state.position(task), as_f32(rescalers)
+    if values.shape != state.counts.shape:
+        raise FusionError(f"task {task!r}: rescalers of shape {values.shape}, its state has {state.counts.shape}")
+    if not np.isfinite(values).all():
+        raise FusionError(f"task {task!r}: its rescalers hold NaN or infinity", "take those it was fused with")
+    held = list(state.tasks)
+    held[position] = replace(held[position], rescalers=values)
+    return replace(state, tasks=tuple(held))
 
 
 def reconstruct(state: SignState, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:

@@ -41,6 +41,13 @@ def reconstruct(state: State, task: str, out: NDArray[np.float32] | None = None)
     return signs.reconstruct(state, task, out) if isinstance(state, SignState) else from_mask(state, task, out)
 
 
+def with_rescalers(state: State, task: str, rescalers: Any) -> State:
+    """The state with other rescalers for one task; see `signs.with_rescalers`. Raises FusionError for masks."""
+    if not isinstance(state, SignState):
+        raise FusionError("the rescalers of masks follow from the deltas' norms", "fuse with sign triggers")
+    return signs.with_rescalers(state, task, rescalers)
+
+
 def forget(state: State, task: str) -> State:
     """The state without `task`; every other reconstruction stays equal, bit for bit."""
     return signs.forget(state, task) if isinstance(state, SignState) else forget_mask(state, task)

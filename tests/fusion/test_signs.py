@@ -14,7 +14,7 @@ from test_fusion_properties import Case, cases
 
 from condu_ray.errors import FusionError
 from condu_ray.fusion import signs, triggers
-from condu_ray.fusion.groups import group_of
+from condu_ray.fusion.groups import group_of, groups_of_tensors
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.reconstruct import Fidelity
 from condu_ray.fusion.signs import SignState
@@ -113,6 +113,47 @@ def test_forgetting_a_task_leaves_the_others_as_they_are(case: Case, data: Any) 
         assert signs.reconstruct(rest, name).tobytes() == signs.reconstruct(state, name).tobytes()
     again = signs.unify(rest, gone, case.deltas[0])
     assert again.tasks[-1].uid == state.next_uid, "a number is never used again"
+
+
+@given(cases(of=SIGNED, most=5), st.data())
+@quick
+def test_other_rescalers_change_one_task_alone(case: Case, data: Any) -> None:
+    """Each group of its reconstruction is multiplied, however the state is stored and whatever is learned later."""
+    state, there = _all(case), _there(case.layout)
+    changed = data.draw(st.sampled_from(state.names))
+    own = state.tasks[state.position(changed)].rescalers
+    factors = np.exp2(np.arange(len(own)) % 5 - 2).astype(np.float32)
+    other = signs.with_rescalers(state, changed, own * factors)
+    assert (other.magnitudes is state.magnitudes, other.next_uid) == (True, state.next_uid)
+    for name in state.names:
+        was, now = signs.reconstruct(state, name), signs.reconstruct(other, name)
+        if name == changed:
+            group = group_of(case.layout, case.granularity, there)
+            assert np.allclose(now[there], was[there] * factors[group], rtol=1e-6, atol=1e-36)
+        else:
+            assert now.tobytes() == was.tobytes()
+    back = signs.unify(signs.load(case.layout, case.granularity, signs.objects(other)), "more", case.deltas[0])
+    more = signs.unify(other, "more", case.deltas[0])
+    assert signs.reconstruct(back, changed).tobytes() == signs.reconstruct(more, changed).tobytes()
+    for own_groups, entry in zip(groups_of_tensors(case.layout, case.granularity), case.layout.entries, strict=True):
+        inside = (there >= entry.offset) & (there < entry.stop)
+        used = group_of(case.layout, case.granularity, there[inside])
+        assert np.array_equal(np.unique(used), np.arange(own_groups.start, own_groups.stop))
+
+
+def test_rescalers_that_do_not_fit_are_refused() -> None:
+    layout = Layout.of({"w": np.zeros((2, 3), np.float32)})
+    delta = np.ones(layout.total, np.float32)
+    state = signs.unify(SignState.empty(layout, "row"), "one", delta)
+    with pytest.raises(FusionError, match=r"'one': rescalers of shape \(3,\), its state has \(2,\)"):
+        signs.with_rescalers(state, "one", np.ones(3))
+    with pytest.raises(FusionError, match="NaN"):
+        signs.with_rescalers(state, "one", np.array([1, np.nan]))
+    with pytest.raises(FusionError, match="not in the fused state"):
+        signs.with_rescalers(state, "two", np.ones(2))
+    masks = triggers.unify(triggers.empty(layout, "row", "mask"), "one", delta)
+    with pytest.raises(FusionError, match=r"masks follow from the deltas' norms.*sign triggers"):
+        triggers.with_rescalers(masks, "one", np.ones(2))
 
 
 @given(cases(of=SIGNED, most=6), st.booleans())

@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource
@@ -35,6 +36,8 @@ DEFAULT_MODEL = "default"
 
 # Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
 SMALL_MODEL_PARAMETERS = 50_000_000
+
+RESCALER_STEPS = 40  # measured, see docs/decisions.md
 
 
 class _Section(BaseModel):
@@ -112,6 +115,9 @@ class FusionConfig(_Section):
     triggers: Triggers | None = Field(
         default=None,
         description="what a task's bits say: mask (published) or sign; unset: sign for condu-sign, else mask",
+    )
+    tune_rescalers: int | None = Field(
+        default=None, ge=0, description="steps that train a new task's rescalers; unset: 40 with sign triggers, else 0"
     )
 
 
@@ -209,6 +215,15 @@ class SessionConfig(_Section):
         path = Path(pretrained).expanduser() if pretrained else None
         return str(path.resolve()) if path and path.is_file() else pretrained
 
+    @model_validator(mode="after")
+    def _rescalers(self) -> SessionConfig:
+        if self.fusion.tune_rescalers and triggers_of(self) == "mask":
+            raise ValueError(
+                f"fusion.tune_rescalers = {self.fusion.tune_rescalers} needs sign triggers (--method condu-sign or "
+                "--fusion.triggers sign), since the rescalers of masks follow from the norms of deltas"
+            )
+        return self
+
     @property
     def model_spec(self) -> ModelSpec:
         return ModelSpec(name=self.model, pretrained=self.pretrained)
@@ -248,6 +263,20 @@ def fields(section: type[BaseModel] = SessionConfig, prefix: str = "") -> Iterat
 def triggers_of(config: SessionConfig) -> Triggers:
     """What a task's bits say: as set, or what the method stands for."""
     return config.fusion.triggers or ("sign" if config.method == "condu-sign" else "mask")
+
+
+def fuses(config: SessionConfig) -> bool:
+    """Whether tasks share one vector; the other methods, and exact LoRA, keep each delta apart or none."""
+    exact = config.method == "condu-lora" and config.lora.mode == "exact"
+    return config.method in ("condu", "condu-sign", "condu-lora") and not exact
+
+
+def rescaler_steps(config: SessionConfig) -> int:
+    """Steps that train the rescalers of a task once it is fused: as set, or what its triggers allow."""
+    if not fuses(config) or triggers_of(config) == "mask":
+        return 0
+    steps = config.fusion.tune_rescalers
+    return RESCALER_STEPS if steps is None else steps
 
 
 def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
@@ -381,8 +410,11 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _faults(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
     lines = []
     for fault in error.errors():
+        message = fault["msg"].removeprefix("Value error, ")
+        if not fault["loc"]:  # of settings that do not go together
+            lines.append(message)
+            continue
         name = ".".join(str(part) for part in fault["loc"][:2])
         name = name if name in origin else str(fault["loc"][0])
-        message = fault["msg"].removeprefix("Value error, ")
         lines.append(f"{name} = {fault['input']!r} (from {origin.get(name, 'option')}): {message}")
     return lines

@@ -53,8 +53,21 @@ class InProcessCrew:
     def hold(self, version: Manifest | None) -> None:
         self._fuser.hold(version)
 
-    def fuse(self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None) -> Fused:
-        return self._fuser.add(key, parent, task, delta)
+    def rescalers(
+        self,
+        parent: Manifest | None,
+        task: TaskData,
+        delta: ObjectRef | None,
+        buffers: ObjectRef | None,
+        update: Update,
+    ) -> NDArray[np.float32]:
+        state = self._fuser.propose(parent, task.name, delta)
+        return self._scorer.rescalers(task, state, buffers, self._threads, lambda step: None)
+
+    def fuse(
+        self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
+    ) -> Fused:
+        return self._fuser.add(key, parent, task, delta, rescalers)
 
     def score(self, questions: Sequence[Question], snapshot: Snapshot | None, update: Update) -> list[float]:
         scores = []

@@ -20,6 +20,7 @@ from condu_ray.config import (
     fixed_by_store,
     flatten,
     from_dotted,
+    rescaler_steps,
     resolve,
 )
 from condu_ray.errors import ConfigError
@@ -174,6 +175,44 @@ def test_a_store_refuses_other_values_of_what_it_fixed_all_at_once(file: Path, m
     assert "lora.rank is 16 (from environment), but this store was made with 8" in told
     assert f"fusion.granularity is l1 (from file {file}), but this store was made with tensor" in told
     assert told.endswith("leave method, lora.rank, fusion.granularity out, or use another --store.")
+
+
+SIGN = {"fusion.triggers": "sign"}
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"method": "condu"}, 0),
+        ({"method": "condu", **SIGN}, 40),
+        ({"method": "condu-sign"}, 40),
+        ({"method": "condu-sign", "fusion.triggers": "mask"}, 0),
+        ({"method": "condu-sign", "fusion.tune_rescalers": 7}, 7),
+        ({"method": "condu-sign", "fusion.tune_rescalers": 0}, 0),
+        ({"method": "condu-lora", **SIGN}, 40),
+        ({"method": "condu-lora", "lora.mode": "exact", **SIGN}, 0),
+        ({"method": "finetune", **SIGN, "fusion.tune_rescalers": 7}, 0),
+    ],
+)
+def test_rescalers_are_trained_where_signs_are_fused(given: dict[str, Any], steps: int) -> None:
+    assert rescaler_steps(from_dotted(given)) == steps
+
+
+def test_masks_refuse_trained_rescalers_among_all_other_faults() -> None:
+    told = fault({"fusion.tune_rescalers": 40, "nonsense": 1})
+    assert "fusion.tune_rescalers = 40 needs sign triggers (--method condu-sign or --fusion.triggers sign)" in told
+    assert "no setting 'nonsense'" in told
+    assert "fusion.tune_rescalers = 5 needs" in fault({"fusion.tune_rescalers": 5}, fixed={"method": "condu"})
+
+
+def test_a_store_that_is_older_than_a_setting_takes_its_default_and_a_newer_one_keeps_its_own() -> None:
+    newer = fixed_by_store(from_dotted({"method": "condu-sign", "fusion.tune_rescalers": 7}))
+    older = {name: value for name, value in newer.items() if name != "fusion.tune_rescalers"}
+    assert rescaler_steps(resolve({}, fixed=newer)[0]) == 7
+    assert rescaler_steps(resolve({}, fixed=older)[0]) == 40
+    assert "fusion.tune_rescalers is 9 (from option), but this store was made with 7" in fault(
+        {"fusion.tune_rescalers": 9}, fixed=newer
+    )
 
 
 def test_a_store_fixes_what_its_experts_are_made_of_and_nothing_else() -> None:

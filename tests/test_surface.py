@@ -59,6 +59,7 @@ SETTINGS = [
     "lora.seed",
     "fusion.granularity",
     "fusion.triggers",
+    "fusion.tune_rescalers",
     "vote.k",
     "vote.combine",
     "vote.average",

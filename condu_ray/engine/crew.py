@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayTaskError
 from ray.util import ActorPool
 
-from condu_ray.config import SessionConfig
-from condu_ray.data import Split
+from condu_ray.config import SessionConfig, rescaler_steps
+from condu_ray.data import Split, TaskData
+from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import NAMESPACE, Cluster
 from condu_ray.engine.fusing import Fused, Fuser
 from condu_ray.engine.progress import Update
@@ -43,8 +44,20 @@ class Crew(Protocol):
     def hold(self, version: Manifest | None) -> None:
         """Makes the state of a version the one that experts and votes are asked of."""
 
-    def fuse(self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None) -> Fused:
-        """Adds a task to the state of `parent`, writes it to the store and holds it."""
+    def rescalers(
+        self,
+        parent: Manifest | None,
+        task: TaskData,
+        delta: ObjectRef | None,
+        buffers: ObjectRef | None,
+        update: Update,
+    ) -> NDArray[np.float32]:
+        """Trains the rescalers that a task has once it is added to the state of `parent`, f32[G]; writes nothing."""
+
+    def fuse(
+        self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
+    ) -> Fused:
+        """Adds a task to the state of `parent`, with trained rescalers if any, writes it to the store and holds it."""
 
     def score(self, questions: Sequence[Question], snapshot: Snapshot | None, update: Update) -> list[float]:
         """Accuracy in percent for each question."""
@@ -65,8 +78,13 @@ class FusionActor(Fuser):
         self.hold(version)
         return [ray.put(self.state)]
 
-    def added(self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None) -> tuple[Fused, list[Any]]:
-        fused = self.add(key, parent, task, delta)
+    def proposed(self, parent: Manifest | None, task: str, delta: ObjectRef | None) -> list[Any]:
+        return [ray.put(self.propose(parent, task, delta))]
+
+    def added(
+        self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
+    ) -> tuple[Fused, list[Any]]:
+        fused = self.add(key, parent, task, delta, rescalers)
         return fused, [ray.put(self.state)]
 
 
@@ -106,23 +124,45 @@ class RayCrew:
         self._refresh = lambda: self.hold(version)
         (self._state,) = self._change("held", version)
 
-    def fuse(self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None) -> Fused:
-        self._refresh = lambda: self.fuse(key, parent, task, delta)
-        fused, (self._state,) = self._change("added", key, parent, task, delta)
+    def rescalers(
+        self,
+        parent: Manifest | None,
+        task: TaskData,
+        delta: ObjectRef | None,
+        buffers: ObjectRef | None,
+        update: Update,
+    ) -> NDArray[np.float32]:
+        def propose() -> None:
+            (self._state,) = self._change("proposed", parent, task.name, delta)
+
+        board = post()
+
+        def train() -> Any:
+            ref = self._hired()[0].rescalers.remote(task, self._state, buffers, self._threads(), reporter(board))
+            while not ray.wait([ref], timeout=POLL_SECONDS)[0]:
+                show(ray.get(board.read.remote())[0], rescaler_steps(self._config), update)
+            return _result(ref)
+
+        self._refresh = propose
+        try:
+            propose()
+            return np.asarray(self._with_state(train))
+        finally:
+            ray.kill(board)
+
+    def fuse(
+        self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
+    ) -> Fused:
+        self._refresh = lambda: self.fuse(key, parent, task, delta, rescalers)
+        fused, (self._state,) = self._change("added", key, parent, task, delta, rescalers)
         return cast(Fused, fused)
 
     def score(self, questions: Sequence[Question], snapshot: Snapshot | None, update: Update) -> list[float]:
         asked = [replace(each, pictures=part) for each in questions for part in _chunks(each.pictures)]
         shared = ray.put(snapshot)
-        for attempt in range(TRIES):
-            try:
-                right = self._spread([("right", (each, shared, self._state)) for each in asked], update)
-                break
-            except (ObjectLostError, OwnerDiedError):
-                # The fusion actor died and took the published state along; it makes the same one again.
-                if attempt == TRIES - 1:
-                    raise
-                self._refresh()
+        right = self._with_state(
+            lambda: self._spread([("right", (each, shared, self._state)) for each in asked], update)
+        )
         counts: dict[int, int] = dict.fromkeys(range(len(questions)), 0)
         owner = [index for index, each in enumerate(questions) for _ in _chunks(each.pictures)]
         for index, count in zip(owner, right, strict=True):
@@ -145,18 +185,23 @@ class RayCrew:
         self._pool = []
 
     def _change(self, method: str, *given: Any) -> Any:
-        try:
-            return ray.get(getattr(self._fusion, method).remote(*given))
-        except RayTaskError as error:
-            raise _cause(error) from None
+        return _result(getattr(self._fusion, method).remote(*given))
+
+    def _with_state(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` returns, which needs the published state."""
+        for _ in range(TRIES - 1):
+            try:
+                return ask()
+            except (ObjectLostError, OwnerDiedError):
+                # The fusion actor died and took the published state along; it makes the same one again.
+                self._refresh()
+        return ask()
 
     def _spread(self, calls: Sequence[tuple[str, tuple[Any, ...]]], update: Update) -> list[Any]:
         """Results of these calls in their order, from whichever actors are free."""
-        if not self._pool:
-            self._pool = self._hire()
         results = []
         try:
-            for result in ActorPool(self._pool).map(
+            for result in ActorPool(self._hired()).map(
                 lambda actor, call: getattr(actor, call[0]).remote(*call[1]), calls
             ):
                 results.append(result)
@@ -165,14 +210,36 @@ class RayCrew:
             raise _cause(error) from None
         return results
 
+    @property
+    def _gpu(self) -> bool:
+        return self._config.gpu == "auto" and self._cluster.gpus > 0
+
+    @property
+    def _places(self) -> int:
+        """How many actors the pool has if all of them find a core."""
+        places = max(1, self._cluster.gpus if self._gpu else self._cluster.cpus)
+        return min(places, self._config.workers or places)
+
+    def _threads(self) -> int:
+        """Of one actor that works while the rest of the pool waits: as many of its cores as every node has.
+
+        From the cluster and the settings alone, not from who found a place: sums may depend on it.
+        """
+        cores = [cpus for cpus, gpus in self._cluster.nodes if (gpus if self._gpu else cpus)]
+        return max(1, min([self._places, *cores]))
+
+    def _hired(self) -> list[Any]:
+        if not self._pool:
+            self._pool = self._hire()
+        return self._pool
+
     def _hire(self) -> list[Any]:
-        gpu = self._config.gpu == "auto" and self._cluster.gpus > 0
-        places = max(1, self._cluster.gpus if gpu else self._cluster.cpus)
+        gpu = self._gpu
         options = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_restarts": -1, "max_task_retries": TRIES}
         actor = ray.remote(Scorer).options(**options)
         given = (self._store.url, self._config, "cuda" if gpu else "cpu")
         hired = {}
-        for _ in range(min(places, self._config.workers or places)):
+        for _ in range(self._places):
             one = actor.remote(*given)
             hired[one.__ray_ready__.remote()] = one
         # Other work may hold some of the cluster's cores: those that found no place are not waited for.
@@ -196,6 +263,13 @@ def _fusion_name(store: Store) -> str:
 
 def _chunks(pictures: Split) -> list[Split]:
     return [pictures.take(range(start, min(start + CHUNK, len(pictures)))) for start in range(0, len(pictures), CHUNK)]
+
+
+def _result(ref: Any) -> Any:
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise _cause(error) from None
 
 
 def _cause(error: RayTaskError) -> BaseException:

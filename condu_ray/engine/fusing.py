@@ -13,6 +13,7 @@ import numpy as np
 
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import TaskState, Vector
+from condu_ray.methods.states import FusedState
 from condu_ray.store import Manifest, ObjectRef, open_store
 from condu_ray.voting.open import config_of, layout_of, state_of
 
@@ -46,14 +47,26 @@ class Fuser:
         """Makes the state of a version the current one."""
         self.state, self._done = self._at(version), None
 
-    def add(self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None) -> Fused:
-        """The state of `parent` with `task` added; its new objects are in the store when this returns.
+    def propose(self, parent: Manifest | None, task: str, delta: ObjectRef | None) -> TaskState:
+        """The state of `parent` with `task` added, not written.
 
-        delta: as trained (None where the system does not train). Doing it again with the same key changes nothing.
+        delta: as trained (None where the system does not train).
+        """
+        return self._at(parent).add(task, self._delta(delta))
+
+    def add(
+        self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
+    ) -> Fused:
+        """What `propose` says, with these rescalers if any; its new objects are in the store when this returns.
+
+        Doing it again with the same key changes nothing.
         """
         if self._done is not None and self._done.key == key:
             return self._done
-        state = self._at(parent).add(task, self._delta(delta))
+        state = self.propose(parent, task, delta)
+        if rescalers is not None:
+            assert isinstance(state, FusedState), "only fused tasks have rescalers"
+            state = state.rescaled(task, self._store.get(rescalers)["rescalers"])
         old = parent.objects if parent else {}
         objects = {
             name: old[name] if name in old else self._store.put(key, name, arrays)

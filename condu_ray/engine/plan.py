@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from condu_ray.config import SessionConfig, fixed_by_store
+from condu_ray.config import SessionConfig, fixed_by_store, fuses, rescaler_steps
 from condu_ray.data import TaskData, open_task
 from condu_ray.errors import ConfigError
 from condu_ray.fusion.layout import Layout
@@ -25,8 +25,8 @@ class Need:
     """Numbers of parameters, and estimates in bytes.
 
     worker: parameters, gradients and moments of a training process, without activations. fusion: peak of the fusion
-    actor. scorer: θ⁰ and one expert. version: what a new version adds to the disk. passing: deltas that are kept until
-    their task is committed.
+    actor. scorer: θ⁰ and one expert; where rescalers are trained, what that takes besides. version: what a new version
+    adds to the disk. passing: deltas that are kept until their task is committed.
     """
 
     parameters: int
@@ -68,16 +68,14 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
     """What this session needs, for `parameters` of the base model and `learned` tasks in the store."""
     fused, total = layout.total, learned + len(tasks)
     plane = fused // 8
-    fuses = config.method in ("condu", "condu-sign", "condu-lora") and not (
-        config.method == "condu-lora" and config.lora.mode == "exact"
-    )
+    fused_together = fuses(config)
     return Need(
         parameters=parameters,
         fused=sum(entry.size for entry in layout.entries),
         worker=4 * (3 * parameters + 3 * fused),
-        fusion=(16 * fused + (total + 7) // 8 * 2 * fused + total * 2 * plane) if fuses else 8 * fused,
-        scorer=4 * (parameters + 2 * fused),
-        version=(4 * fused + 2 * plane) if fuses else 4 * fused,
+        fusion=(16 * fused + (total + 7) // 8 * 2 * fused + total * 2 * plane) if fused_together else 8 * fused,
+        scorer=4 * (2 * parameters + 3 * fused if rescaler_steps(config) else parameters + 2 * fused),
+        version=(4 * fused + 2 * plane) if fused_together else 4 * fused,
         passing=4 * fused * len(tasks) if registry.info(config.method).trains else 0,
     )
 

@@ -1,8 +1,8 @@
-"""Features of pictures, and how many answers are right: the work that is spread over the cluster. Knows no Ray."""
+"""What actors do that hold θ⁰: features of pictures, how many answers are right, rescalers. Knows no Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from condu_ray.config import ModelSpec, SessionConfig
-from condu_ray.data import Split
+from condu_ray.data import Split, TaskData
 from condu_ray.data.loading import PictureSet
 from condu_ray.data.templates import prompts
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Buffers, Experts, expert_of
 from condu_ray.methods.protocol import TaskState
+from condu_ray.methods.rescaling import train_rescalers
+from condu_ray.methods.states import FusedState
+from condu_ray.methods.training import Step
 from condu_ray.models.clip import Clip, class_means
 from condu_ray.models.load import load
 from condu_ray.store import ObjectRef, open_store
@@ -114,6 +117,25 @@ class Scorer:
         for pixels, labels in self._batches(asked.pictures):
             right += int((classifier.label_indices(pixels, space) == first + labels.numpy()).sum())
         return right
+
+    def rescalers(
+        self,
+        task: TaskData,
+        state: TaskState,
+        buffers: ObjectRef | None,
+        threads: int,
+        on_step: Callable[[Step], None],
+    ) -> NDArray[np.float32]:
+        """The task's rescalers in `state`, trained further on its training pictures by so many threads, f32[G]."""
+        assert isinstance(state, FusedState), "only fused tasks have rescalers"
+        self._newest = None  # experts as large as models, of a version that is about to be replaced
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            own = self._store.get(buffers) if buffers else {}
+            return train_rescalers(self._clip, self._method, state, task, self._config, own, on_step)
+        finally:
+            torch.set_num_threads(before)
 
     def _together(self, snapshot: Snapshot | None, state: TaskState | None) -> Classifier:
         if snapshot is None or state is None:

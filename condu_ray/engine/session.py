@@ -1,7 +1,8 @@
-"""The session spine: train, features, fuse, evaluate, commit. Each step is found again by the name of its input.
+"""The session spine: train, features, rescale, fuse, evaluate, commit.
 
-Only the last step changes what readers see. A session that died is given again and goes on after the last finished
-step; one that loses a race re-fuses onto the winner without training again.
+Each step is found again by the name of its input. Only the last step changes what readers see. A session that died is
+given again and goes on after the last finished step; one that loses a race re-fuses onto the winner without training
+again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from condu_ray.config import SessionConfig, flatten
+from condu_ray.config import SessionConfig, flatten, rescaler_steps
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
@@ -36,6 +37,7 @@ from condu_ray.voting.prototypes import (
 from condu_ray.voting.routing import calibrate
 
 MOST_RACES = 50
+RESCALERS = "trained-rescalers"
 
 Stage = Callable[[str], AbstractContextManager[Update]]
 
@@ -192,8 +194,10 @@ def _add(
             return None  # another session learned the very same task meanwhile
         _check_start(config, parent, one)
         before = _before(store, config, crew, parent, one, made, clock, stage)
+        key = state_key(parent, config, task.name, one.job.key)
+        rescalers = _rescalers(store, config, crew, key, parent, one, clock, stage)
         with clock("fuse"), stage(f"fusing {task.name}"):
-            fused = crew.fuse(state_key(parent, config, task.name, one.job.key), parent, task.name, one.delta)
+            fused = crew.fuse(key, parent, task.name, one.delta, rescalers)
         draft = _draft(config, parent, one, fused, before)
         with clock("evaluate"), stage(f"evaluating version {draft.version}") as update:
             manifest = _measured(store, config, crew, draft, fused, one, later, update)
@@ -202,8 +206,11 @@ def _add(
             store.commit(manifest)
         except VersionTaken:
             continue
+        # Fused: what is left of them is in the version.
         if one.delta is not None:
-            store.discard(one.job.key, "delta")  # fused: what is left of it is in the version
+            store.discard(one.job.key, "delta")
+        if rescalers is not None:
+            store.discard(key, RESCALERS)
         return manifest
     raise StoreError(f"{MOST_RACES} other sessions were faster in a row", "run the same command again")
 
@@ -246,6 +253,27 @@ def _before(
 def _snapshot(key: str, config: SessionConfig, experts: list[TaskExpert], buffers: dict[str, Any]) -> Snapshot:
     thresholds = calibrate([expert.prototypes for expert in experts], config.vote.k)
     return Snapshot(key, tuple(experts), buffers, thresholds)
+
+
+def _rescalers(
+    store: Store,
+    config: SessionConfig,
+    crew: Crew,
+    key: str,
+    parent: Manifest | None,
+    one: _Known,
+    clock: _Clock,
+    stage: Stage,
+) -> ObjectRef | None:
+    """The rescalers that the task gets in the state called `key`; None where they are those that fusing gives."""
+    if not rescaler_steps(config):
+        return None
+    with clock("rescale"), stage(f"rescaling {one.job.data.name}") as update:
+        found = store.find(key, RESCALERS)
+        if found is None:
+            trained = crew.rescalers(parent, one.job.data, one.delta, one.buffers, update)
+            found = store.put(key, RESCALERS, {"rescalers": trained})
+    return found
 
 
 def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: Fused, before: float | None) -> Manifest:

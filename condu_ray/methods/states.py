@@ -38,6 +38,10 @@ class FusedState:
         probe = delta[probe_coordinates(fused.layout, PROBE_COUNT, PROBE_SEED)]
         return FusedState(fused, {**self.probes, task: probe})
 
+    def rescaled(self, task: str, rescalers: Vector) -> FusedState:
+        """With other rescalers for one task, f32[G]. Raises FusionError where the triggers are masks."""
+        return replace(self, fused=triggers.with_rescalers(self.fused, task, rescalers))
+
     def forget(self, task: str) -> FusedState:
         return FusedState(
             triggers.forget(self.fused, task), {name: p for name, p in self.probes.items() if name != task}

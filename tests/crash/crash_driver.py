@@ -47,7 +47,7 @@ STORE_CALLS = (
     "discard",
     "discard_work",
 )
-CREW_CALLS = ("train", "features", "text_means", "hold", "fuse", "score")
+CREW_CALLS = ("train", "features", "text_means", "hold", "rescalers", "fuse", "score")
 FILE_CALLS = ("link", "fsync", "unlink", "replace", "rename", "rmdir", "mkdir")
 
 

@@ -61,6 +61,17 @@ def test_killed_at_every_call_of_the_store_and_every_step_of_the_spine(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_killed_at_every_call_where_rescalers_are_trained(
+    tiny_model_dir: Path, picture_tasks: dict[str, Path], tmp_path: Path
+) -> None:
+    signs = {"method": "condu-sign", "fusion__tune_rescalers": 2}
+    found = disturbed(tiny_model_dir, picture_tasks, tmp_path, "store", **signs)
+    assert Counter(found["calls"])["crew.rescalers"] == 2
+    check(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_every_step_of_training(tiny_model_dir: Path, picture_tasks: dict[str, Path], tmp_path: Path) -> None:
     found = disturbed(tiny_model_dir, picture_tasks, tmp_path, "step", train__checkpoint_seconds=1e-6)
     assert sum(name.startswith("step ") for name in found["calls"]) == 8

@@ -111,7 +111,7 @@ def test_a_copy_of_a_store_is_not_written_to_by_the_actor_of_the_other(
     before = contents(learned.store)
     first, second = RayCrew(open_store(learned.store), config, ONE), RayCrew(copy, config, ONE)
     first.hold(open_store(learned.store).manifest())
-    fused = second.fuse("state-of-places", copy.manifest(), "places", copy.find(jobs[0].key, "delta"))
+    fused = second.fuse("state-of-places", copy.manifest(), "places", copy.find(jobs[0].key, "delta"), None)
     assert [copy.fault(ref) for ref in fused.objects.values()] == [None] * len(fused.objects)
     assert contents(learned.store) == before
 
@@ -200,17 +200,17 @@ def test_a_loss_that_is_no_number_is_one_sentence(tiny_model_dir: Path, picture_
 
 
 class Unlucky(RayCrew):
-    """A crew that loses its fusion actor before each score and between two fuses, and once all its scorers."""
+    """A crew that loses its fusion actor before each fuse and each need of the state, and once all its scorers."""
 
     def fuse(self, *given: Any) -> Any:
         self.kill("FusionActor")
         return super().fuse(*given)
 
-    def score(self, *given: Any) -> Any:
+    def _with_state(self, *given: Any) -> Any:
         self.kill("FusionActor")
         if not hasattr(self, "struck"):
             self.struck = self.kill("Scorer")
-        return super().score(*given)
+        return super()._with_state(*given)
 
     def kill(self, name: str) -> int:
         pids = ray_processes(name)
@@ -219,8 +219,11 @@ class Unlucky(RayCrew):
         return len(pids)
 
 
-def test_killed_actors_change_no_result(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:
-    unlucky, calm = (settings(tmp_path / name, tiny_model_dir, workers=1) for name in ("unlucky", "calm"))
+@pytest.mark.parametrize("changes", [{}, {"method": "condu-sign", "fusion__tune_rescalers": 3}], ids=["masks", "signs"])
+def test_killed_actors_change_no_result(
+    changes: dict[str, Any], tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    unlucky, calm = (settings(tmp_path / name, tiny_model_dir, workers=1, **changes) for name in ("unlucky", "calm"))
     tasks = opened(picture_tasks, "colours", "stripes")
     learn_here(calm, tasks)
     store = make_store(unlucky)

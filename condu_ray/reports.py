@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -245,6 +246,47 @@ def show_doctor(found: dict[str, Any]) -> None:
         say(f"  damaged: {path}: {fault}")
     if not store["damaged"]:
         say("  every object is whole")
+
+
+def show_benchmark(found: dict[str, Any]) -> None:
+    """A table a label space, and one for the rest; several seeds as mean ± sample standard deviation."""
+    seeds = sorted({row["seed"] for row in found["results"]})
+    say(
+        f"model {found['model']}, seeds {', '.join(map(str, seeds))}, learned in the order {', '.join(found['stream'])}"
+    )
+    by_labels: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in found["results"]:
+        by_labels.setdefault(row["labels"], {}).setdefault(row["method"], []).append(row)
+    figures = {"Transfer": "transfer", "Average": "average", "Last": "last", "of the gain kept": "retention"}
+    for labels, methods in by_labels.items():
+        rows = [(method, *(_spread(runs, key) for key in figures.values())) for method, runs in methods.items()]
+        show_table(f"labels {labels}, percent", ("method", *figures), rows)
+    show_table(
+        "router and cost",
+        ("method", "task first %", "among two %", "AUROC", "s a task", "MB a task", "MB shared", "rank"),
+        [
+            (
+                method,
+                _spread(runs, "router_accuracy"),
+                _spread(runs, "router_top2"),
+                _spread(runs, "auroc", digits=3),
+                _spread(runs, "seconds"),
+                _spread(runs, "bytes_per_task", scale=1e-6, digits=2),
+                _spread(runs, "bytes_shared", scale=1e-6, digits=2),
+                runs[0]["rank"],
+            )
+            for method, runs in by_labels["task"].items()
+        ],
+    )
+
+
+def _spread(runs: Sequence[dict[str, Any]], key: str, scale: float = 1.0, digits: int = 1) -> str | None:
+    """Mean over the seeds, and the spread where there are several; None where one of them has no such figure."""
+    values = [run[key] for run in runs]
+    if None in values:
+        return None
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def show_demo(found: dict[str, Any]) -> None:

@@ -125,6 +125,9 @@ class VoteConfig(_Section):
     """How experts answer together."""
 
     k: int = Field(default=4, ge=1, le=64, description="most experts that run for a picture, besides the base model")
+    router: Literal["lda", "cosine"] = Field(
+        default="lda", description="what chooses experts: lda (domains, docs/voting.md) or cosine (published)"
+    )
     combine: Literal["mean_logits", "weighted"] = Field(default="weighted", description="published: mean_logits")
     average: Literal["logits", "probabilities"] = Field(default="logits", description="what `weighted` averages")
     temperature: float = Field(

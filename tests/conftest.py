@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 import condu_ray  # noqa: F401  (sets what Ray reads when it is imported)
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from command_line import Learned
 
     from condu_ray.models.clip import Clip
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 TINY: dict[str, Any] = {
     "model_cfg": {

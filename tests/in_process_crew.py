@@ -44,8 +44,10 @@ class InProcessCrew:
         work_through(self._store, self._config, jobs, Place(), lambda step: None)
         torch.set_num_threads(before)
 
-    def features(self, pictures: Split, update: Update) -> NDArray[np.float32]:
-        return np.concatenate([self._scorer.features(part) for part in _chunks(pictures)])
+    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        parts = [self._scorer.features(part) for part in _chunks(pictures)]
+        features, domains = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return features, domains
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         return self._scorer.text_means(classes, templates)

@@ -35,8 +35,8 @@ class Crew(Protocol):
     def train(self, jobs: Sequence[Job], update: Update) -> None:
         """Puts the delta of every job into the store, unless it is there."""
 
-    def features(self, pictures: Split, update: Update) -> NDArray[np.float32]:
-        """Unit features by θ⁰, f32[N, D]."""
+    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(unit features f32[N, D], domain features f32[N, W]) by θ⁰."""
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Mean text vectors of classes by θ⁰, f32[C, D]."""
@@ -113,8 +113,10 @@ class RayCrew:
     def train(self, jobs: Sequence[Job], update: Update) -> None:
         train(self._store, self._config, jobs, self._cluster, update)
 
-    def features(self, pictures: Split, update: Update) -> NDArray[np.float32]:
-        return np.concatenate(self._spread([("features", (chunk,)) for chunk in _chunks(pictures)], update))
+    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        parts = self._spread([("features", (chunk,)) for chunk in _chunks(pictures)], update)
+        features, domains = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return features, domains
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         found = self._spread([("text_means", (tuple(classes), tuple(templates)))], lambda done, total, note: None)

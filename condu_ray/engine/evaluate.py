@@ -15,7 +15,7 @@ from condu_ray.engine.session import Stage
 from condu_ray.errors import ConfigError, DataError, NotFound, nearest
 from condu_ray.store import Manifest, Store, TaskCard, open_store
 from condu_ray.voting.open import buffers_of, task_experts
-from condu_ray.voting.routing import Thresholds
+from condu_ray.voting.router import Calibrated
 
 BY: dict[str, By] = {"task": "expert", "candidates": "vote", "union": "union"}
 """Label space -> who answers."""
@@ -54,12 +54,11 @@ def evaluate(url: str, version: int | None, labels: str, data: list[str], stage:
 
 def snapshot_of(store: Store, manifest: Manifest) -> Snapshot:
     """What answers in a published version, besides its state."""
-    thresholds = manifest.state.get("thresholds")
     return Snapshot(
         f"version-{manifest.version}",
         tuple(task_experts(store, manifest)),
         buffers_of(store, manifest),
-        Thresholds(**thresholds) if thresholds else None,
+        Calibrated.from_state(manifest.state),
     )
 
 

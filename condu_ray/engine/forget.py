@@ -6,7 +6,7 @@ from condu_ray.engine.keys import state_key
 from condu_ray.errors import NotFound, VersionTaken, nearest
 from condu_ray.store import Manifest, Store
 from condu_ray.voting.open import TASK_OBJECTS, config_of, state_of, task_experts
-from condu_ray.voting.routing import calibrate
+from condu_ray.voting.router import calibrated
 
 
 def forget(store: Store, name: str) -> Manifest:
@@ -53,7 +53,7 @@ def _without(store: Store, name: str) -> Manifest:
         }
     )
     experts = task_experts(store, draft)
-    thresholds = calibrate([each.prototypes for each in experts], newest.settings["vote"]["k"]) if experts else None
+    routing = calibrated(experts, newest.settings["vote"]["k"])
     accuracy = {task: value for task, value in newest.figures.get("accuracy", {}).items() if task != name}
     return Manifest.model_validate(
         draft.model_dump(exclude={"created"})
@@ -61,7 +61,7 @@ def _without(store: Store, name: str) -> Manifest:
             "state": {
                 **newest.state,
                 "method": state.meta(),
-                "thresholds": vars(thresholds) if thresholds else None,
+                **routing.to_state(),
             },
             "figures": {"accuracy": accuracy},
         }

@@ -29,7 +29,7 @@ from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.open import layout_of
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes
-from condu_ray.voting.routing import Thresholds, similarities
+from condu_ray.voting.router import Calibrated, router_of
 
 BATCH = 64
 
@@ -47,7 +47,7 @@ class Snapshot:
     key: str
     experts: tuple[TaskExpert, ...] = ()
     buffers: Mapping[str, Buffers] = field(default_factory=dict)
-    thresholds: Thresholds | None = None
+    calibrated: Calibrated = field(default_factory=Calibrated)
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,12 @@ class Scorer:
         header = self._store.header
         return load(ModelSpec(**header.model), self._device, header.model_sha256)
 
-    def features(self, pictures: Split) -> NDArray[np.float32]:
-        """Unit features by θ⁰, f32[N, D], with the evaluation transform."""
+    def features(self, pictures: Split) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(unit features f32[N, D], domain features f32[N, W]) by θ⁰, with the evaluation transform."""
         with torch.no_grad():
-            parts = [self._clip.images(pixels).cpu().numpy() for pixels, _ in self._batches(pictures)]
-        return np.concatenate(parts)
+            parts = [self._clip.images_and_domains(pixels) for pixels, _ in self._batches(pictures)]
+        features, domains = (torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True))
+        return features, domains
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Mean of the unit vectors of each class's prompts by θ⁰, f32[C, D]."""
@@ -98,12 +99,12 @@ class Scorer:
     def routed(self, pictures: Split, snapshot: Snapshot) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Where the router sends pictures: (order i64[N, T], score f64[N]).
 
-        order: the snapshot's tasks by number, the likeliest first. score: how surely a picture is of one of them, here
-        its highest similarity. Asks for no state: θ⁰ routes.
+        order: the snapshot's tasks by number, the likeliest first. score: how surely a picture is of one of them,
+        without a unit. Asks for no state: θ⁰ routes.
         """
-        similarity = similarities(self.features(pictures), [expert.prototypes for expert in snapshot.experts])
-        order = np.argsort(-similarity, axis=1, kind="stable")
-        return order.astype(np.int64), similarity.max(axis=1).astype(np.float64)
+        router = router_of(snapshot.experts, self._vote, snapshot.calibrated)
+        near, sure = router.ranked(*self.features(pictures))
+        return np.argsort(-near, axis=1, kind="stable").astype(np.int64), sure
 
     def right(self, asked: Question, snapshot: Snapshot | None, state: TaskState | None) -> int:
         """Number of right answers."""
@@ -145,7 +146,7 @@ class Scorer:
             experts = Experts(self._clip, self._method, self._layout, self._config, state, snapshot.buffers)
             self._newest = (
                 snapshot.key,
-                Classifier(self._clip, snapshot.experts, experts, self._vote, snapshot.thresholds, version=0),
+                Classifier(self._clip, snapshot.experts, experts, self._vote, snapshot.calibrated, version=0),
             )
         return self._newest[1]
 
@@ -156,7 +157,7 @@ class Scorer:
             buffers = self._store.get(asked.own_buffers) if asked.own_buffers else {}
             overrides = expert_of(self._clip, self._method, self._layout, self._config, delta, buffers)
         card = TaskExpert(asked.task, asked.classes, asked.templates, _UNROUTED)
-        return Classifier(self._clip, [card], lambda task: overrides, self._vote, None, version=0)
+        return Classifier(self._clip, [card], lambda task: overrides, self._vote, Calibrated(), version=0)
 
     def _batches(self, pictures: Split) -> DataLoader[Any]:
         return DataLoader(PictureSet(pictures, self._clip.eval_transform), batch_size=BATCH)  # type: ignore[arg-type]

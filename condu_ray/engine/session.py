@@ -28,13 +28,14 @@ from condu_ray.errors import DataError, StoreError, VersionTaken
 from condu_ray.methods import registry
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
 from condu_ray.voting.classifier import TaskExpert
+from condu_ray.voting.domains import make_domain
 from condu_ray.voting.open import TASK_OBJECTS, buffers_of, task_experts
 from condu_ray.voting.prototypes import (
     FeatureSums,
     held_out_indices,
     make_prototypes,
 )
-from condu_ray.voting.routing import calibrate
+from condu_ray.voting.router import calibrated
 
 MOST_RACES = 50
 RESCALERS = "trained-rescalers"
@@ -61,6 +62,7 @@ class _Known:
 
     job: Job
     prototypes: ObjectRef
+    domain: ObjectRef
     tests: ObjectRef
     pictures: Split
     figures: measure.Baseline
@@ -121,13 +123,14 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
     known = []
     for job in jobs:
         with clock("features"), stage(f"features of {job.data.name}") as update:
-            prototypes, tests, pictures = _features(store, config, crew, job.data, update)
+            prototypes, domain = _features(store, config, crew, job.data, update)
+            tests, pictures = _tests(store, config, job.data)
         delta = store.find(job.key, "delta") if job.key else None
         buffers = store.find(job.key, "buffers") if job.key else None
         with clock("evaluate"), stage(f"{job.data.name} before fusion") as update:
             base = measure.baseline(crew, job.data, pictures, delta, buffers, update)
         losses = [(int(step), float(loss)) for step, loss in store.get(delta)["losses"]] if delta else []
-        known.append(_Known(job, prototypes, tests, pictures, base, delta, buffers, losses))
+        known.append(_Known(job, prototypes, domain, tests, pictures, base, delta, buffers, losses))
     made = list[Manifest]()
     for index, one in enumerate(known):
         later = {each.job.data.name: (each.job.data, each.pictures) for each in known[index + 1 :]}
@@ -160,20 +163,26 @@ def _origin(manifest: Manifest | None) -> str:
 
 def _features(
     store: Store, config: SessionConfig, crew: Crew, task: TaskData, update: Update
-) -> tuple[ObjectRef, ObjectRef, Split]:
+) -> tuple[ObjectRef, ObjectRef]:
+    """Where the task's prototypes and its domain are."""
     key = features_key(store.header.model_sha256, config, task)
-    pictures = measure.test_pictures(task, config)
-    prototypes = store.find(key, "prototypes")
-    if prototypes is None:
-        features = crew.features(task.train, update)
+    prototypes, domain = store.find(key, "prototypes"), store.find(key, "domain")
+    if prototypes is None or domain is None:
+        features, domains = crew.features(task.train, update)
         held = held_out_indices(task.train.labels, config.seed)
         rest = np.setdiff1d(np.arange(len(task.train)), held)
-        sums = FeatureSums.zero(len(task.classes), features.shape[1]).add(features[rest], task.train.labels[rest])
+        labels, classes = task.train.labels[rest], len(task.classes)
+        sums = FeatureSums.zero(classes, features.shape[1]).add(features[rest], labels)
         made = make_prototypes(sums, crew.text_means(task.classes, task.templates), features[held])
         prototypes = store.put(key, "prototypes", made.arrays())
+        domain = store.put(key, "domain", make_domain(domains[rest], labels, classes, domains[held]).arrays())
+    return prototypes, domain
+
+
+def _tests(store: Store, config: SessionConfig, task: TaskData) -> tuple[ObjectRef, Split]:
+    pictures = measure.test_pictures(task, config)
     packed = measure.pack_pictures(pictures)
-    tests = store.put(tests_key(packed), "tests", packed)
-    return prototypes, tests, pictures
+    return store.put(tests_key(packed), "tests", packed), pictures
 
 
 def _add(
@@ -251,8 +260,7 @@ def _before(
 
 
 def _snapshot(key: str, config: SessionConfig, experts: list[TaskExpert], buffers: dict[str, Any]) -> Snapshot:
-    thresholds = calibrate([expert.prototypes for expert in experts], config.vote.k)
-    return Snapshot(key, tuple(experts), buffers, thresholds)
+    return Snapshot(key, tuple(experts), buffers, calibrated(experts, config.vote.k))
 
 
 def _rescalers(
@@ -296,7 +304,8 @@ def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: F
     )
     kept = list(parent.tasks) if parent else []
     objects = {name: ref for name, ref in (parent.objects if parent else {}).items() if name.startswith(TASK_OBJECTS)}
-    objects |= {f"prototypes-{version}": one.prototypes, f"tests-{version}": one.tests, **fused.objects}
+    objects |= {f"prototypes-{version}": one.prototypes, f"domain-{version}": one.domain}
+    objects |= {f"tests-{version}": one.tests, **fused.objects}
     if one.buffers is not None:
         objects[f"buffers-{version}"] = one.buffers
     settings = config.model_dump(exclude={"store", "tasks", "tracking", "workers", "parallel", "gpu"})
@@ -332,8 +341,7 @@ def _measured(
         )
         for card in draft.tasks
     ]
-    thresholds = snapshot.thresholds
-    state = {**draft.state, "thresholds": vars(thresholds) if thresholds else None}
+    state = {**draft.state, **snapshot.calibrated.to_state()}
     return draft.model_copy(
         update={
             "tasks": cards,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from condu_ray.config import ModelSpec
+from condu_ray.models.blocks import blocks_of, spread, watched
 
 Overrides = Mapping[str, Tensor]
 """Parameters and buffers by open_clip name that stand in for θ⁰'s own."""
@@ -56,6 +57,20 @@ class Clip:
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self._encode("encode_image", pixels.to(self.device), expert)
+
+    def images_and_domains(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """f32[B, 3, H, W] -> (unit features f32[B, D] as `images` gives them, domain features f32[B, W]), by θ⁰.
+
+        Domain features are channel means of some of the image tower's blocks (models/blocks.py); of a tower without a
+        list of blocks, the unit features themselves.
+        """
+        blocks = blocks_of(self.model.get_submodule("visual"))
+        with watched(blocks) as means:
+            features = self.images(pixels)
+        if not means:
+            return features, features
+        found = [means[place] for place in sorted(means)]
+        return features, torch.cat([found[place] for place in spread([each.shape[1] for each in found])], dim=1)
 
     def texts(self, texts: Sequence[str], expert: Overrides | None = None) -> Tensor:
         """Texts -> unit features f32[B, D], by θ⁰ or by an expert."""

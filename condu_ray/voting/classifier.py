@@ -18,21 +18,23 @@ from condu_ray.config import VoteConfig
 from condu_ray.errors import DataError, NotFound, nearest
 from condu_ray.models.clip import Clip, Overrides
 from condu_ray.voting.answer import Answer, Vote
-from condu_ray.voting.combine import combine, probabilities, side_by_side, weights
+from condu_ray.voting.combine import combine, probabilities, side_by_side
+from condu_ray.voting.domains import Domain
 from condu_ray.voting.labels import Block, LabelSpace
 from condu_ray.voting.prototypes import Prototypes
-from condu_ray.voting.routing import UNCALIBRATED, Chosen, Thresholds, choose, similarities
+from condu_ray.voting.router import Calibrated, Routed, Router, router_of
 from condu_ray.voting.tables import Expert, Tables
 
 
 @dataclass(frozen=True, eq=False)
 class TaskExpert:
-    """A learned task as voting sees it."""
+    """A learned task as voting sees it. domain: None where an older release learned it."""
 
     name: str
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     prototypes: Prototypes
+    domain: Domain | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Classifier:
     """θ⁰ and the experts of one version.
 
     expert_of: a task's parameters, or None where the method leaves θ⁰ to answer for it; the last `cache` are kept.
-    thresholds: None where nothing was calibrated; then as many experts as `vote.k` allows, and θ⁰.
+    calibrated: where nothing was, as many experts as `vote.k` allows answer, and θ⁰.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Classifier:
         experts: Sequence[TaskExpert],
         expert_of: Callable[[str], Overrides | None],
         vote: VoteConfig,
-        thresholds: Thresholds | None,
+        calibrated: Calibrated,
         version: int,
         cache: int = 8,
     ) -> None:
@@ -69,10 +71,9 @@ class Classifier:
         self.experts = tuple(experts)
         self.version = version
         self._names = [expert.name for expert in self.experts]
-        self._prototypes = [expert.prototypes for expert in self.experts]
         self._overrides = lru_cache(maxsize=cache)(expert_of)
         self._vote = vote
-        self._thresholds = thresholds or UNCALIBRATED
+        self._calibrated = calibrated
         self._tables = Tables(clip)
         self._task_spaces: dict[str, LabelSpace] = {}
 
@@ -116,6 +117,10 @@ class Classifier:
         return self._task_spaces[task]
 
     @cached_property
+    def _router(self) -> Router:
+        return router_of(self.experts, self._vote, self._calibrated)
+
+    @cached_property
     def _union(self) -> LabelSpace:
         return LabelSpace.of_union(self.experts)
 
@@ -132,8 +137,8 @@ class Classifier:
             self._check_task(task)
             ballots = [_Ballot((Vote(task, None, 1.0),), (0,), ((0,),))] * len(pixels)
         else:
-            base = self.clip.images(pixels)
-            ballots = self._ballots(base, space)
+            base, domains = self.clip.images_and_domains(pixels)
+            ballots = self._ballots(self._router.route(base.cpu().numpy(), domains.cpu().numpy()), space)
         spans = [np.arange(block.start, block.stop) for block in space.blocks]
         logits = self._logits(pixels, base, ballots, space.blocks)
         scored = []
@@ -148,32 +153,29 @@ class Classifier:
             scored.append((ballot.votes, columns, scores))
         return scored
 
-    def _ballots(self, base: Tensor, space: LabelSpace) -> list[_Ballot]:
-        similarity = similarities(base.cpu().numpy(), self._prototypes)
+    def _ballots(self, routed: Sequence[Routed], space: LabelSpace) -> list[_Ballot]:
         every = tuple(range(len(space.blocks)))
         union = self._vote.union if space.kind == "union" else None
         place = {block.task: index for index, block in enumerate(space.blocks)}
         ballots = []
-        for row, chosen in zip(similarity, choose(similarity, self._vote, self._thresholds), strict=True):
+        for one in routed:
+            votes, blocks = self._votes(one, 0.0 if union == "own" else one.base), every
             if union == "own":
-                votes = self._votes(row, Chosen(chosen.experts, base=False))
                 own = tuple(place[vote.task] for vote in votes)
                 ballots.append(_Ballot(votes, own, tuple((block,) for block in own), apart=True))
                 continue
-            votes, blocks = self._votes(row, chosen), every
             if union == "routed":
-                blocks = tuple(sorted(place[self._names[task]] for task in chosen.experts))
+                blocks = tuple(sorted(place[self._names[task]] for task in one.experts))
             ballots.append(_Ballot(votes, blocks, (blocks,) * len(votes)))
         return ballots
 
-    def _votes(self, similarity: NDArray[np.float32], chosen: Chosen) -> tuple[Vote, ...]:
-        near = similarity[list(chosen.experts)]
-        expert_weights, base_weight = weights(near, chosen.base, self._vote)
-        votes = [
-            Vote(self._names[task], float(value), float(weight))
-            for task, value, weight in zip(chosen.experts, near, expert_weights, strict=True)
-        ]
-        return (*votes, Vote(None, None, base_weight)) if chosen.base else tuple(votes)
+    def _votes(self, routed: Routed, base: float) -> tuple[Vote, ...]:
+        """Those that have a share; θ⁰ alone where no task is learned."""
+        if not routed.experts:
+            return (Vote(None, None, 1.0),)
+        shares = zip(routed.experts, routed.nearness, (1 - base) * routed.shares, strict=True)
+        votes = [Vote(self._names[task], float(near), float(share)) for task, near, share in shares if base < 1]
+        return (*votes, Vote(None, None, base)) if base else tuple(votes)
 
     def _logits(
         self, pixels: Tensor, base: Tensor | None, ballots: Sequence[_Ballot], blocks: Sequence[Block]

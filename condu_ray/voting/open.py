@@ -15,10 +15,11 @@ from condu_ray.methods.protocol import TaskState
 from condu_ray.models.load import load
 from condu_ray.store import Manifest, Store, StoreHeader, open_store
 from condu_ray.voting.classifier import Classifier, TaskExpert
+from condu_ray.voting.domains import Domain
 from condu_ray.voting.prototypes import Prototypes
-from condu_ray.voting.routing import Thresholds
+from condu_ray.voting.router import Calibrated
 
-TASK_OBJECTS = ("prototypes-", "buffers-", "tests-")
+TASK_OBJECTS = ("prototypes-", "domain-", "buffers-", "tests-")
 """Objects of a task that are not its method's."""
 
 
@@ -36,7 +37,6 @@ def load_classifier(url: str | Path, version: int | None = None, vote: Mapping[s
     expert_of = Experts(
         clip, registry.get(store.header.method), layout_of(store.header), config, state, buffers_of(store, manifest)
     )
-    thresholds = manifest.state.get("thresholds")
     return Classifier(
         clip,
         experts,
@@ -44,7 +44,7 @@ def load_classifier(url: str | Path, version: int | None = None, vote: Mapping[s
         registry.vote_of(
             store.header.method, VoteConfig.model_validate({**manifest.settings.get("vote", {}), **(vote or {})})
         ),
-        Thresholds(**thresholds) if thresholds else None,
+        Calibrated.from_state(manifest.state),
         manifest.version,
     )
 
@@ -72,6 +72,7 @@ def task_experts(store: Store, manifest: Manifest) -> list[TaskExpert]:
             tuple(card.classes),
             tuple(card.templates),
             Prototypes.from_arrays(store.get(manifest.objects[f"prototypes-{card.uid}"])),
+            Domain.from_arrays(store.get(domain)) if (domain := manifest.objects.get(f"domain-{card.uid}")) else None,
         )
         for card in manifest.tasks
     ]

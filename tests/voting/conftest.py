@@ -14,8 +14,9 @@ from condu_ray.models.clip import Clip, Overrides, class_means, expert_overrides
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes
-from condu_ray.voting.routing import Thresholds
+from condu_ray.voting.router import Calibrated
 
+UNCALIBRATED = Calibrated()
 CLASSES = {"pets": ("cat", "dog"), "signs": ("stop", "cat", "give way"), "fruit": ("apple", "pear")}
 
 
@@ -74,10 +75,10 @@ def make(
     def build(
         experts: tuple[TaskExpert, ...] = experts,
         expert_of: Callable[[str], Overrides | None] = overrides.__getitem__,
-        thresholds: Thresholds | None = None,
+        calibrated: Calibrated = UNCALIBRATED,
         cache: int = 8,
         **vote: object,
     ) -> Classifier:
-        return Classifier(tiny_clip, experts, expert_of, VoteConfig.model_validate(vote), thresholds, 7, cache)
+        return Classifier(tiny_clip, experts, expert_of, VoteConfig.model_validate(vote), calibrated, 7, cache)
 
     return build

@@ -18,13 +18,14 @@ from condu_ray.voting.answer import Answer
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.combine import combine, probabilities, weights
 from condu_ray.voting.labels import Label, LabelSpace
+from condu_ray.voting.router import Calibrated
 from condu_ray.voting.routing import Thresholds, similarities
 
 CLASSES = {"pets": ("cat", "dog"), "signs": ("stop", "cat", "give way"), "fruit": ("apple", "pear")}
 Make = Callable[..., Classifier]
 WORDS = ["red", "green", "blue"]
 # Half of the pictures have a second expert within this gap of the first; some leave θ⁰ out.
-SOME = Thresholds(gap=0.02, known=0.6, unseen=-1.0)
+SOME = Calibrated(Thresholds(gap=0.02, known=0.6, unseen=-1.0))
 
 
 def expert_logits(clip: Clip, pixels: Tensor, space: LabelSpace, overrides: Overrides | None) -> np.ndarray:
@@ -103,7 +104,7 @@ def test_candidates_are_voted_on_as_the_formulas_say(
 
 
 def test_routed_counts_only_the_labels_of_the_chosen_tasks(make: Make, pixels: Tensor) -> None:
-    answers = make(thresholds=SOME, union="routed").classify(pixels)
+    answers = make(calibrated=SOME, union="routed").classify(pixels)
     assert {len([vote for vote in answer.votes if vote.task]) for answer in answers} > {1}
     assert {answer.votes[-1].task is None for answer in answers} == {True, False}
     for answer in answers:
@@ -126,7 +127,7 @@ def test_joint_lets_every_chosen_expert_score_all_labels(
         assert nearest_task is not None
         expected = probabilities(logits[nearest_task][i])  # one expert at full weight answers as if alone
         np.testing.assert_allclose(shares(answer, space), expected, atol=1e-5)
-        assert [vote.weight for vote in answer.votes] == [1.0, 0.0]
+        assert [vote.weight for vote in answer.votes] == [1.0]
 
 
 @pytest.mark.parametrize("union", ["joint", "routed"])
@@ -135,7 +136,7 @@ def test_joint_lets_every_chosen_expert_score_all_labels(
 def test_a_batch_answers_like_one_picture_at_a_time(
     make: Make, coloured: Callable[[int, int], Tensor], union: str, seed: int, count: int, k: int
 ) -> None:
-    classifier = make(thresholds=SOME, union=union, k=k)
+    classifier = make(calibrated=SOME, union=union, k=k)
     space = classifier.label_space()
     pixels = coloured(count, seed)
     for picture, together in zip(pixels, classifier.classify(pixels), strict=True):
@@ -145,8 +146,8 @@ def test_a_batch_answers_like_one_picture_at_a_time(
 
 
 def test_permuting_the_tasks_permutes_the_votes(make: Make, pixels: Tensor, experts: tuple[TaskExpert, ...]) -> None:
-    before = make(thresholds=SOME).classify(pixels)
-    after = make(thresholds=SOME, experts=experts[::-1]).classify(pixels)
+    before = make(calibrated=SOME).classify(pixels)
+    after = make(calibrated=SOME, experts=experts[::-1]).classify(pixels)
     assert [answer.votes for answer in after] == [answer.votes for answer in before]
     assert [answer.label for answer in after] == [answer.label for answer in before]
 
@@ -216,7 +217,7 @@ def test_class_names_are_embedded_once_an_expert(make: Make, pixels: Tensor, mon
 
 
 def test_the_fast_path_gives_the_same_labels(make: Make, pixels: Tensor, experts: tuple[TaskExpert, ...]) -> None:
-    classifier = make(thresholds=SOME)
+    classifier = make(calibrated=SOME)
     for arguments in ({}, {"task": "signs"}, {"labels": WORDS}):
         space = classifier.label_space(**arguments)  # type: ignore[arg-type]
         indices = classifier.label_indices(pixels, space)
@@ -228,7 +229,7 @@ def test_the_fast_path_gives_the_same_labels(make: Make, pixels: Tensor, experts
 
 
 def test_the_same_input_gives_the_same_answer(make: Make, pixels: Tensor) -> None:
-    assert make(thresholds=SOME).classify(pixels) == make(thresholds=SOME).classify(pixels)
+    assert make(calibrated=SOME).classify(pixels) == make(calibrated=SOME).classify(pixels)
 
 
 def test_no_picture_no_answer(make: Make, pixels: Tensor) -> None:

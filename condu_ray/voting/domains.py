@@ -1,0 +1,211 @@
+"""Which task's domain a picture is of, and whether it is of none: a linear discriminant on θ⁰'s domain features.
+
+One Gaussian a class, one covariance within classes that all tasks share (linear discriminant analysis); "of none" by
+the relative Mahalanobis distance (Ren et al. 2021, arXiv 2106.09022). What a task keeps are its own moments, so tasks
+may come in any order, be forgotten, and none needs another's pictures. As a router of experts: our reconstruction.
+
+Legend: B pictures, T tasks, C classes of a task, K classes of all tasks, W width of the domain features, N held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.errors import DataError
+
+SHRINKAGE = 0.1  # of covariances towards their diagonals
+FLOOR = 1e-5  # variance of channels that never moved, in medians of the others
+
+CHUNK = 8192  # pictures whose features are held in double precision at once
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """What routing keeps of a task's domain.
+
+    counts i64[C]: pictures behind each mean. means f32[C, W]: 0 for a class without pictures. deviations f32[W] and
+    correlations f16[W (W - 1) / 2] (upper triangle, row by row): of the pictures around the means of their classes.
+    held_out f16[N, W]: domain features of training pictures that are in none of these, for calibration.
+    """
+
+    counts: NDArray[np.int64]
+    means: NDArray[np.float32]
+    deviations: NDArray[np.float32]
+    correlations: NDArray[np.float16]
+    held_out: NDArray[np.float16]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name, for the store."""
+        return {name: np.ascontiguousarray(getattr(self, name)) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Domain:
+        """The inverse of `arrays`."""
+        return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+
+    def scatter(self) -> Doubles:
+        """f64[W, W]: sum of (z - mean of its class)(z - mean of its class)ᵀ over the task's pictures."""
+        width = len(self.deviations)
+        scatter = np.zeros((width, width))
+        scatter[np.triu_indices(width, 1)] = self.correlations
+        scatter += scatter.T + np.eye(width)
+        deviations = self.deviations.astype(np.float64)
+        return np.asarray(scatter * deviations[:, None] * deviations * self.counts.sum())
+
+
+def make_domain(
+    features: NDArray[np.float32], labels: NDArray[np.int64], classes: int, held_out: NDArray[np.float32]
+) -> Domain:
+    """From the domain features f32[B, W] of a task's pictures and their classes i64[B].
+
+    Raises DataError for features that are not finite.
+    """
+    if not np.isfinite(features).all():
+        raise DataError("the base model's features of some pictures are not finite", "use another model or precision")
+    width = features.shape[1]
+    counts = np.bincount(labels, minlength=classes).astype(np.int64)
+    sums, covariance = np.zeros((classes, width)), np.zeros((width, width))
+    np.add.at(sums, labels, features)
+    means = (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
+    for start in range(0, len(features), CHUNK):
+        rows = slice(start, start + CHUNK)
+        around = features[rows].astype(np.float64) - means[labels[rows]]
+        covariance += around.T @ around / len(features)
+    deviations = np.sqrt(np.diag(covariance))
+    inverse = np.divide(1, deviations, out=np.zeros(width), where=deviations > 0)
+    correlations = (covariance * inverse[:, None] * inverse)[np.triu_indices(width, 1)]
+    return Domain(
+        counts,
+        means,
+        deviations.astype(np.float32),
+        correlations.astype(np.float16),
+        _half(held_out.reshape(-1, width)),
+    )
+
+
+def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    largest = float(np.finfo(np.float16).max)
+    return np.clip(values, -largest, largest).astype(np.float16)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """temperature: of the softmax over tasks, in units of squared distance. middle, slope: P(of none of the tasks) =
+    1 / (1 + exp(slope (r - middle))) for a picture's relative distance r."""
+
+    temperature: float
+    middle: float
+    slope: float
+
+
+class Discriminant:
+    """Distances of pictures to what is known of several tasks."""
+
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        self._tasks = len(domains)
+        counts = np.concatenate([each.counts for each in domains])
+        seen = counts > 0
+        means = np.concatenate([each.means for each in domains]).astype(np.float64)[seen]
+        counts = counts[seen].astype(np.float64)
+        self._task = np.repeat(np.arange(self._tasks), [len(each.counts) for each in domains])[seen]
+        total = counts.sum()
+        within = sum((each.scatter() for each in domains), np.zeros((means.shape[1],) * 2))
+        center = counts @ means / total
+        between = (means - center).T @ ((means - center) * counts[:, None])
+        self._white = _whitening(within / max(1.0, total - len(counts)))
+        self._means = means @ self._white
+        self._white_all = _whitening((within + between) / total)
+        self._center = center @ self._white_all
+
+    def distances(self, features: NDArray[Any]) -> tuple[Doubles, Doubles]:
+        """Domain features [B, W] -> (smallest squared Mahalanobis distance to a class of each task f64[B, T],
+        relative distance f64[B]: squared distance to all that was learned as one Gaussian, less the smallest)."""
+        values = np.asarray(features, dtype=np.float64)
+        near = values @ self._white
+        squared = (near**2).sum(1)[:, None] - 2 * near @ self._means.T + (self._means**2).sum(1)
+        by_task = np.stack([squared[:, self._task == task].min(axis=1) for task in range(self._tasks)], axis=1)
+        far = ((values @ self._white_all - self._center) ** 2).sum(1)
+        return by_task, far - by_task.min(axis=1)
+
+
+def _whitening(covariance: Doubles) -> Doubles:
+    """f64[W, W], L with LLᵀ the inverse of the shrunk covariance."""
+    diagonal = np.diag(covariance)
+    moving = diagonal[diagonal > 0]
+    floor = FLOOR * float(np.median(moving)) if len(moving) else 1.0
+    shrunk = (1 - SHRINKAGE) * covariance + np.diag(np.where(diagonal > 0, SHRINKAGE * diagonal, floor))
+    return np.asarray(np.linalg.inv(np.linalg.cholesky(shrunk)).T)
+
+
+def probabilities(distances: Doubles, calibration: Calibration) -> Doubles:
+    """Distances f64[B, T] -> probability of each task, given that the picture is of one of them, f64[B, T]."""
+    scores = -distances / calibration.temperature
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(shares / shares.sum(axis=1, keepdims=True))
+
+
+def strangeness(relative: Doubles, calibration: Calibration) -> Doubles:
+    """Relative distances f64[B] -> probability that the picture is of no task, f64[B]."""
+    return np.asarray(0.5 * (1 - np.tanh(0.5 * calibration.slope * (relative - calibration.middle))))
+
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 2.0, 2000.0
+KNOWN_QUANTILE = 0.01
+
+
+def calibrate(domains: Sequence[Domain]) -> Calibration:
+    """From every task's held-out pictures: known ones to all tasks, and strange ones to the tasks without their own.
+
+    temperature: the likeliest of a fixed list. middle, slope: logistic regression, known and strange pictures weighing
+    the same; of a single task, for which nothing is strange, the middle is the 1 % quantile of its own.
+    """
+    whole = Discriminant(domains)
+    likelihoods = np.zeros(len(TEMPERATURES))
+    known, strange = [], []
+    for task, domain in enumerate(domains):
+        if not len(domain.held_out):
+            continue
+        by_task, relative = whole.distances(domain.held_out)
+        known.append(relative)
+        for place, temperature in enumerate(TEMPERATURES):
+            share = probabilities(by_task, Calibration(temperature, 0.0, 1.0))[:, task]
+            likelihoods[place] += np.log(np.maximum(share, 1e-12)).mean()
+        others = [each for other, each in enumerate(domains) if other != task]
+        if others:
+            strange.append(Discriminant(others).distances(domain.held_out)[1])
+    if not known:
+        return Calibration(float(TEMPERATURES[0]), -np.finfo(np.float32).max.item(), 1.0)
+    inside = np.concatenate(known)
+    scale = float(inside.std()) or 1.0
+    temperature = float(TEMPERATURES[int(np.argmax(likelihoods))])
+    if not strange:
+        return Calibration(temperature, float(np.quantile(inside, KNOWN_QUANTILE)), 4 / scale)
+    return Calibration(temperature, *_logistic(inside, np.concatenate(strange), scale))
+
+
+TEMPERATURES = np.geomspace(LEAST_TEMPERATURE, MOST_TEMPERATURE, 31)
+STEPS, RIDGE = 50, 1e-3
+
+
+def _logistic(known: Doubles, strange: Doubles, scale: float) -> tuple[float, float]:
+    """(middle, slope) of the balanced logistic regression of known against strange, by Newton's method."""
+    values = np.concatenate([known, strange])
+    shift = float(values.mean())
+    x = np.stack([(values - shift) / scale, np.ones(len(values))], axis=1)
+    y = np.repeat([1.0, 0.0], [len(known), len(strange)])
+    weight = np.repeat([0.5 / len(known), 0.5 / len(strange)], [len(known), len(strange)])
+    beta = np.zeros(2)
+    for _ in range(STEPS):
+        p = 0.5 * (1 + np.tanh(0.5 * (x @ beta)))
+        gradient = x.T @ (weight * (y - p)) - RIDGE * beta
+        curvature = (x * (weight * p * (1 - p))[:, None]).T @ x + RIDGE * np.eye(2)
+        beta += np.linalg.solve(curvature, gradient)
+    slope = max(float(beta[0]), 1e-3)
+    return shift - scale * float(beta[1]) / slope, slope / scale

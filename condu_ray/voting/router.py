@@ -1,0 +1,146 @@
+"""From what θ⁰ sees in a picture to who answers, and with what weight: by domains or by prototypes.
+
+Legend: B pictures, T tasks, M experts that answer for a picture, D and W widths of unit and domain features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.config import VoteConfig
+from condu_ray.voting.combine import Scores, weights
+from condu_ray.voting.domains import Calibration, Discriminant, Domain, calibrate, probabilities, strangeness
+from condu_ray.voting.prototypes import Prototypes
+from condu_ray.voting.routing import UNCALIBRATED, Thresholds, choose, similarities
+from condu_ray.voting.routing import calibrate as calibrate_cosines
+
+COVERED = 0.99  # adaptive: experts are taken until one of them is right with this probability
+STRANGE = 0.95  # adaptive: from here on θ⁰ answers alone
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Who answers for one picture.
+
+    experts: task indices, the likeliest first, at least one where there are tasks. nearness f64[M]: cosine to the
+    nearest prototype, or probability of the task. shares f64[M]: of the experts among themselves, sum 1. base: θ⁰'s
+    share of the whole; at 1 no expert is asked.
+    """
+
+    experts: tuple[int, ...]
+    nearness: NDArray[np.float64]
+    shares: Scores
+    base: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What held-out pictures say about a version's routing; None where nothing was held out or kept."""
+
+    cosines: Thresholds | None = None
+    domains: Calibration | None = None
+
+    def to_state(self) -> dict[str, Any]:
+        """As JSON, for a manifest."""
+        return {
+            "thresholds": asdict(self.cosines) if self.cosines else None,
+            "domains": asdict(self.domains) if self.domains else None,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Calibrated:
+        """The inverse of `to_state`; versions made by older releases know no domains."""
+        cosines, domains = state.get("thresholds"), state.get("domains")
+        return cls(Thresholds(**cosines) if cosines else None, Calibration(**domains) if domains else None)
+
+
+class Known(Protocol):
+    """What a router needs to know of a task. domain: None for a task that an older release learned."""
+
+    @property
+    def prototypes(self) -> Prototypes: ...
+    @property
+    def domain(self) -> Domain | None: ...
+
+
+class Router(Protocol):
+    def ranked(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> tuple[Scores, Scores]:
+        """Unit features [B, D] and domain features [B, W] by θ⁰ -> (how near each task is f64[B, T], how surely the
+        picture is of one of them f64[B]: higher is surer, without a unit)."""
+
+    def route(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> list[Routed]:
+        """Who answers for each picture."""
+
+
+def router_of(tasks: Sequence[Known], vote: VoteConfig, calibrated: Calibrated) -> Router:
+    """By domains where the vote says so and every task has one; else by prototypes."""
+    domains = [task.domain for task in tasks if task.domain is not None]
+    if vote.router == "lda" and domains and len(domains) == len(tasks) and calibrated.domains:
+        return DomainRouter(domains, vote, calibrated.domains)
+    return CosineRouter([task.prototypes for task in tasks], vote, calibrated.cosines or UNCALIBRATED)
+
+
+def calibrated(tasks: Sequence[Known], k: int) -> Calibrated:
+    """For at most `k` experts."""
+    if not tasks:
+        return Calibrated()
+    domains = [task.domain for task in tasks if task.domain is not None]
+    return Calibrated(
+        calibrate_cosines([task.prototypes for task in tasks], k),
+        calibrate(domains) if len(domains) == len(tasks) else None,
+    )
+
+
+class CosineRouter:
+    """The largest cosine to a class prototype decides (ConDU, as published)."""
+
+    def __init__(self, prototypes: Sequence[Prototypes], vote: VoteConfig, thresholds: Thresholds) -> None:
+        self._prototypes, self._vote, self._thresholds = tuple(prototypes), vote, thresholds
+
+    def ranked(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> tuple[Scores, Scores]:
+        similarity = similarities(features, self._prototypes).astype(np.float64)
+        return similarity, similarity.max(axis=1, initial=-1.0)
+
+    def route(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> list[Routed]:
+        similarity = similarities(features, self._prototypes)
+        routed = []
+        for row, chosen in zip(similarity, choose(similarity, self._vote, self._thresholds), strict=True):
+            near = row[list(chosen.experts)]
+            _, base = weights(near, chosen.base, self._vote)
+            shares, _ = weights(near, False, self._vote)
+            routed.append(Routed(chosen.experts, near.astype(np.float64), shares, base))
+        return routed
+
+
+class DomainRouter:
+    """A linear discriminant on domain features decides; θ⁰ weighs as much as the picture is strange (ours)."""
+
+    def __init__(self, domains: Sequence[Domain], vote: VoteConfig, calibration: Calibration) -> None:
+        self._discriminant, self._vote, self._calibration = Discriminant(domains), vote, calibration
+
+    def ranked(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> tuple[Scores, Scores]:
+        distances, relative = self._discriminant.distances(domains)
+        return probabilities(distances, self._calibration), relative
+
+    def route(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> list[Routed]:
+        likely, relative = self.ranked(features, domains)
+        pairs = zip(likely, strangeness(relative, self._calibration), strict=True)
+        return [self._route(*pair) for pair in pairs]
+
+    def _route(self, likely: Scores, strange: float) -> Routed:
+        order = np.argsort(-likely, kind="stable")[: self._vote.k]
+        if self._vote.adaptive:
+            order = order[: int(np.searchsorted(np.cumsum(likely[order]), COVERED)) + 1]
+        near = likely[order]
+        experts = tuple(int(task) for task in order)
+        if self._vote.combine == "mean_logits":
+            shares, base = np.full(len(near), 1 / len(near)), 1 / (len(near) + 1)
+        else:
+            shares = near / near.sum()
+            base = float(strange) if self._vote.base_weight is None else self._vote.base_weight
+        return Routed(experts, near, shares, 1.0 if self._vote.adaptive and strange >= STRANGE else base)

@@ -1,0 +1,140 @@
+"""Domains: what a task keeps is enough to tell it from others, and from none of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from condu_ray.errors import DataError
+from condu_ray.voting.domains import (
+    Calibration,
+    Discriminant,
+    Domain,
+    calibrate,
+    make_domain,
+    probabilities,
+    strangeness,
+)
+
+WIDTH, CLASSES = 12, 3
+
+
+def pictures(place: float, count: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Domain features around `place`, with channels of very different size, some of them always the same."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(CLASSES, size=count)
+    centers = place + np.random.default_rng(int(1000 + place * 10)).normal(size=(CLASSES, WIDTH))
+    scale = np.geomspace(1e-2, 1e2, WIDTH)
+    scale[5] = 0
+    return ((centers[labels] + random.normal(size=(count, WIDTH))) * scale).astype(np.float32), labels
+
+
+def domain(place: float, seed: int = 0, count: int = 120) -> Domain:
+    features, labels = pictures(place, count, seed)
+    held_out, _ = pictures(place, 40, seed + 1000)
+    return make_domain(features, labels, CLASSES, held_out)
+
+
+NEAR_AND_FAR = [domain(0.0), domain(3.0), domain(9.0)]
+
+
+def test_a_picture_is_nearest_to_its_own_domain() -> None:
+    discriminant = Discriminant(NEAR_AND_FAR)
+    for task, place in enumerate((0.0, 3.0, 9.0)):
+        distances, _ = discriminant.distances(pictures(place, 50, 7)[0])
+        assert (distances.argmin(axis=1) == task).mean() > 0.95
+
+
+def test_distances_are_those_of_the_shared_covariance() -> None:
+    """Against the textbook formula in the natural units, on features whose covariance needs no shrinkage to invert."""
+    from condu_ray.voting.domains import SHRINKAGE
+
+    random = np.random.default_rng(3)
+    parts = [(random.normal(i, 1, (60, 4)).astype(np.float32), random.integers(2, size=60)) for i in range(2)]
+    discriminant = Discriminant([make_domain(x, y, 2, x[:0]) for x, y in parts])
+    means = np.concatenate([[x[y == c].mean(0) for c in range(2)] for x, y in parts]).astype(np.float64)
+    within = sum((x - means[2 * i + y]).T @ (x - means[2 * i + y]) for i, (x, y) in enumerate(parts)) / (120 - 4)
+    shrunk = (1 - SHRINKAGE) * within + SHRINKAGE * np.diag(np.diag(within))
+    asked = random.normal(size=(5, 4))
+    away = asked[:, None] - means
+    expected = np.einsum("bkw,wv,bkv->bk", away, np.linalg.inv(shrunk), away).reshape(5, 2, 2).min(axis=2)
+    np.testing.assert_allclose(discriminant.distances(asked)[0], expected, rtol=2e-3)  # correlations are kept in half
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(3)))
+def test_tasks_may_come_in_any_order(order: list[int]) -> None:
+    features, _ = pictures(3.0, 20, 8)
+    distances, relative = Discriminant(NEAR_AND_FAR).distances(features)
+    shuffled, also = Discriminant([NEAR_AND_FAR[task] for task in order]).distances(features)
+    np.testing.assert_allclose(shuffled, distances[:, order], rtol=1e-8)
+    np.testing.assert_allclose(also, relative, rtol=1e-6, atol=1e-6)
+
+
+def test_the_units_of_a_channel_do_not_matter() -> None:
+    scale = np.geomspace(0.1, 10, WIDTH).astype(np.float32)
+    (x, y), (asked, _) = pictures(0.0, 100, 1), pictures(0.0, 10, 2)
+    plain = Discriminant([make_domain(x, y, CLASSES, x[:0])]).distances(asked)[0]
+    scaled = Discriminant([make_domain(x * scale, y, CLASSES, x[:0])]).distances(asked * scale)[0]
+    np.testing.assert_allclose(scaled, plain, rtol=0.02)
+
+
+def test_probabilities_sum_to_one_and_sharpen_as_the_temperature_falls() -> None:
+    distances, _ = Discriminant(NEAR_AND_FAR).distances(pictures(0.0, 30, 9)[0])
+    cool, warm = (probabilities(distances, Calibration(t, 0.0, 1.0)) for t in (5.0, 50.0))
+    np.testing.assert_allclose(cool.sum(axis=1), 1)
+    np.testing.assert_allclose(warm.sum(axis=1), 1)
+    assert (cool.max(axis=1) >= warm.max(axis=1)).all()
+
+
+def test_pictures_of_no_domain_are_strange_and_those_of_one_are_not() -> None:
+    calibration = calibrate(NEAR_AND_FAR)
+    discriminant = Discriminant(NEAR_AND_FAR)
+    strange = np.concatenate([pictures(place, 50, 11)[0] for place in (-40.0, 30.0)])
+    known = np.concatenate([pictures(place, 50, 12)[0] for place in (0.0, 3.0, 9.0)])
+    assert np.median(strangeness(discriminant.distances(strange)[1], calibration)) > 0.5
+    assert np.median(strangeness(discriminant.distances(known)[1], calibration)) < 0.5
+
+
+def test_a_single_domain_knows_its_own_pictures() -> None:
+    alone = [domain(0.0)]
+    relative = Discriminant(alone).distances(pictures(0.0, 200, 13)[0])[1]
+    assert (strangeness(relative, calibrate(alone)) < 0.5).mean() > 0.9
+
+
+def test_without_held_out_pictures_nothing_is_strange() -> None:
+    features, labels = pictures(0.0, 50, 1)
+    alone = [make_domain(features, labels, CLASSES, features[:0])]
+    far = Discriminant(alone).distances(pictures(50.0, 5, 2)[0])[1]
+    assert (strangeness(far, calibrate(alone)) == 0).all()
+
+
+def test_what_a_store_gives_back_is_the_same_domain() -> None:
+    made = domain(0.0)
+    again = Domain.from_arrays(made.arrays())
+    assert all(np.array_equal(values, again.arrays()[name]) for name, values in made.arrays().items())
+
+
+def test_classes_without_pictures_attract_nothing() -> None:
+    features, labels = pictures(0.0, 60, 1)
+    more = make_domain(features, labels, CLASSES + 5, features[:0])
+    less = make_domain(features, labels, CLASSES, features[:0])
+    asked, _ = pictures(0.0, 10, 2)
+    np.testing.assert_array_equal(Discriminant([more]).distances(asked)[0], Discriminant([less]).distances(asked)[0])
+
+
+def test_fewer_pictures_than_channels_are_enough() -> None:
+    tiny = [make_domain(*pictures(place, 4, 1), CLASSES, np.empty((0, WIDTH), np.float32)) for place in (0.0, 20.0)]
+    distances, relative = Discriminant(tiny).distances(pictures(20.0, 10, 3)[0])
+    assert np.isfinite(distances).all() and np.isfinite(relative).all()
+    assert (distances.argmin(axis=1) == 1).all()
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    features, labels = pictures(0.0, 10, 1)
+    features[3, 2] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        make_domain(features, labels, CLASSES, features[:0])

@@ -1,0 +1,98 @@
+"""Who answers: by domains where every task has one, by prototypes else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from condu_ray.config import VoteConfig
+from condu_ray.voting.domains import Calibration, Domain, make_domain
+from condu_ray.voting.prototypes import FeatureSums, Prototypes, make_prototypes
+from condu_ray.voting.router import Calibrated, CosineRouter, DomainRouter, calibrated, router_of
+from condu_ray.voting.routing import Thresholds
+
+
+@dataclass(frozen=True)
+class Task:
+    prototypes: Prototypes
+    domain: Domain | None
+
+
+def features(place: float, count: int = 60, seed: int = 0) -> NDArray[np.float32]:
+    return (np.random.default_rng(seed).normal(size=(count, 4)) + place * np.array([1, -1, 0, 0])).astype(np.float32)
+
+
+def task(place: float, kept: bool = True) -> Task:
+    """The prototype of every task is the same, so that only domains can tell."""
+    sums = FeatureSums.zero(1, 2)
+    prototypes = make_prototypes(sums, np.array([[1, 0]], np.float32), np.array([[1, 0]] * 4, np.float32))
+    labels = np.zeros(60, np.int64)
+    made = make_domain(features(place), labels, 1, features(place, 20, 1)) if kept else None
+    return Task(prototypes, made)
+
+
+TASKS = [task(0.0), task(6.0), task(12.0)]
+UNIT = np.array([[1, 0]], np.float32)
+
+
+def route(vote: VoteConfig, place: float):  # type: ignore[no-untyped-def]
+    router = router_of(TASKS, vote, calibrated(TASKS, vote.k))
+    (one,) = router.route(UNIT, np.array([[place, -place, 0, 0]], np.float32))
+    return one
+
+
+@pytest.mark.parametrize(("number", "place"), list(enumerate((0.0, 6.0, 12.0))))
+def test_the_domain_decides(number: int, place: float) -> None:
+    one = route(VoteConfig(), place)
+    assert one.experts == (number,)  # the others would not make it likelier that the right one is asked
+    assert one.base < 0.5 and one.shares.sum() == pytest.approx(1)
+
+
+def test_a_strange_picture_is_answered_by_the_base_model_alone() -> None:
+    one = route(VoteConfig(), -30.0)
+    assert one.base == 1.0
+    assert one.experts  # `own` still needs to know whose classes come first
+
+
+def test_between_two_domains_both_answer() -> None:
+    one = route(VoteConfig(), 3.0)
+    assert set(one.experts) == {0, 1}
+
+
+def test_not_adaptive_is_always_k_experts() -> None:
+    for place in (0.0, 6.0, -30.0):
+        assert len(route(VoteConfig(adaptive=False, k=2), place).experts) == 2
+
+
+def test_a_fixed_share_of_the_base_model_is_taken_as_given() -> None:
+    assert route(VoteConfig(base_weight=0.3), 6.0).base == 0.3
+
+
+def test_the_published_mean_weighs_all_alike() -> None:
+    one = route(VoteConfig(combine="mean_logits", adaptive=False, k=3), 6.0)
+    assert one.base == pytest.approx(1 / 4) and one.shares.tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_prototypes_decide_where_a_task_has_no_domain_or_the_vote_says_so() -> None:
+    limits = calibrated(TASKS, 4)
+    assert isinstance(router_of(TASKS, VoteConfig(), limits), DomainRouter)
+    assert isinstance(router_of(TASKS, VoteConfig(router="cosine"), limits), CosineRouter)
+    older = [*TASKS, task(3.0, kept=False)]
+    assert calibrated(older, 4).domains is None
+    assert isinstance(router_of(older, VoteConfig(), calibrated(older, 4)), CosineRouter)
+    assert isinstance(router_of([], VoteConfig(), calibrated([], 4)), CosineRouter)
+
+
+def test_without_tasks_the_base_model_answers() -> None:
+    (one,) = router_of([], VoteConfig(), Calibrated()).route(UNIT, np.zeros((1, 4), np.float32))
+    assert one.experts == () and one.base == 1.0
+
+
+def test_what_is_calibrated_comes_back_from_a_manifest() -> None:
+    limits = Calibrated(Thresholds(0.1, 0.5, 0.2), Calibration(10.0, -3.0, 0.5))
+    assert Calibrated.from_state(limits.to_state()) == limits
+    assert Calibrated.from_state({"thresholds": None}) == Calibrated()
+    assert Calibrated.from_state(Calibrated().to_state()) == Calibrated()

@@ -25,7 +25,7 @@ from condu_ray.benchmark.settings import (
 )
 from condu_ray.benchmark.sharing import Crews, Sessions, give_deltas, give_features, store_for, train_once
 from condu_ray.benchmark.systems import LINEAR_PROBE, SYSTEMS, System
-from condu_ray.benchmark.work import claim, learned, read, write
+from condu_ray.benchmark.work import check, claim, learned, read, write
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.cluster import Cluster, connected
@@ -58,7 +58,7 @@ def run(benchmark: Benchmark, stage: Stage) -> dict[str, Any]:
 
 def measure(benchmark: Benchmark, crews: Crews, stage: Stage) -> dict[str, Any]:
     """The same, with the work done by `crews`."""
-    claim(benchmark)
+    check(benchmark)
     missing = [
         (method, seed)
         for seed in benchmark.seeds
@@ -70,6 +70,7 @@ def measure(benchmark: Benchmark, crews: Crews, stage: Stage) -> dict[str, Any]:
     for seed, plan in plans.items():
         config = next(iter(plan.values()))[0][0]
         opened = _open(config, opened, stage)
+        claim(benchmark)  # not before the data is known to be right
         for system, sessions_of in plan.items():
             named = {task.name: task for task in opened}
             parts = [(each, [named[name] for name in names]) for each, names in sessions_of]

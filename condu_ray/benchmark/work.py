@@ -16,21 +16,10 @@ from condu_ray.store import Manifest
 from condu_ray.store.header import open_existing
 
 
-def claim(benchmark: Benchmark) -> None:
-    """Makes the work folder, or checks that what is there belongs to the same stream and settings.
-
-    Raises ConfigError that names what differs, or where the folder cannot be written.
-    """
-    asked = {
-        "tasks": list(benchmark.stream.tasks),
-        **kept_settings(benchmark),
-        **_own("full", benchmark.stream.full),
-        **_own("lora", benchmark.stream.lora),
-    }
-    path = benchmark.work / "benchmark.json"
-    there = read(path)
+def check(benchmark: Benchmark) -> None:
+    """Raises ConfigError, naming what differs, where the work folder belongs to another stream or other settings."""
+    asked, there = _terms(benchmark), read(_claim_of(benchmark))
     if there is None:
-        write(path, asked)
         return
     differ = [name for name in sorted({*asked, *there}) if asked.get(name) != there.get(name)]
     if differ:
@@ -39,6 +28,25 @@ def claim(benchmark: Benchmark) -> None:
             + ", ".join(f"{name} {there.get(name)}, not {asked.get(name)}" for name in differ),
             "use another --work, or the same stream and settings",
         )
+
+
+def claim(benchmark: Benchmark) -> None:
+    """Makes the work folder and writes down whose it is. Raises ConfigError where it cannot be written."""
+    write(_claim_of(benchmark), _terms(benchmark))
+
+
+def _claim_of(benchmark: Benchmark) -> Path:
+    return benchmark.work / "benchmark.json"
+
+
+def _terms(benchmark: Benchmark) -> dict[str, Any]:
+    """What must stay the same for as long as the folder is used."""
+    return {
+        "tasks": list(benchmark.stream.tasks),
+        **kept_settings(benchmark),
+        **_own("full", benchmark.stream.full),
+        **_own("lora", benchmark.stream.lora),
+    }
 
 
 def _own(kind: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

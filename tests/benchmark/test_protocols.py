@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import tarfile
+from contextlib import nullcontext
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from in_process_crew import InProcessCrew, silent
+from PIL import Image
 
 from condu_ray.benchmark.protocols import ORDERS, SETS, protocol
+from condu_ray.benchmark.run import measure
 from condu_ray.benchmark.settings import Benchmark, sessions
 from condu_ray.benchmark.stream import Stream, parse_stream
 from condu_ray.benchmark.systems import SYSTEMS
-from condu_ray.data import open_task
 from condu_ray.errors import ConfigError, DataError
+from condu_ray.store import open_store
 
 CALLED = {
     "Aircraft": "fgvc_aircraft",
@@ -113,13 +120,45 @@ def test_the_published_weights_go_with_the_published_model_alone(root: Path, tmp
     assert (config.model, config.pretrained) == ("default", None)
 
 
-def test_names_and_templates_are_those_beside_the_pictures(picture_tasks: dict[str, Path], root: Path) -> None:
-    """A stand-in of one set: what the stream names opens as any task does."""
-    place = root / "dtd"
-    place.rmdir()
-    place.symlink_to(picture_tasks["colours"])
-    task = open_task("DTD", protocol("mtil-1", str(root)).tasks["DTD"])
-    assert task.classes == ("blue", "green", "red")
+def write_stand_in(folder: Path, seed: int) -> None:
+    """A webdataset folder of two classes, as the sets of MTIL are kept."""
+    random = np.random.default_rng(seed)
+    (folder / "classnames.txt").write_text(f"dark {seed}\nlight {seed}\n")
+    (folder / "zeroshot_classification_templates.txt").write_text(f"stand-in {seed}: {{c}}.\n")
+    for part, each in (("train", 3), ("test", 2)):
+        (folder / part).mkdir()
+        (folder / part / "nshards.txt").write_text("1")
+        with tarfile.open(folder / part / "0.tar", "w:gz") as tar:
+            for number in range(2 * each):
+                label, picture = number % 2, BytesIO()
+                pixels = random.integers(0, 100, (16, 16, 3)) + 120 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(picture, "png")
+                for ending, body in (("png", picture.getvalue()), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                    member.size = len(body)
+                    tar.addfile(member, BytesIO(body))
+
+
+def test_the_whole_protocol_runs_on_stand_ins(
+    root: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut into four sessions by rate, and Transfer is there all the same; names and prompts are the folders' own."""
+    monkeypatch.setenv("CONDU_CACHE", str(tmp_path / "cache"))
+    for seed, folder in enumerate(sorted(root.iterdir())):
+        write_stand_in(folder, seed)
+    file = tmp_path / "short.yaml"
+    file.write_text("train: {steps: 1, batch_size: 2, towers: image}")
+    stream, model = protocol("mtil-1", str(root)), {"model": f"local-dir:{tiny_model_dir}"}
+    benchmark = Benchmark(stream, ("finetune",), (42,), tmp_path / "work", model, file)
+    found = measure(benchmark, lambda store, config: nullcontext(InProcessCrew(store, config)), silent)
+    cards = open_store(tmp_path / "work" / "seed-42" / "finetune").manifest().tasks
+    assert [card.name for card in cards] == found["stream"] == list(ORDERS["mtil-1"])
+    assert [card.settings["train"]["lr"] for card in cards] == [SETS[card.name].lr for card in cards]
+    places = [each.name for each in sorted(root.iterdir())]
+    dtd = cards[3]
+    assert dtd.classes == [f"{shade} {places.index('dtd')}" for shade in ("dark", "light")]
+    assert dtd.templates == [f"stand-in {places.index('dtd')}: {{c}}."]
+    assert all(row["transfer"] is not None for row in found["results"])
 
 
 def test_a_stream_is_a_list_of_names_and_paths() -> None:

@@ -138,8 +138,8 @@ def _share(
         for config, tasks in todo:
             give_deltas(config, tasks, store, record)
     elif registry.info(system.method).trains and not store.versions():
-        first, tasks = parts[0]
-        give_deltas(first, tasks[:1], store, record)
+        settings, first = parts[0]
+        give_deltas(settings, first[:1], store, record)
     for other in SYSTEMS.values():
         source = open_existing(store_of(benchmark, other, seed))
         if source is not None and other != system:

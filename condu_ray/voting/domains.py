@@ -156,6 +156,7 @@ def strangeness(relative: Doubles, calibration: Calibration) -> Doubles:
     return np.asarray(0.5 * (1 - np.tanh(0.5 * calibration.slope * (relative - calibration.middle))))
 
 
+PRIOR = 0.05  # share of pictures that are expected to be of no task
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 2.0, 2000.0
 KNOWN_QUANTILE = 0.01
 
@@ -163,8 +164,8 @@ KNOWN_QUANTILE = 0.01
 def calibrate(domains: Sequence[Domain]) -> Calibration:
     """From every task's held-out pictures: known ones to all tasks, and strange ones to the tasks without their own.
 
-    temperature: the likeliest of a fixed list. middle, slope: logistic regression, known and strange pictures weighing
-    the same; of a single task, for which nothing is strange, the middle is the 1 % quantile of its own.
+    temperature: the likeliest of a fixed list. middle, slope: logistic regression, a PRIOR share of pictures being
+    strange; of a single task, for which nothing is strange, the middle is the 1 % quantile of its own.
     """
     whole = Discriminant(domains)
     likelihoods = np.zeros(len(TEMPERATURES))
@@ -187,7 +188,8 @@ def calibrate(domains: Sequence[Domain]) -> Calibration:
     temperature = float(TEMPERATURES[int(np.argmax(likelihoods))])
     if not strange:
         return Calibration(temperature, float(np.quantile(inside, KNOWN_QUANTILE)), 4 / scale)
-    return Calibration(temperature, *_logistic(inside, np.concatenate(strange), scale))
+    middle, slope = _logistic(inside, np.concatenate(strange), scale)
+    return Calibration(temperature, middle + float(np.log(PRIOR / (1 - PRIOR))) / slope, slope)
 
 
 TEMPERATURES = np.geomspace(LEAST_TEMPERATURE, MOST_TEMPERATURE, 31)

@@ -61,6 +61,7 @@ SETTINGS = [
     "fusion.triggers",
     "fusion.tune_rescalers",
     "vote.k",
+    "vote.router",
     "vote.combine",
     "vote.average",
     "vote.temperature",

@@ -21,6 +21,7 @@ from condu_ray.benchmark.run import run
 from condu_ray.benchmark.settings import Benchmark
 from condu_ray.benchmark.stream import parse_stream
 from condu_ray.benchmark.systems import METHODS, check_methods
+from condu_ray.cli import INTERRUPTED
 from condu_ray.engine.progress import stage
 from condu_ray.errors import ConduError, ConfigError
 
@@ -67,6 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     except ConduError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one ended", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     reports.emit(found) if options.json else reports.show_benchmark(found)
 
 

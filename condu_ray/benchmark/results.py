@@ -15,7 +15,7 @@ from condu_ray.benchmark.systems import LINEAR_PROBE, SYSTEMS, System
 from condu_ray.benchmark.work import learned, read
 from condu_ray.engine.figures import gain_kept
 from condu_ray.methods import registry
-from condu_ray.store import Manifest, open_store
+from condu_ray.store import Manifest, TaskCard, open_store
 from condu_ray.tracking.history import accuracy_matrix
 from condu_ray.tracking.matrix import AccuracyMatrix
 
@@ -122,7 +122,7 @@ def bounds_of(benchmark: Benchmark, seed: int) -> tuple[float | None, float | No
     return zero_shot, individual
 
 
-def _cards(benchmark: Benchmark, seed: int) -> Iterator[tuple[System, Sequence[Any]]]:
+def _cards(benchmark: Benchmark, seed: int) -> Iterator[tuple[System, Sequence[TaskCard]]]:
     for system in SYSTEMS.values():
         versions = learned(store_of(benchmark, system, seed), list(benchmark.stream.tasks))
         if versions:

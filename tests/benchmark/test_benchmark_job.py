@@ -69,6 +69,19 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_stopped_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(order: Any, stage: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "run", stop)
+    with pytest.raises(SystemExit) as left:
+        job.main(given("--stream", "a=b", "--methods", "condu", "--work", tmp_path))
+    assert left.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("protocol", "seeds"), [(None, (0,)), ("mtil-1", (42,))])
 def test_the_seed_is_the_protocols_own(protocol: str | None, seeds: tuple[int, ...], tmp_path: Path) -> None:
     options = {"stream": None if protocol else "a=b", "protocol": protocol, "data": "torchvision" if protocol else None}

@@ -131,10 +131,13 @@ class VoteConfig(_Section):
     combine: Literal["mean_logits", "weighted"] = Field(default="weighted", description="published: mean_logits")
     average: Literal["logits", "probabilities"] = Field(default="logits", description="what `weighted` averages")
     temperature: float = Field(
-        default=0.05, gt=0, le=10, description="of the softmax over similarities, for `weighted`"
+        default=0.05, gt=0, le=10, description="of the softmax over similarities, for `weighted` with router cosine"
     )
     base_weight: float | None = Field(
-        default=None, ge=0, lt=1, description="share of the base model; unset: 1 / (experts + 1)"
+        default=None,
+        ge=0,
+        lt=1,
+        description="share of the base model; unset: how strange a picture is (cosine: 1 / (experts + 1))",
     )
     adaptive: bool = Field(default=True, description="run fewer experts where the similarities decide")
     union: Literal["own", "routed", "joint"] = Field(

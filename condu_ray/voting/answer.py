@@ -12,8 +12,8 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Vote:
-    """One voter's share. task: None for θ⁰. similarity: cosine to the task's nearest prototype; None where nothing was
-    routed (the task was named) and for θ⁰. The weights of an answer sum to 1."""
+    """One voter's share. task: None for θ⁰. similarity: what the router has, probability of the task or cosine to its
+    nearest prototype; None where nothing was routed (the task was named) and for θ⁰. Weights of an answer sum to 1."""
 
     task: str | None
     similarity: float | None

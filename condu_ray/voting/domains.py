@@ -21,6 +21,10 @@ from condu_ray.errors import DataError
 SHRINKAGE = 0.1  # of covariances towards their diagonals
 FLOOR = 1e-5  # variance of channels that never moved, in medians of the others
 
+PRIOR = 0.05  # share of pictures that are expected to be of no task
+KNOWN_QUANTILE = 0.01
+TEMPERATURES = np.geomspace(2.0, 2000.0, 31)
+STEPS, RIDGE = 50, 1e-3  # of the logistic regression
 CHUNK = 8192  # pictures whose features are held in double precision at once
 
 Doubles = NDArray[np.float64]
@@ -156,11 +160,6 @@ def strangeness(relative: Doubles, calibration: Calibration) -> Doubles:
     return np.asarray(0.5 * (1 - np.tanh(0.5 * calibration.slope * (relative - calibration.middle))))
 
 
-PRIOR = 0.05  # share of pictures that are expected to be of no task
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 2.0, 2000.0
-KNOWN_QUANTILE = 0.01
-
-
 def calibrate(domains: Sequence[Domain]) -> Calibration:
     """From every task's held-out pictures: known ones to all tasks, and strange ones to the tasks without their own.
 
@@ -190,10 +189,6 @@ def calibrate(domains: Sequence[Domain]) -> Calibration:
         return Calibration(temperature, float(np.quantile(inside, KNOWN_QUANTILE)), 4 / scale)
     middle, slope = _logistic(inside, np.concatenate(strange), scale)
     return Calibration(temperature, middle + float(np.log(PRIOR / (1 - PRIOR))) / slope, slope)
-
-
-TEMPERATURES = np.geomspace(LEAST_TEMPERATURE, MOST_TEMPERATURE, 31)
-STEPS, RIDGE = 50, 1e-3
 
 
 def _logistic(known: Doubles, strange: Doubles, scale: float) -> tuple[float, float]:

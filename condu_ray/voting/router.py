@@ -139,8 +139,8 @@ class DomainRouter:
         near = likely[order]
         experts = tuple(int(task) for task in order)
         if self._vote.combine == "mean_logits":
-            shares, base = np.full(len(near), 1 / len(near)), 1 / (len(near) + 1)
-        else:
-            shares = near / near.sum()
-            base = float(strange) if self._vote.base_weight is None else self._vote.base_weight
-        return Routed(experts, near, shares, 1.0 if self._vote.adaptive and strange >= STRANGE else base)
+            return Routed(experts, near, np.full(len(near), 1 / len(near)), 1 / (len(near) + 1))
+        base = self._vote.base_weight
+        if base is None:
+            base = 1.0 if self._vote.adaptive and strange >= STRANGE else float(strange)
+        return Routed(experts, near, near / near.sum(), base)

@@ -68,7 +68,8 @@ def test_not_adaptive_is_always_k_experts() -> None:
 
 
 def test_a_fixed_share_of_the_base_model_is_taken_as_given() -> None:
-    assert route(VoteConfig(base_weight=0.3), 6.0).base == 0.3
+    for place in (6.0, -30.0):
+        assert route(VoteConfig(base_weight=0.3), place).base == 0.3
 
 
 def test_the_published_mean_weighs_all_alike() -> None:

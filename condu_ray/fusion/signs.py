@@ -12,7 +12,7 @@ A group that is zero everywhere is skipped: r = 0, c is not raised.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion.groups import Block, blocks, combine, group_count, group_of
-from condu_ray.fusion.layout import Layout, as_f32, not_finite
-from condu_ray.fusion.state import LARGEST_NORM, Objects, Plane, blank, position_of, read_array, read_meta, write_bits
+from condu_ray.fusion.groups import Block, Span, blank_gaps, check_finite, group_count, group_of, spans, whole
+from condu_ray.fusion.kernels import add_span, norm_span
+from condu_ray.fusion.layout import Layout, as_f32
+from condu_ray.fusion.planes import Plane, read_bits
+from condu_ray.fusion.state import Objects, checked, position_of, read_array, read_meta
+from condu_ray.fusion.threads import each
 
 if TYPE_CHECKING:
     from condu_ray.config import Granularity
@@ -44,6 +47,19 @@ class SignedTask:
     uid: int
     rescalers: NDArray[np.float32]
     signs: Plane
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a session gives for some spans that follow each other.
+
+    magnitudes: uint32[n]. signs: uint8[n / 8]. means: f64[G], mean |delta|; with `row`, 0 for rows of other spans.
+    """
+
+    spans: tuple[Span, ...]
+    magnitudes: NDArray[np.uint32]
+    signs: Plane
+    means: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,35 +95,95 @@ class SignState:
         return position_of(task, self.names)
 
 
-def unify(state: SignState, task: str, delta: Any) -> SignState:
-    """The state after `task`; the given state stays as it is.
+def unify(
+    state: SignState,
+    task: str,
+    delta: Any,
+    out: NDArray[np.uint32] | None = None,
+    threads: int | None = None,
+) -> SignState:
+    """The state after `task`; the given state stays as it is, unless `out` is its own magnitudes.
 
-    delta: f32[total] in layout order (NumPy or torch, any floating dtype); what stands on padding is ignored. Raises
-    FusionError for a name that is taken, a wrong length, NaN or Inf (naming the tensor), and the 257th task.
+    delta: f32[total] in layout order (NumPy or torch, any floating dtype); what stands on padding is ignored. out:
+    uint32[total] for the new magnitudes; it may be `state.magnitudes`, which then are used up. threads: [all cores];
+    they change no bit. Raises FusionError for a name that is taken, a wrong length, NaN or Inf (naming the tensor;
+    `out` then holds rubbish), and the 257th task.
     """
-    layout, granularity = state.layout, state.granularity
+    check(state, task)
+    every = tuple(spans(state.layout, state.granularity))
+    return joined(state, task, [fuse(state, task, delta, every, out, threads)])
+
+
+def check(state: SignState, task: str) -> None:
+    """Raises FusionError for a name that cannot be added, and for the 257th task."""
     if not task or task in state.names:
         raise FusionError(f"task {task!r} is in the fused state already" if task else "a task needs a name (found '')")
     if state.next_uid >= MOST_TASKS:
         raise FusionError(f"the fused state has taken in {MOST_TASKS} tasks, which is its limit", "start another store")
-    vector = as_f32(delta)
+
+
+def fuse(
+    state: SignState,
+    task: str,
+    delta: Any,
+    some: tuple[Span, ...],
+    out: NDArray[np.uint32] | None = None,
+    threads: int | None = None,
+) -> Part:
+    """The session's pass over some spans that follow each other: all of them, or the share of one process.
+
+    Of the state only what belongs to the spans is read, of the delta too with granularity `row` (else the means need
+    all of it). out: uint32[n]. Raises FusionError for a delta of a wrong length and for one that is not finite.
+    """
+    layout, granularity, first = state.layout, state.granularity, some[0].start
+    vector, size = as_f32(delta), some[-1].stop - first
     if vector.shape != (layout.total,):
         raise FusionError(f"the delta of task {task!r} has shape {vector.shape}, the layout needs ({layout.total},)")
+    means = np.zeros(group_count(layout, granularity))
+    magnitudes = np.empty(size, np.uint32) if out is None else checked(out, size, np.uint32)
+    signs = np.zeros(size // 8, np.uint8)
 
-    means = _means(layout, granularity, vector)
-    magnitudes, signs = state.magnitudes.copy(), np.zeros(layout.total // 8, np.uint8)
-    for block in blocks(layout, granularity):
-        here = slice(block.start, block.stop)
-        values = vector[here].reshape(block.rows, block.row_length)
-        mean = means[block.rescalers : block.rescalers + block.rows, None]
-        scale = np.divide(FRACTION, mean, out=np.zeros_like(mean), where=mean > 0)
-        summand = np.minimum(np.rint(np.abs(values) * scale), LARGEST_SUMMAND)
-        magnitudes[here] += summand.astype(np.uint32).reshape(-1)
-        write_bits(signs, block.start, vector[here] > 0)
+    def norm(span: Span) -> NDArray[np.float64]:
+        sums = norm_span(layout, span, vector[span.start : span.stop])
+        check_finite(span, sums)
+        return sums
+
+    def add(span: Span) -> None:
+        if granularity == "row":  # a row is in one span
+            rows = span.groups()
+            own = slice(int(rows[0]), int(rows[-1]) + 1)
+            means[own] = _means([span], [norm(span)], own)
+        scales = np.divide(FRACTION, means, out=np.zeros_like(means), where=means > 0)
+        here, there = slice(span.start, span.stop), slice(span.start - first, span.stop - first)
+        if out is not state.magnitudes:
+            magnitudes[there] = state.magnitudes[here]
+        plane = signs[there.start // 8 : there.stop // 8]
+        add_span(layout, span, vector[here], scales, LARGEST_SUMMAND, magnitudes[there], plane)
+
+    if granularity != "row":
+        every = spans(layout, granularity)
+        means[:] = _means(every, each(norm, every, threads), slice(0, len(means)))
+    each(add, some, threads)
+    return Part(some, magnitudes, signs, means)
+
+
+def joined(state: SignState, task: str, parts: Sequence[Part]) -> SignState:
+    """The state after `task` from the parts of its pass, in the order of their spans and covering all of them.
+
+    However the spans were dealt out, the result is the same to the last bit.
+    """
+    if state.granularity == "row":
+        means = np.zeros(len(state.counts))
+        for part in parts:
+            own = np.concatenate([span.groups() for span in part.spans])
+            means[own] = part.means[own]
+    else:
+        means = parts[0].means
+    signs = whole([part.signs for part in parts])
     added = SignedTask(task, state.next_uid, means.astype(np.float32), signs)
     return replace(
         state,
-        magnitudes=magnitudes,
+        magnitudes=whole([part.magnitudes for part in parts]),
         counts=state.counts + (means > 0),
         tasks=(*state.tasks, added),
         next_uid=state.next_uid + 1,
@@ -130,19 +206,50 @@ def with_rescalers(state: SignState, task: str, rescalers: Any) -> SignState:
     return replace(state, tasks=tuple(held))
 
 
-def reconstruct(state: SignState, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+def reconstruct(
+    state: SignState, task: str, out: NDArray[np.float32] | None = None, threads: int | None = None
+) -> NDArray[np.float32]:
     """The task's delta as the fused state holds it, f32[total]: rescaler * u with the task's sign; +0 on padding.
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    held, out = state.tasks[state.position(task)], blank(state.layout.total, out)
-    for block in blocks(state.layout, state.granularity):
-        here = slice(block.start, block.stop)
-        value = out[here].reshape(block.rows, block.row_length)
-        np.multiply(state.magnitudes[here].reshape(value.shape), _factors(state, held, block)[:, None], out=value)
-        below = ~_bits(held.signs, block.start, block.stop)
-        np.negative(out[here], out=out[here], where=below & (out[here] != 0))
-    return out
+    out = np.empty(state.layout.total, np.float32) if out is None else checked(out, state.layout.total)
+    _each_block(state, task, out.__setitem__, threads)
+    return blank_gaps(state.layout, out)
+
+
+def add_to(state: SignState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
+    """Adds the task's delta to f32[total] in place, in one pass: θ⁰ becomes the task's expert.
+
+    Raises FusionError for an unknown task or another shape or dtype of `start`.
+    """
+    checked(start, state.layout.total)
+
+    def add(here: slice, value: NDArray[np.float32]) -> None:
+        start[here] += value
+
+    _each_block(state, task, add, threads)
+
+
+def _each_block(
+    state: SignState, task: str, use: Callable[[slice, NDArray[np.float32]], None], threads: int | None
+) -> None:
+    """Gives `use` each block's coordinates and its values of the reconstruction, f32[n]."""
+    held = state.tasks[state.position(task)]
+
+    def one(span: Span) -> None:
+        for block in span.blocks:
+            here = slice(block.start, block.stop)
+            value = np.empty((block.rows, block.row_length), np.float32)
+            factors = _factors(state, held, block)[:, None]
+            np.multiply(state.magnitudes[here].reshape(value.shape), factors, out=value, casting="same_kind")
+            below = read_bits(held.signs, block.start, block.stop) ^ np.uint8(1)
+            flat = value.reshape(-1)
+            flat.view(np.uint32)[:] ^= below.astype(np.uint32) << np.uint32(31)
+            flat += np.float32(0)  # -0.0 becomes +0.0
+            use(here, flat)
+
+    each(one, spans(state.layout, state.granularity), threads)
 
 
 def values_at(state: SignState, task: str, coordinates: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -153,7 +260,7 @@ def values_at(state: SignState, task: str, coordinates: NDArray[np.int64]) -> ND
     factor = (held.rescalers[group].astype(np.float64) / counts).astype(np.float32)
     value = (state.magnitudes[coordinates] * factor.astype(np.float64)).astype(np.float32)
     above = (held.signs[coordinates // 8] >> (coordinates % 8).astype(np.uint8)) & np.uint8(1) != 0
-    found: NDArray[np.float32] = np.where(above | (value == 0), value, -value)
+    found: NDArray[np.float32] = np.where(above, value, -value) + np.float32(0)  # no -0.0
     return found
 
 
@@ -236,18 +343,13 @@ def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping
     )
 
 
-def _means(layout: Layout, granularity: Granularity, vector: NDArray[np.float32]) -> NDArray[np.float64]:
-    """f64[G]: mean |d| of each group."""
-    parts: list[tuple[Block, NDArray[np.float64]]] = []
-    sizes = np.zeros(group_count(layout, granularity))
-    for block in blocks(layout, granularity):
-        values = vector[block.start : block.stop].reshape(block.rows, block.row_length)
-        sums = np.abs(values).sum(axis=1, dtype=np.float64)
-        if not sums.max() <= LARGEST_NORM:
-            raise not_finite(block.entry)
-        parts.append((block, sums[None]))
-        sizes[block.rescalers : block.rescalers + block.rows] += block.row_length
-    means: NDArray[np.float64] = combine(layout, granularity, parts)[0] / sizes
+def _means(some: Sequence[Span], sums: Sequence[NDArray[np.float64]], own: slice) -> NDArray[np.float64]:
+    """f64: mean |d| of the groups `own`. sums: of |d|, of each span; they are added in the order of the blocks."""
+    group = np.concatenate([span.groups() for span in some]) - own.start
+    lengths = np.concatenate([np.full(block.rows, block.row_length) for span in some for block in span.blocks])
+    groups = own.stop - own.start
+    sizes = np.bincount(group, lengths, groups)
+    means: NDArray[np.float64] = np.bincount(group, np.concatenate(sums), groups) / sizes
     # A subnormal mean could not be divided by: such a group is as good as zero.
     return np.where(means.astype(np.float32) >= np.finfo(np.float32).tiny, means, 0.0)
 
@@ -257,9 +359,3 @@ def _factors(state: SignState, task: SignedTask, block: Block) -> NDArray[np.flo
     rows = slice(block.rescalers, block.rescalers + block.rows)
     counts = np.maximum(state.counts[rows], 1) * float(FRACTION)
     return (task.rescalers[rows].astype(np.float64) / counts).astype(np.float32).astype(np.float64)
-
-
-def _bits(plane: Plane, start: int, stop: int) -> NDArray[np.bool_]:
-    """bool[stop - start]; rows need not start at a whole byte."""
-    bits = np.unpackbits(plane[start // 8 : -(-stop // 8)], bitorder="little")
-    return bits[start % 8 : start % 8 + stop - start].astype(np.bool_)

@@ -14,6 +14,7 @@ from condu_ray.fusion import state as masks
 from condu_ray.fusion.forget import forget as forget_mask
 from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.fusion.reconstruct import Fidelity, compare
+from condu_ray.fusion.reconstruct import add_to as add_mask_to
 from condu_ray.fusion.reconstruct import fidelity_at as mask_fidelity_at
 from condu_ray.fusion.reconstruct import reconstruct as from_mask
 from condu_ray.fusion.signs import SignState
@@ -39,6 +40,11 @@ def unify(state: State, task: str, delta: Any) -> State:
 def reconstruct(state: State, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """The task's delta as the state holds it, f32[total]."""
     return signs.reconstruct(state, task, out) if isinstance(state, SignState) else from_mask(state, task, out)
+
+
+def add_to(state: State, task: str, start: NDArray[np.float32]) -> None:
+    """Adds the task's delta to f32[total] in place: θ⁰ becomes the task's expert."""
+    (signs.add_to if isinstance(state, SignState) else add_mask_to)(state, task, start)  # type: ignore[arg-type]
 
 
 def with_rescalers(state: State, task: str, rescalers: Any) -> State:

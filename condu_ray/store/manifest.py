@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from condu_ray.errors import StoreError
 
-FORMAT = 1
+FORMAT = 2
 """The newest format that this release reads, and the one it writes."""
 
 Kind = Literal["learn", "forget", "rollback"]

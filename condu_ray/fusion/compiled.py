@@ -50,7 +50,7 @@ def _compile(*signature: Any) -> Callable[[Any], Any]:
     _write(types.float32, 1),
     _write(types.uint8, 1),
     _write(types.uint8, 1),
-    _write(types.float64, 2),
+    types.Array(types.float64, 2, "A"),  # columns of a larger array
 )
 def fuse(table, u, delta, masks, rescalers, per_row, out_u, birth, flips, sums):  # type: ignore[no-untyped-def]
     """`kernels.fuse_block` for the blocks of a span; see `kernels.fuse_span`."""

@@ -337,7 +337,9 @@ def test_19_shards_in_any_order_give_the_same_bits(granularity: Granularity) -> 
     for index in rng.permutation(len(pieces)):
         done[int(index)] = fuse(before, "new", delta, pieces[index], threads=1)
     joint = joined(before, "new", [done[index] for index in range(len(pieces))])
-    for several in (joint, unify(before, "new", delta, threads=3), unify(before, "new", delta, threads=1)):
+    every = tuple(spans(layout, granularity, 1))
+    threaded = [joined(before, "new", [fuse(before, "new", delta, every, threads=count)]) for count in (1, 3)]
+    for several in (joint, *threaded):
         assert np.array_equal(bits(several.u), bits(whole.u))
         assert np.array_equal(masks(several), masks(whole))
         assert np.array_equal(bits(rescalers(several)), bits(rescalers(whole)))

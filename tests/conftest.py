@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
 
+
+@pytest.hookimpl(tryfirst=True)  # before the name of the group goes into the name of the test
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps all that needs the one Ray cluster in one process of the run."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 TINY: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 32,

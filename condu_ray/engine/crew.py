@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayTaskError
 from ray.util import ActorPool
 
-from condu_ray.config import SessionConfig, rescaler_steps
+from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import NAMESPACE, Cluster
@@ -22,6 +22,7 @@ from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import Question, Scorer, Snapshot
 from condu_ray.engine.train import Job, train
 from condu_ray.errors import ConduError, TrainingError
+from condu_ray.methods.rescaling import steps_of
 from condu_ray.store import Manifest, ObjectRef, Store
 
 CHUNK = 256  # pictures a call; fixed, so that sums do not depend on the number of actors
@@ -142,7 +143,7 @@ class RayCrew:
         def train() -> Any:
             ref = self._hired()[0].rescalers.remote(task, self._state, buffers, self._threads(), reporter(board))
             while not ray.wait([ref], timeout=POLL_SECONDS)[0]:
-                show(ray.get(board.read.remote())[0], rescaler_steps(self._config), update)
+                show(ray.get(board.read.remote())[0], steps_of(task, self._config), update)
             return _result(ref)
 
         self._refresh = propose

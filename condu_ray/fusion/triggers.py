@@ -47,6 +47,11 @@ def add_to(state: State, task: str, start: NDArray[np.float32]) -> None:
     (signs.add_to if isinstance(state, SignState) else add_mask_to)(state, task, start)  # type: ignore[arg-type]
 
 
+def with_sizes(state: State, task: str, delta: Any) -> State:
+    """The state in which rows of zeros make room for a second bit; see `signs.with_sizes`. Masks have none."""
+    return signs.with_sizes(state, task, delta) if isinstance(state, SignState) else state
+
+
 def with_rescalers(state: State, task: str, rescalers: Any) -> State:
     """The state with other rescalers for one task; see `signs.with_rescalers`. Raises FusionError for masks."""
     if not isinstance(state, SignState):

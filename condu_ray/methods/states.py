@@ -34,7 +34,7 @@ class FusedState:
         return tuple(trigger.name for trigger in self.fused.tasks)
 
     def add(self, task: str, delta: Vector) -> FusedState:
-        fused = triggers.unify(self.fused, task, delta)
+        fused = triggers.with_sizes(triggers.unify(self.fused, task, delta), task, delta)
         probe = delta[probe_coordinates(fused.layout, PROBE_COUNT, PROBE_SEED)]
         return FusedState(fused, {**self.probes, task: probe})
 

@@ -176,7 +176,7 @@ class SessionConfig(_Section):
     tasks: Annotated[dict[str, str], BeforeValidator(_as_tasks)] = Field(
         default_factory=dict, description="task name -> image folder, webdataset folder, CSV or torchvision name"
     )
-    method: MethodName = Field(default="condu", description="the system that learns; see `condu-ray methods`")
+    method: MethodName = Field(default="condu-sign", description="the system that learns; see `condu-ray methods`")
     model: str = Field(
         default=DEFAULT_MODEL, min_length=1, description="open_clip name, 'local-dir:FOLDER', or 'default'"
     )

@@ -202,7 +202,7 @@ def test_rescalers_are_trained_where_signs_are_fused(given: dict[str, Any], step
 
 
 def test_masks_refuse_trained_rescalers_among_all_other_faults() -> None:
-    told = fault({"fusion.tune_rescalers": 40, "nonsense": 1})
+    told = fault({"method": "condu", "fusion.tune_rescalers": 40, "nonsense": 1})
     assert "fusion.tune_rescalers = 40 needs sign triggers (--method condu-sign or --fusion.triggers sign)" in told
     assert "no setting 'nonsense'" in told
     assert "fusion.tune_rescalers = 5 needs" in fault({"fusion.tune_rescalers": 5}, fixed={"method": "condu"})

@@ -39,10 +39,10 @@ def run(out: Path, stage: Stage) -> dict[str, Any]:
     """Makes the pictures, learns them with both methods, draws; given again, it does only what is missing.
 
     Writes OUT/data, OUT/condu-sign and OUT/sequential (stores), OUT/pictures. Settings of the environment
-    (`CONDU_MODEL`, `CONDU_TRAIN__STEPS` ...) stand above the demo's own. Returns what `condu-ray demo --json` prints, accuracy in
-    percent: {"tasks": names, "methods": {name: {"transfer", "average", "last", "matrix"}}, "alone": mean accuracy of
-    fine-tuning each task by itself, "pictures": paths, "next": commands, "warnings": sentences, "seconds": {step:
-    seconds}}. Raises ConduError as `learn` does.
+    (`CONDU_MODEL`, `CONDU_TRAIN__STEPS` ...) stand above the demo's own. Returns what `condu-ray demo --json` prints,
+    accuracy in percent: {"tasks": names, "methods": {name: {"transfer", "average", "last", "matrix"}}, "alone": mean
+    accuracy of fine-tuning each task by itself, "pictures": paths, "next": commands, "warnings": sentences, "seconds":
+    {step: seconds}}. Raises ConduError as `learn` does.
     """
     seconds: dict[str, float] = {}
     configs = {method: _config(out, method) for method in METHODS}

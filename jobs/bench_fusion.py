@@ -284,7 +284,7 @@ def torch_vehicles(state: FusionState, delta: NDArray[np.float32]) -> dict[str, 
     from condu_ray.fusion.planes import packed
 
     total, count = state.layout.total, len(state.tasks)
-    codes = torch.from_numpy(packed(state.masks(slice(0, total // 8)), 0, total))
+    codes = torch.from_numpy(packed(state.planes.masks(slice(0, total // 8)), 0, total))
     tables = []
     for first in range(0, count, 8):
         bits = np.arange(256)[:, None] >> np.arange(8) & 1

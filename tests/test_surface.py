@@ -60,6 +60,7 @@ SETTINGS = [
     "fusion.granularity",
     "fusion.triggers",
     "fusion.tune_rescalers",
+    "fusion.shards",
     "vote.k",
     "vote.router",
     "vote.combine",

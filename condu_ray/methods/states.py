@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,13 @@ class FusedState:
         return tuple(trigger.name for trigger in self.fused.tasks)
 
     def add(self, task: str, delta: Vector) -> FusedState:
-        fused = triggers.unify(self.fused, task, delta)
+        return self._with(triggers.unify(self.fused, task, delta), task, delta)
+
+    def joined(self, task: str, delta: Vector, parts: Sequence[triggers.Part]) -> FusedState:
+        """What `add` gives, bit for bit, from the shares of several processes in their order."""
+        return self._with(triggers.joined(self.fused, task, parts), task, delta)
+
+    def _with(self, fused: triggers.State, task: str, delta: Vector) -> FusedState:
         probe = delta[probe_coordinates(fused.layout, PROBE_COUNT, PROBE_SEED)]
         return FusedState(fused, {**self.probes, task: probe})
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -196,7 +195,7 @@ def session(folder: Path, granularity: Any) -> None:
     new = {name: arrays for name, arrays in objects(state).items() if name not in refs}
     written = sum(store.put("after", name, arrays).bytes for name, arrays in new.items())
     flips = next(sum(a.nbytes for a in arrays.values()) for name, arrays in new.items() if name.startswith("flips"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident("VmHWM")
     took = time.perf_counter() - begun
     figures = {"session_peak_bytes": peak, "disk_bytes_per_session": written, "flips_bytes": flips}
     print(json.dumps(figures | {"session_seconds": took}))

@@ -28,6 +28,8 @@ COMMANDS = [
     "diff",
     "rollback",
     "forget",
+    "merge",
+    "export",
     "evaluate",
     "methods",
     "gc",

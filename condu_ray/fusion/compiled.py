@@ -29,7 +29,7 @@ def _write(dtype: Any, dims: int) -> Any:
 _BLOCKS = _read(types.int64, 2)  # see `Span.table`
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _bytes_at(typing, address):  # type: ignore[no-untyped-def]
     """A pointer to bytes: planes lie apart, and machine code takes no list of arrays."""
 

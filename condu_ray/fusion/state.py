@@ -79,11 +79,13 @@ class FusionState:
         """The task's mask now as a bit plane, uint8[total / 8], or these bytes of it."""
         own = self.tasks[self.position(task)]
         part = slice(0, self.layout.total // 8) if part is None else part
-        return Planes([(own.since, own.birth)], self.flips).masks(part)[0]
+        plane: Plane = Planes([(own.since, own.birth)], self.flips).masks(part)[0]
+        return plane
 
     def mask(self, task: str) -> NDArray[np.bool_]:
         """The task's mask now, bool[total]; False on padding."""
-        return read_bits(self.mask_plane(task), 0, self.layout.total).view(np.bool_)
+        mask: NDArray[np.bool_] = read_bits(self.mask_plane(task), 0, self.layout.total).view(np.bool_)
+        return mask
 
 
 def meta(state: FusionState) -> dict[str, Any]:

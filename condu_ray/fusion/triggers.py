@@ -77,6 +77,11 @@ def forget(state: State, task: str) -> State:
     return signs.forget(state, task) if isinstance(state, SignState) else forget_mask(state, task)
 
 
+def fold(state: State) -> State:
+    """The same state, bit for bit, that needs no flips of earlier sessions; sign triggers have none."""
+    return state if isinstance(state, SignState) else masks.fold(state)
+
+
 def fidelity_at(state: State, task: str, coordinates: NDArray[np.int64], values: Any) -> Fidelity:
     """Estimate of the fidelity from the delta's values at some coordinates; a sign trigger loses no bit."""
     if not isinstance(state, SignState):

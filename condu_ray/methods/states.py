@@ -56,10 +56,18 @@ class FusedState:
     def delta(self, task: str) -> Vector:
         return triggers.reconstruct(self.fused, task)
 
+    def add_to(self, task: str, start: Vector) -> None:
+        """Makes θ⁰, f32[total], the task's expert: start += delta, in place and in one pass."""
+        triggers.add_to(self.fused, task, start)
+
     def fidelity(self, task: str) -> Fidelity:
         """How much of the task's own fine-tuning is left, from the kept sample (exact up to 65,536 parameters)."""
         coordinates = probe_coordinates(self.fused.layout, PROBE_COUNT, PROBE_SEED)
         return triggers.fidelity_at(self.fused, task, coordinates, self.probes[task])
+
+    def folded(self) -> FusedState:
+        """The same state, bit for bit, that needs no flips of earlier sessions."""
+        return replace(self, fused=triggers.fold(self.fused))
 
     def objects(self) -> Arrays:
         probes = {f"probe-{trigger.uid}": {"values": self.probes[trigger.name]} for trigger in self.fused.tasks}

@@ -122,6 +122,9 @@ class FusionConfig(_Section):
         ge=0,
         description="steps that train a new task's rescalers; unset: a tenth of its own with sign triggers, else 0",
     )
+    shards: int = Field(
+        default=1, ge=1, le=1024, description="actors, over all nodes, that share the fusing of one model"
+    )
 
 
 class VoteConfig(_Section):
@@ -302,7 +305,7 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
         "pretrained": config.pretrained,
         "train.towers": config.train.towers,
         **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
-        **{f"fusion.{name}": value for name, value in config.fusion.model_dump().items()},
+        **{f"fusion.{name}": value for name, value in config.fusion.model_dump(exclude={"shards"}).items()},
     }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -196,7 +195,7 @@ def session(folder: Path, granularity: Any) -> None:
     new = {name: arrays for name, arrays in objects(state).items() if name not in refs}
     written = sum(store.put("after", name, arrays).bytes for name, arrays in new.items())
     flips = next(sum(a.nbytes for a in arrays.values()) for name, arrays in new.items() if name.startswith("flips"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident("VmHWM")
     took = time.perf_counter() - begun
     figures = {"session_peak_bytes": peak, "disk_bytes_per_session": written, "flips_bytes": flips}
     print(json.dumps(figures | {"session_seconds": took}))
@@ -284,7 +283,7 @@ def torch_vehicles(state: FusionState, delta: NDArray[np.float32]) -> dict[str, 
     from condu_ray.fusion.planes import packed
 
     total, count = state.layout.total, len(state.tasks)
-    codes = torch.from_numpy(packed(state.masks(slice(0, total // 8)), 0, total))
+    codes = torch.from_numpy(packed(state.planes.masks(slice(0, total // 8)), 0, total))
     tables = []
     for first in range(0, count, 8):
         bits = np.arange(256)[:, None] >> np.arange(8) & 1

@@ -12,6 +12,8 @@ from typing import Any
 import numba
 import numpy as np
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 _TILE = 2048  # coordinates worked on at once; a multiple of 8, so that lanes go on from tile to tile
 
@@ -25,6 +27,16 @@ def _write(dtype: Any, dims: int) -> Any:
 
 
 _BLOCKS = _read(types.int64, 2)  # see `Span.table`
+
+
+@intrinsic
+def _bytes_at(typing, address):  # type: ignore[no-untyped-def]
+    """A pointer to bytes: planes lie apart, and machine code takes no list of arrays."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.CPointer(types.uint8)(types.int64), generate
 
 
 def _compile(*signature: Any) -> Callable[[Any], Any]:
@@ -44,7 +56,8 @@ def _compile(*signature: Any) -> Callable[[Any], Any]:
     _BLOCKS,
     _read(types.float32, 1),
     _read(types.float32, 1),
-    _read(types.uint8, 2),
+    _read(types.int64, 2),
+    _read(types.int64, 2),
     _read(types.float32, 2),
     types.boolean,
     _write(types.float32, 1),
@@ -52,9 +65,9 @@ def _compile(*signature: Any) -> Callable[[Any], Any]:
     _write(types.uint8, 1),
     types.Array(types.float64, 2, "A"),  # columns of a larger array
 )
-def fuse(table, u, delta, masks, rescalers, per_row, out_u, birth, flips, sums):  # type: ignore[no-untyped-def]
+def fuse(table, u, delta, births, flipped, rescalers, per_row, out_u, birth, flips, sums):  # type: ignore[no-untyped-def]
     """`kernels.fuse_block` for the blocks of a span; see `kernels.fuse_span`."""
-    tasks = masks.shape[0]
+    tasks, sessions = births.shape[1], flipped.shape[1]
     groups, after = (tasks + 7) // 8, tasks // 8 + 1
     width = 4 if per_row else 8
     entries, parts = 1 << width, (tasks + width) // width
@@ -65,7 +78,7 @@ def fuse(table, u, delta, masks, rescalers, per_row, out_u, birth, flips, sums):
     born, flip, held = born_words.view(np.uint8), flip_words.view(np.uint8), np.empty(_TILE, np.uint8)
     stable, mtable = np.zeros((max(groups, 1), 256)), np.zeros((max(groups, 1), 256), np.float32)
     bins = np.empty((parts, 4 * entries))
-    chosen = np.empty(entries)
+    chosen, lost = np.empty(entries), np.empty(_TILE // 8 + 1, np.uint8)
     last_bit = np.uint8(tasks % 8)
     for block in range(table.shape[0]):
         start, stop, rows = table[block, 0], table[block, 1], table[block, 2]
@@ -89,14 +102,24 @@ def fuse(table, u, delta, masks, rescalers, per_row, out_u, birth, flips, sums):
                 byte, size = at // 8, (head + count + 7) // 8
 
                 for group in range(after):
-                    word = words[group]
                     for k in range(size):
-                        word[k] = 0
-                    for task in range(8 * group, min(8 * group + 8, tasks)):
-                        shift = np.uint64(8 * (task % 8))
-                        plane = masks[task, byte : byte + size]
+                        words[group, k] = 0
+                for k in range(size):
+                    lost[k] = 0
+                session = sessions - 1
+                for task in range(tasks - 1, -1, -1):  # from the newest: what later sessions flipped is lost
+                    while session >= 0 and flipped[0, session] > births[0, task]:
+                        plane = numba.carray(_bytes_at(flipped[1, session] + byte), (size,))
                         for k in range(size):
-                            word[k] |= np.uint64(plane[k]) << shift
+                            lost[k] |= plane[k]
+                        session -= 1
+                    plane = numba.carray(_bytes_at(births[1, task] + byte), (size,))
+                    shift = np.uint64(8 * (task % 8))
+                    word = words[task // 8]
+                    for k in range(size):
+                        word[k] |= np.uint64(plane[k] & (lost[k] ^ np.uint8(255))) << shift
+                for group in range(after):
+                    word = words[group]
                     for k in range(size):  # 8 x 8 bits: from a byte a task to a byte a coordinate
                         x = word[k]
                         t = (x ^ (x >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)

@@ -161,6 +161,15 @@ def spans(layout: Layout, granularity: Granularity, least: int = SPAN) -> list[S
     return [*found, Span(start, layout.total, tuple(held))]
 
 
+def shares(layout: Layout, granularity: Granularity, count: int) -> list[tuple[Span, ...]]:
+    """The spans dealt out to `count` processes, about equally; fewer shares where there are fewer spans."""
+    least = max(1, min(SPAN, layout.total // (4 * count)))
+    dealt: list[list[Span]] = [[] for _ in range(count)]
+    for span in spans(layout, granularity, least):
+        dealt[span.start * count // layout.total].append(span)
+    return [tuple(own) for own in dealt if own]
+
+
 def check_finite(span: Span, norms: NDArray[np.float64]) -> None:
     """norms: f64, sums of |delta| in the order of the span's blocks; one that is not finite or too large is refused."""
     if norms.max() <= LARGEST_NORM:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from condu_ray.fusion.groups import Block, Span
 from condu_ray.fusion.layout import Layout
+from condu_ray.fusion.planes import Planes, write_bits
 from condu_ray.fusion.planes import packed as packed_masks
-from condu_ray.fusion.planes import write_bits
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -42,19 +42,22 @@ class Written:
     sums: F64
 
 
-def fuse_span(layout: Layout, span: Span, u: F32, delta: F32, masks: Packed, rescalers: F32, written: Written) -> None:
+def fuse_span(layout: Layout, span: Span, u: F32, delta: F32, planes: Planes, rescalers: F32, written: Written) -> None:
     """Adds a task to the n coordinates of a span; padding among them becomes 0.
 
-    u, delta: f32[n]; written.u may be u itself. masks: uint8[T, n / 8]. rescalers: f32[T, G], of the whole layout.
+    u, delta: f32[n]; written.u may be u itself. planes, rescalers (f32[T, G]): of the whole layout.
     """
     if layout.total >= COMPILED_FROM:
         from condu_ray.fusion import compiled  # only where it pays: importing it costs half a second or more
 
         per_row, delta = span.blocks[0].per_row, np.require(delta, requirements=["C", "A"])
-        compiled.fuse(
-            span.table(), u, delta, masks, rescalers, per_row, written.u, written.birth, written.flips, written.sums
-        )
+        births, flips = planes.places()
+        for places in (births, flips):
+            places[1] += span.start // 8
+        out = (written.u, written.birth, written.flips, written.sums)
+        compiled.fuse(span.table(), u, delta, births, flips, rescalers, per_row, *out)
     else:
+        masks = planes.masks(slice(span.start // 8, span.stop // 8))
         _fuse_blocks(span, u, delta, masks, rescalers, written)
     for gap in span.gaps():
         written.u[gap] = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,23 +32,40 @@ def read_bits(plane: Plane, start: int, stop: int) -> NDArray[np.uint8]:
     return bits[start % 8 : start % 8 + stop - start]
 
 
-def masks(
-    births: Sequence[tuple[int, Plane]], flips: Mapping[int, Plane], part: slice | NDArray[np.int64]
-) -> NDArray[np.uint8]:
-    """Bytes `part` of the masks of all tasks now, uint8[T, bytes].
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """What the masks of all tasks are made of.
 
     births: (session, mask bits after that session), in the order learned. flips: session -> bits that all tasks before
-    it lost in it. part: a slice, or the places of some bytes.
+    it lost in it.
     """
-    size = part.stop - part.start if isinstance(part, slice) else len(part)
-    found, lost = np.empty((len(births), size), np.uint8), np.zeros(size, np.uint8)
-    later = sorted(flips)
-    for position in range(len(births) - 1, -1, -1):
-        since, birth = births[position]
-        while later and later[-1] > since:
-            np.bitwise_or(lost, flips[later.pop()][part], out=lost)
-        np.bitwise_and(birth[part], ~lost, out=found[position])
-    return found
+
+    births: Sequence[tuple[int, Plane]]
+    flips: Mapping[int, Plane]
+
+    def masks(self, part: slice | NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Bytes `part` (a slice, or the places of some bytes) of the masks now, uint8[T, bytes]."""
+        size = part.stop - part.start if isinstance(part, slice) else len(part)
+        found, lost = np.empty((len(self.births), size), np.uint8), np.zeros(size, np.uint8)
+        later = sorted(self.flips)
+        for position in range(len(self.births) - 1, -1, -1):
+            since, birth = self.births[position]
+            while later and later[-1] > since:
+                np.bitwise_or(lost, self.flips[later.pop()][part], out=lost)
+            np.bitwise_and(birth[part], ~lost, out=found[position])
+        return found
+
+    def places(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """int64[2, T] and int64[2, F]: session and address of each birth, and of all flips, ascending."""
+        births = [(since, _address(plane)) for since, plane in self.births]
+        flips = [(session, _address(self.flips[session])) for session in sorted(self.flips)]
+        first, second = (np.array(each, np.int64).reshape(-1, 2).T.copy() for each in (births, flips))
+        return first, second
+
+
+def _address(plane: Plane) -> int:
+    assert plane.flags.c_contiguous, "a plane is in one piece"
+    return int(plane.ctypes.data)
 
 
 def packed(planes: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.uint8]:

@@ -144,7 +144,7 @@ def fuse(
     vector, size = as_f32(delta), some[-1].stop - first
     if vector.shape != (layout.total,):
         raise FusionError(f"the delta of task {task!r} has shape {vector.shape}, the layout needs ({layout.total},)")
-    means = np.zeros(group_count(layout, granularity))
+    means, scales = np.zeros((2, group_count(layout, granularity)))
     magnitudes = np.empty(size, np.uint32) if out is None else checked(out, size, np.uint32)
     signs = np.zeros(size // 8, np.uint8)
 
@@ -153,12 +153,15 @@ def fuse(
         check_finite(span, sums)
         return sums
 
+    def scale(own: slice) -> None:
+        np.divide(FRACTION, means[own], out=scales[own], where=means[own] > 0)
+
     def add(span: Span) -> None:
         if granularity == "row":  # a row is in one span
             rows = span.groups()
             own = slice(int(rows[0]), int(rows[-1]) + 1)
             means[own] = _means([span], [norm(span)], own)
-        scales = np.divide(FRACTION, means, out=np.zeros_like(means), where=means > 0)
+            scale(own)
         here, there = slice(span.start, span.stop), slice(span.start - first, span.stop - first)
         if out is not state.magnitudes:
             magnitudes[there] = state.magnitudes[here]
@@ -166,8 +169,9 @@ def fuse(
         add_span(layout, span, vector[here], scales, LARGEST_SUMMAND, magnitudes[there], plane)
 
     if granularity != "row":
-        every = spans(layout, granularity)
-        means[:] = _means(every, each(norm, every, threads), slice(0, len(means)))
+        every, own = spans(layout, granularity), slice(0, len(means))
+        means[:] = _means(every, each(norm, every, threads), own)
+        scale(own)
     each(add, some, threads)
     return Part(some, magnitudes, signs, means)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from condu_ray.errors import FusionError, nearest
 from condu_ray.fusion.groups import check_granularity, group_count
 from condu_ray.fusion.layout import Layout
-from condu_ray.fusion.planes import Plane, grow, masks, read_bits, shrink
+from condu_ray.fusion.planes import Plane, Planes, grow, read_bits, shrink
 
 if TYPE_CHECKING:
     from condu_ray.config import Granularity
@@ -71,19 +71,21 @@ class FusionState:
         """Index of a task in the order learned. Raises FusionError for an unknown name."""
         return position_of(task, self.names)
 
-    def masks(self, part: slice) -> NDArray[np.uint8]:
-        """The masks of all tasks now as bit planes, uint8[T, bytes]. part: bytes of the planes."""
-        return masks([(task.since, task.birth) for task in self.tasks], self.flips, part)
+    @property
+    def planes(self) -> Planes:
+        return Planes([(task.since, task.birth) for task in self.tasks], self.flips)
 
     def mask_plane(self, task: str, part: slice | NDArray[np.int64] | None = None) -> Plane:
         """The task's mask now as a bit plane, uint8[total / 8], or these bytes of it."""
         own = self.tasks[self.position(task)]
         part = slice(0, self.layout.total // 8) if part is None else part
-        return masks([(own.since, own.birth)], self.flips, part)[0]
+        plane: Plane = Planes([(own.since, own.birth)], self.flips).masks(part)[0]
+        return plane
 
     def mask(self, task: str) -> NDArray[np.bool_]:
         """The task's mask now, bool[total]; False on padding."""
-        return read_bits(self.mask_plane(task), 0, self.layout.total).view(np.bool_)
+        mask: NDArray[np.bool_] = read_bits(self.mask_plane(task), 0, self.layout.total).view(np.bool_)
+        return mask
 
 
 def meta(state: FusionState) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def fold(state: FusionState) -> FusionState:
     """
     if not state.flips:
         return state
-    everything, newest = state.masks(slice(0, state.layout.total // 8)), state.next_uid - 1
+    everything, newest = state.planes.masks(slice(0, state.layout.total // 8)), state.next_uid - 1
     tasks = tuple(replace(task, birth=mask, since=newest) for task, mask in zip(state.tasks, everything, strict=True))
     return replace(state, tasks=tasks, flips={})
 

@@ -100,6 +100,7 @@ def fuse(
     groups = group_count(layout, state.granularity)
     rescalers = np.array([old.rescalers for old in state.tasks], np.float32).reshape(tasks, groups)
     birth, flips = np.zeros(size // 8, np.uint8), np.zeros(size // 8, np.uint8)
+    planes = state.planes
     ends = np.cumsum([span.sums for span in some])
     sums = np.empty((tasks + 2, int(ends[-1])))
     u = np.empty(size, np.float32) if out is None else checked(out, size)
@@ -110,8 +111,7 @@ def fuse(
         plane = slice(there.start // 8, there.stop // 8)
         own = sums[:, int(ends[index]) - span.sums : int(ends[index])]
         written = Written(u[there], birth[plane], flips[plane], own)
-        masks = state.masks(slice(span.start // 8, span.stop // 8))
-        fuse_span(layout, span, state.u[here], vector[here], masks, rescalers, written)
+        fuse_span(layout, span, state.u[here], vector[here], planes, rescalers, written)
         check_finite(span, own[-1])
 
     each(one, range(len(some)), threads)

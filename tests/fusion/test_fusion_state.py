@@ -54,7 +54,7 @@ def same(one: FusionState, other: FusionState) -> None:
             assert array.dtype == second[name][key].dtype
             assert array.tobytes() == second[name][key].tobytes(), f"{name}: {key}"
     whole = slice(0, one.layout.total // 8)
-    assert one.masks(whole).tobytes() == other.masks(whole).tobytes()
+    assert one.planes.masks(whole).tobytes() == other.planes.masks(whole).tobytes()
     assert meta(one) == meta(other)
 
 

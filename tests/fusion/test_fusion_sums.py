@@ -76,7 +76,7 @@ def test_sums_are_taken_in_the_written_order(granularity: Granularity) -> None:
     delta = wild(99)
     after = unify(before, "new", delta)
 
-    codes = packed(after.masks(slice(0, LAYOUT.total // 8)), 0, LAYOUT.total)
+    codes = packed(after.planes.masks(slice(0, LAYOUT.total // 8)), 0, LAYOUT.total)
     expected = np.zeros((TASKS + 1, {"l1": 1, "row": 22}.get(granularity, 2)))
     for group, start, stop in segments(granularity):
         values = np.abs(after.u[start:stop]).astype(np.float64)

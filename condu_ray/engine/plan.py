@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from condu_ray.config import SessionConfig, fixed_by_store, fuses, rescaler_steps
+from condu_ray.config import SessionConfig, fixed_by_store, fuses, rescales
 from condu_ray.data import TaskData, open_task
 from condu_ray.errors import ConfigError
 from condu_ray.fusion.layout import Layout
@@ -74,7 +74,7 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
         fused=sum(entry.size for entry in layout.entries),
         worker=4 * (3 * parameters + 3 * fused),
         fusion=(16 * fused + (total + 7) // 8 * 2 * fused + total * 2 * plane) if fused_together else 8 * fused,
-        scorer=4 * (2 * parameters + 3 * fused if rescaler_steps(config) else parameters + 2 * fused),
+        scorer=4 * (2 * parameters + 3 * fused if rescales(config) else parameters + 2 * fused),
         version=(4 * fused + 2 * plane) if fused_together else 4 * fused,
         passing=4 * fused * len(tasks) if registry.info(config.method).trains else 0,
     )

@@ -16,10 +16,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from condu_ray.errors import StoreError
 
-FORMAT = 1
+FORMAT = 2
 """The newest format that this release reads, and the one it writes."""
 
-Kind = Literal["learn", "forget", "rollback"]
+Kind = Literal["learn", "forget", "rollback", "fold"]
 OBJECT_PATH = r"^objects/[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$"
 SHA256 = r"^[0-9a-f]{64}$"
 

@@ -12,6 +12,7 @@ from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Experts
 from condu_ray.methods.protocol import TaskState
+from condu_ray.models.clip import Clip, Expert, halved
 from condu_ray.models.load import load
 from condu_ray.store import Manifest, Store, StoreHeader, open_store
 from condu_ray.voting.classifier import Classifier, TaskExpert
@@ -23,8 +24,17 @@ TASK_OBJECTS = ("prototypes-", "domain-", "buffers-", "tests-")
 """Objects of a task that are not its method's."""
 
 
-def load_classifier(url: str | Path, version: int | None = None, vote: Mapping[str, Any] | None = None) -> Classifier:
+def load_classifier(
+    url: str | Path,
+    version: int | None = None,
+    vote: Mapping[str, Any] | None = None,
+    clip: Clip | None = None,
+    cache: int = 8,
+) -> Classifier:
     """The version (None: the newest) as a classifier; `vote` changes settings of the vote by name.
+
+    clip: the store's base model, where it is loaded already; its precision is that of the experts too. cache: how many
+    experts that are as large as models are kept.
 
     Raises NotFound for no such store or version, DamagedObject, and ModelError for another base model.
     """
@@ -33,10 +43,15 @@ def load_classifier(url: str | Path, version: int | None = None, vote: Mapping[s
     config = config_of(store.header)
     state = state_of(store, manifest)
     experts = task_experts(store, manifest)
-    clip = load(ModelSpec(**store.header.model), expect_sha256=store.header.model_sha256)
-    expert_of = Experts(
+    clip = clip or base_of(store.header)
+    made = Experts(
         clip, registry.get(store.header.method), layout_of(store.header), config, state, buffers_of(store, manifest)
     )
+
+    def expert_of(task: str) -> Expert | None:
+        expert = made(task)
+        return halved(expert) if expert and clip.precision == "bf16" else expert
+
     return Classifier(
         clip,
         experts,
@@ -46,7 +61,13 @@ def load_classifier(url: str | Path, version: int | None = None, vote: Mapping[s
         ),
         Calibrated.from_state(manifest.state),
         manifest.version,
+        cache,
     )
+
+
+def base_of(header: StoreHeader, device: str = "cpu") -> Clip:
+    """θ⁰ of a store. Raises ModelError where it cannot be loaded or has other weights."""
+    return load(ModelSpec(**header.model), device, header.model_sha256)
 
 
 def config_of(header: StoreHeader) -> SessionConfig:

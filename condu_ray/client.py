@@ -52,7 +52,7 @@ class _Calls:
             asked = failed.headers.get("retry-after")
         else:
             raise _refusal(self._url, failed)
-        pause = WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1)  # or all who were refused come back at once
+        pause: float = WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1)  # or all who were refused come back at once
         return min(LONGEST_SECONDS, max(pause, float(asked) if asked and asked.isdecimal() else 0.0))
 
 

@@ -190,6 +190,7 @@ def _owners(model: nn.Module, name: str) -> list[nn.Module]:
 
 def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]]) -> Callable[[Tensor], Tensor]:
     plain = layer.forward
+    bias = layer._parameters["bias"]
     total = sum(rows for _, rows in segments)
 
     def forward(values: Tensor) -> Tensor:
@@ -197,8 +198,8 @@ def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]
         experts = [expert for expert, _ in segments]
         if all(name in expert.merged for expert in experts):
             parts = zip(torch.split(values, sizes), experts, strict=True)
-            return torch.cat([_apply(layer, part, expert.merged[name], layer.bias) for part, expert in parts])
-        output = plain(values)
+            return torch.cat([_apply(layer, part, expert.merged[name], bias) for part, expert in parts])
+        output: Tensor = plain(values)
         if len({expert.factors[name][0].data_ptr() for expert in experts}) == 1:  # all share A: one product for all
             inner = _apply(layer, values, experts[0].factors[name][0], None)
             inners = torch.split(inner, sizes)

@@ -29,6 +29,8 @@ from condu_ray.tracking.history import accuracy_matrix, histories
 
 PAGE = {"index.html": "text/html", "app.css": "text/css", "app.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
+PROBLEMS = (400, 401, 403, 404, 405, 413, 415, 422, 429, 500, 503)
+
 
 class Backend(Protocol):
     """What answers."""
@@ -92,8 +94,9 @@ def build(
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The application. store: read for tasks and versions. count: see `Guard`. lifespan: of what answers."""
-    wrong = {status: {"model": ProblemDetails, "content": {MEDIA_TYPE: {}}} for status in (400, 404, 405, 422)}
-    limits = {status: {"model": ProblemDetails, "content": {MEDIA_TYPE: {}}} for status in (401, 403, 413, 429, 503)}
+    problems: dict[int | str, dict[str, Any]] = {
+        status: {"model": ProblemDetails, "content": {MEDIA_TYPE: {}}} for status in PROBLEMS
+    }
     api = FastAPI(
         title="condu-ray",
         version=__version__,
@@ -101,7 +104,7 @@ def build(
         docs_url=None,  # FastAPI's page loads its scripts from another host; ours shows openapi.json
         redoc_url=None,
         lifespan=lifespan,
-        responses={**wrong, **limits},
+        responses=problems,
     )
     if config.origins:
         api.add_middleware(
@@ -119,7 +122,6 @@ def build(
     @api.post(
         "/v1/predict",
         response_model=Predicted,
-        responses={415: {"model": ProblemDetails}},
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -183,7 +185,7 @@ def build(
         known = request.scope["trusted"]  # a sentence may name paths
         return standing.fault if known or standing.fault is None else "a newer version cannot be loaded"
 
-    @api.get("/readyz", responses={503: {"model": ProblemDetails}})
+    @api.get("/readyz")
     async def ready(request: Request) -> dict[str, Any]:
         """Whether pictures are answered, and by which version on each replica; fault: why a newer does not serve."""
         standings = backend.standings()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -70,5 +70,5 @@ class ReplicaFigures:
         self._cache.set(classifier.cached.hits, {"kind": "hit"})
         self._cache.set(classifier.cached.misses, {"kind": "miss"})
 
-    def shadowed(self, agrees: bool) -> None:
-        self._shadow.inc(1, {"verdict": "agrees" if agrees else "differs"})
+    def shadowed(self, verdict: Literal["agrees", "differs", "cannot"]) -> None:
+        self._shadow.inc(1, {"verdict": verdict})

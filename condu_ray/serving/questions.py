@@ -75,7 +75,8 @@ def _from_json(body: bytes, config: ServeConfig) -> Asking:
 
 async def _from_form(form: FormData, config: ServeConfig) -> Asking:
     fields: dict[str, Any] = {}
-    names, pictures = [], []
+    names: list[str] = []
+    pictures: list[bytes] = []
     for name, value in form.multi_items():
         if isinstance(value, UploadFile):
             if name != "image":

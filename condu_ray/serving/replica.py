@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 from ray import serve
+from torch import Tensor
 
 from condu_ray.config import ServeConfig
-from condu_ray.errors import ConduError
+from condu_ray.errors import ConduError, DataError, NotFound
 from condu_ray.serving.answering import Asked, Timed, TooLate, answer_batch, pixels_of, warm
 from condu_ray.serving.figures import ReplicaFigures
-from condu_ray.serving.messages import Asking, Question, Reply, Standing
+from condu_ray.serving.messages import Asking, Reply, Standing
 from condu_ray.serving.shelf import Shelf, told
 from condu_ray.store import open_store
 from condu_ray.voting.classifier import Classifier
@@ -44,6 +45,7 @@ class Replica:
         self._answer.set_max_batch_size(config.batch)
         self._answer.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)
         self._following: asyncio.Task[None] | None = None
+        self._shading: asyncio.Task[None] | None = None
 
     async def reconfigure(self, settings: dict[str, Any]) -> None:
         """Takes `version`, `shadow_version` and `shadow_share`; Serve calls this before the first request too.
@@ -79,99 +81,96 @@ class Replica:
             serve.get_replica_context().replica_id.unique_id,
             self._shelf.current.version,
             self._shelf.newest,
-            fault and fault.reason,
-            self._shadow and self._shadow[0],
+            fault.reason if fault else None,
+            self._shadow[0] if self._shadow else None,
         )
 
     async def answer(self, asking: Asking, seconds: float) -> Reply:
         """Answers for encoded pictures, all by one version. seconds: after so long nobody waits for it."""
-        begun, asked, names = time.monotonic(), asking.question, asking.names
-        until = begun + seconds
         try:
-            classifier = self._shelf.at_hand(asked.version)
-            if classifier is None:
-                assert asked.version is not None
-                try:
-                    classifier = await _in(self._loader, self._shelf.fetch, asked.version)
-                except Exception as error:  # what is wrong with the store is the log's, not the client's
-                    log.warning("version %s cannot be loaded: %s", asked.version, told(error))
-                    return Reply(refused=f"version {asked.version} is not there, or cannot be loaded: see /v1/versions")
-            classifier.label_space(asked.task, asked.labels)
-            transform = classifier.clip.eval_transform
-            most = int(self._config.megapixels * 1e6)
-            decoding = [_in(self._decoders, pixels_of, body, transform, most) for body in asking.pictures]
-            results = await asyncio.gather(*decoding, return_exceptions=True)
-            for place, result in enumerate(results):
-                if isinstance(result, ConduError):
-                    return Reply(refused=f"picture {place + 1} ({names[place]}) {result}")
-                if isinstance(result, BaseException):
-                    raise result
+            return await self._reply(asking, time.monotonic() + seconds)
         except ConduError as error:
             return Reply(refused=told(error))
-        decoded = time.monotonic()
-        self._figures.decoded(decoded - begun)
-        timed = await asyncio.gather(
-            *(self._answer(Asked(classifier, asked, pixels, until)) for pixels in results), return_exceptions=True
-        )
-        for one in timed:
-            if isinstance(one, TooLate):
-                return Reply(late=True)
-            if isinstance(one, ConduError):
-                return Reply(refused=told(one))
-            if isinstance(one, BaseException):
-                raise one
-        self._score_in_the_shade(asked, results, timed)
+        except TooLate:
+            return Reply(late=True)
+
+    async def _reply(self, asking: Asking, until: float) -> Reply:
+        begun, asked = time.monotonic(), asking.question
+        classifier = await self._version(asked.version)
+        classifier.label_space(asked.task, asked.labels)
+        pictures = zip(asking.names, asking.pictures, strict=True)
+        decoding = [_in(self._decoders, self._pixels, place, *one) for place, one in enumerate(pictures, start=1)]
+        batch = [Asked(classifier, asked, pixels, until) for pixels in await asyncio.gather(*decoding)]
+        decoded = time.monotonic() - begun
+        self._figures.decoded(decoded)
+        timed: list[Timed] = await asyncio.gather(*map(self._timed, batch))
+        self._score_in_the_shade(batch, timed)
+        seconds = {"decode": decoded, "wait": max(one.waited for one in timed), "model": max(one.took for one in timed)}
         return Reply(
-            tuple(one.answer.to_json(name, asked.top) for name, one in zip(names, timed, strict=True)),
+            tuple(one.answer.to_json(name, asked.top) for name, one in zip(asking.names, timed, strict=True)),
             classifier.version,
-            {
-                "decode": 1000 * (decoded - begun),
-                "wait": 1000 * max(one.waited for one in timed),
-                "model": 1000 * max(one.took for one in timed),
-            },
+            {stage: round(1000 * each, 3) for stage, each in seconds.items()},
         )
+
+    async def _version(self, version: int | None) -> Classifier:
+        found = self._shelf.at_hand(version)
+        if found is not None:
+            return found
+        try:
+            return cast(Classifier, await _in(self._loader, self._shelf.fetch, version))
+        except Exception as error:  # what is wrong with the store is the log's, not the client's
+            log.warning("version %s cannot be loaded: %s", version, told(error))
+            raise NotFound(f"version {version} is not there, or cannot be loaded", "see /v1/versions") from None
+
+    def _pixels(self, place: int, name: str, body: bytes) -> Tensor:
+        try:
+            return pixels_of(body, self._base.eval_transform, int(self._config.megapixels * 1e6))
+        except DataError as error:
+            raise DataError(f"picture {place} ({name}) {error.message}", error.mend) from None
+
+    async def _timed(self, asked: Asked) -> Timed:
+        found: Timed | Exception = await self._answer(asked)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
     async def _answer(self, batch: list[Asked]) -> list[Timed | Exception]:
-        found = await _in(self._model, answer_batch, batch)
+        found: list[Timed | Exception] = await _in(self._model, answer_batch, batch)
         self._figures.answered(found)
         return found
 
-    def _score_in_the_shade(self, asked: Question, pixels: Sequence[Any], timed: Sequence[Timed]) -> None:
-        """Lets the shadow version answer too, a share of the pictures and never two batches at once, and counts."""
-        if self._shadow is None or asked.version is not None:
+    def _score_in_the_shade(self, batch: Sequence[Asked], timed: Sequence[Timed]) -> None:
+        """Lets the shadow version answer too, a share of the pictures and one request at a time, and counts."""
+        if self._shadow is None or batch[0].question.version is not None:
             return
         version, share = self._shadow
-        chosen = [place for place in range(len(pixels)) if random.random() < share]
-        if chosen and (self._shading is None or self._shading.done()):
-            picked = [(pixels[place], timed[place]) for place in chosen]
-            self._shading = asyncio.create_task(self._shade(version, asked, picked))
+        picked = [pair for pair in zip(batch, timed, strict=True) if random.random() < share]
+        if picked and (self._shading is None or self._shading.done()):
+            self._shading = asyncio.create_task(self._shade(version, picked))
 
-    _shading: asyncio.Task[None] | None = None
-
-    async def _shade(self, version: int, asked: Question, picked: Sequence[tuple[Any, Timed]]) -> None:
+    async def _shade(self, version: int, picked: Sequence[tuple[Asked, Timed]]) -> None:
         try:
-            classifier = await _in(self._loader, self._shelf.fetch, version)
+            classifier = await self._version(version)
             until = time.monotonic() + self._config.timeout_seconds
-            batch = [Asked(classifier, asked, pixels, until) for pixels, _ in picked]
+            batch = [replace(asked, classifier=classifier, until=until) for asked, _ in picked]
             found = await _in(self._model, answer_batch, batch)
         except ConduError as error:
             log.warning("the shadow version cannot answer: %s", told(error))
             return
         for (_, served), shadow in zip(picked, found, strict=True):
-            if isinstance(shadow, Exception):
+            if not isinstance(shadow, Timed):  # it has no such task, say
+                self._figures.shadowed("cannot")
                 continue
             agrees = shadow.answer.label == served.answer.label
-            self._figures.shadowed(agrees)
+            self._figures.shadowed("agrees" if agrees else "differs")
             if not agrees:
-                log.info(
-                    "the shadow version differs",
-                    extra={
-                        "served": {"version": served.answer.version, **asdict(served.answer.label)},
-                        "shadow": {"version": version, **asdict(shadow.answer.label)},
-                        "probabilities": [served.answer.probability, shadow.answer.probability],
-                    },
-                )
+                facts = {
+                    "served": {"version": served.answer.version, **asdict(served.answer.label)},
+                    "shadow": {"version": version, **asdict(shadow.answer.label)},
+                    "probabilities": [served.answer.probability, shadow.answer.probability],
+                }
+                log.info("the shadow version differs", extra=facts)
 
 
 async def _in(pool: ThreadPoolExecutor, call: Callable[..., Any], *arguments: Any) -> Any:

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from in_process_crew import learn_here, opened, settings
+from served import Served, free_port
 
 from condu_ray.config import ServeConfig
-from condu_ray.store import Store, open_store
+from condu_ray.store import open_store
 
 LEARNED = ("colours", "stripes")
-
-
-@dataclass(frozen=True)
-class Served:
-    """Where the server is, what it serves, and pictures to ask about. learn: publishes one more task."""
-
-    url: str
-    store: Store
-    pictures: list[Path]
-    learn: Callable[[str], int]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="package")

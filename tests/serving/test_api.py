@@ -192,7 +192,7 @@ def test_bodies_are_limited_whether_they_say_their_length_or_not() -> None:
         for _ in range(30):
             yield bytes(1000)
 
-    headers = {"content-type": "multipart/form-data; boundary=b"}
+    headers = {"content-type": "application/json"}
     assert "larger than" in problem(server.call("POST", "/v1/predict", content=chunks(), headers=headers), 413)
     assert server.predict(png()).status_code == 200
 

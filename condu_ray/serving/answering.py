@@ -73,7 +73,7 @@ def answer_batch(batch: Sequence[Asked]) -> list[Timed | Exception]:
         try:
             pixels = torch.stack([batch[place].pixels for place in live])
             answers = classifier.classify(pixels, first.question.task, first.question.labels)
-        except ConduError as error:
+        except (ConduError, TooLate) as error:
             for place in live:
                 found[place] = error
             continue

@@ -22,6 +22,7 @@ from ray.serve.schema import LoggingConfig
 from condu_ray.config import ServeConfig, resolve_serving
 from condu_ray.errors import ConfigError
 from condu_ray.serving.api import build
+from condu_ray.serving.experts import expert_replica
 from condu_ray.serving.figures import FrontFigures
 from condu_ray.serving.messages import Asking, Reply, Standing
 from condu_ray.serving.problems import Problem
@@ -46,6 +47,19 @@ def application(config: ServeConfig) -> serve.Application:
             "set CONDU_SERVE__TOKEN, or unset RAY_SERVE_ENABLE_HA_PROXY",
         )
     logs = LoggingConfig(encoding="JSON", enable_access_log=False)  # the front logs requests itself, with more
+    processes = {"num_cpus": config.cpus, "num_gpus": config.gpus}
+    experts = (
+        serve.deployment(
+            expert_replica(config.experts),
+            name="Experts",
+            num_replicas=config.expert_replicas,
+            max_ongoing_requests=64,
+            ray_actor_options=processes,
+            logging_config=logs,
+        ).bind(config)
+        if config.expert_replicas
+        else None
+    )
     replicas = serve.deployment(
         Replica,
         name="Replica",
@@ -56,11 +70,11 @@ def application(config: ServeConfig) -> serve.Application:
             "shadow_version": config.shadow_version,
             "shadow_share": config.shadow_share,
         },
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+        ray_actor_options=processes,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=config.timeout_seconds,
         logging_config=logs,
-    ).bind(config)
+    ).bind(config, experts)
 
     def front() -> FastAPI:  # made in the front's process, where there is a handle
         backend = Handle(serve.get_deployment_handle("Replica"), config.timeout_seconds)

@@ -7,20 +7,23 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from condu_ray.config import ServeConfig
 from condu_ray.errors import ConduError, DataError, NotFound
 from condu_ray.serving.answering import Asked, Timed, TooLate, answer_batch, pixels_of, warm
+from condu_ray.serving.experts import RemoteVoters
 from condu_ray.serving.figures import ReplicaFigures
 from condu_ray.serving.messages import Asking, Reply, Standing
 from condu_ray.serving.shelf import Shelf, told
+from condu_ray.serving.threads import run_in
 from condu_ray.store import open_store
 from condu_ray.voting.classifier import Classifier
 from condu_ray.voting.open import base_of, load_classifier
@@ -29,10 +32,13 @@ log = logging.getLogger("ray.serve")
 
 
 class Replica:
-    """Deployed by `app.application`. Raises ConduError at the start where no version can be loaded."""
+    """Deployed by `app.application`. experts: processes that hold them; None: this one does.
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._config = config
+    Raises ConduError at the start where no version can be loaded.
+    """
+
+    def __init__(self, config: ServeConfig, experts: DeploymentHandle | None = None) -> None:
+        self._config, self._experts = config, experts
         self._store = open_store(config.store)
         base = base_of(self._store.header, "cuda" if config.gpus else "cpu")
         self._base = replace(base, precision=config.precision)
@@ -66,11 +72,14 @@ class Replica:
             await self._refresh()
 
     async def _refresh(self) -> None:
-        await _in(self._loader, self._shelf.refresh)
+        await run_in(self._loader, self._shelf.refresh)
         self._figures.serves(self._shelf.current, self._shelf.fault is not None)
 
     def _load(self, version: int) -> Classifier:
         loaded = load_classifier(self._config.store, version, clip=self._base.twin(), cache=self._config.experts)
+        if self._experts is not None and loaded.experts and not loaded.cached.small(loaded.experts[0].name):
+            remote = RemoteVoters(loaded.voters, self._experts, version, self._config.timeout_seconds)
+            loaded = loaded.asking(voters=remote)
         warm(loaded)
         return loaded
 
@@ -99,7 +108,7 @@ class Replica:
         classifier = await self._version(asked.version)
         classifier.label_space(asked.task, asked.labels)
         pictures = zip(asking.names, asking.pictures, strict=True)
-        decoding = [_in(self._decoders, self._pixels, place, *one) for place, one in enumerate(pictures, start=1)]
+        decoding = [run_in(self._decoders, self._pixels, place, *one) for place, one in enumerate(pictures, start=1)]
         batch = [Asked(classifier, asked, pixels, until) for pixels in await asyncio.gather(*decoding)]
         decoded = time.monotonic() - begun
         self._figures.decoded(decoded)
@@ -117,7 +126,7 @@ class Replica:
         if found is not None:
             return found
         try:
-            return cast(Classifier, await _in(self._loader, self._shelf.fetch, version))
+            return await run_in(self._loader, self._shelf.fetch, version)
         except Exception as error:  # what is wrong with the store is the log's, not the client's
             log.warning("version %s cannot be loaded: %s", version, told(error))
             raise NotFound(f"version {version} is not there, or cannot be loaded", "see /v1/versions") from None
@@ -136,7 +145,7 @@ class Replica:
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
     async def _answer(self, batch: list[Asked]) -> list[Timed | Exception]:
-        found: list[Timed | Exception] = await _in(self._model, answer_batch, batch)
+        found: list[Timed | Exception] = await run_in(self._model, answer_batch, batch)
         self._figures.answered(found)
         return found
 
@@ -154,7 +163,7 @@ class Replica:
             classifier = await self._version(version)
             until = time.monotonic() + self._config.timeout_seconds
             batch = [replace(asked, classifier=classifier, until=until) for asked, _ in picked]
-            found = await _in(self._model, answer_batch, batch)
+            found = await run_in(self._model, answer_batch, batch)
         except ConduError as error:
             log.warning("the shadow version cannot answer: %s", told(error))
             return
@@ -171,7 +180,3 @@ class Replica:
                     "probabilities": [served.answer.probability, shadow.answer.probability],
                 }
                 log.info("the shadow version differs", extra=facts)
-
-
-async def _in(pool: ThreadPoolExecutor, call: Callable[..., Any], *arguments: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(pool, call, *arguments)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from ray import serve
 
 from condu_ray.config import ServeConfig
-from condu_ray.engine.cluster import connected
+from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.errors import ConfigError, ServiceError
 from condu_ray.serving.app import application
 from condu_ray.store import open_store
@@ -20,8 +20,8 @@ NAME = "condu-ray"
 
 
 @contextmanager
-def serving(config: ServeConfig) -> Iterator[str]:
-    """The URL of a server that runs as long as the block.
+def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str]:
+    """The URL of a server that runs as long as the block, on a cluster that is given or as `connect` finds it.
 
     Raises ConduError before anything is started where store, version or port cannot be meant; ServiceError where no
     replica comes up.
@@ -29,7 +29,7 @@ def serving(config: ServeConfig) -> Iterator[str]:
     open_store(config.store).manifest(config.version)
     _check_port(config)
     config = config.model_copy(update={"store": os.path.abspath(config.store)} if os.path.isdir(config.store) else {})
-    with connected():
+    with connected(cluster):
         serve.start(http_options={"host": config.host, "port": config.port})
         try:
             serve.run(application(config), name=NAME, route_prefix="/")

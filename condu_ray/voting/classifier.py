@@ -74,7 +74,7 @@ class Classifier:
         self.version = version
         self._names = [expert.name for expert in self.experts]
         self.cached = ExpertCache(expert_of, cache)
-        self._voters: Voters = LocalVoters(clip, self.cached)
+        self.voters: Voters = LocalVoters(clip, self.cached)
         self._vote = vote
         self._calibrated = calibrated
         self._task_spaces: dict[str, LabelSpace] = {}
@@ -90,7 +90,7 @@ class Classifier:
         if k is not None:
             other._vote = self._vote.model_copy(update={"k": k})
             other.__dict__.pop("_router", None)
-        other._voters = voters or self._voters
+        other.voters = voters or self.voters
         return other
 
     def classify(self, pixels: Tensor, task: str | None = None, labels: Sequence[str] | None = None) -> list[Answer]:
@@ -204,7 +204,7 @@ class Classifier:
             asked.append(Asked(voter, tuple(pictures), tuple(space.blocks[block] for block in blocks)))
             scored.append(blocks)
         logits: dict[tuple[str | None, int], dict[int, NDArray[np.float32]]] = {}
-        for one, blocks, tables in zip(asked, scored, self._voters.logits(pixels, base, asked), strict=True):
+        for one, blocks, tables in zip(asked, scored, self.voters.logits(pixels, base, asked), strict=True):
             for block, values in zip(blocks, tables, strict=True):
                 logits[one.voter, block] = dict(zip(one.pictures, values, strict=True))
         return logits

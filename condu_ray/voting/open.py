@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +40,12 @@ def load_classifier(
     """
     store = open_store(url)
     manifest = store.manifest(version)
-    config = config_of(store.header)
-    state = state_of(store, manifest)
     experts = task_experts(store, manifest)
     clip = clip or base_of(store.header)
-    made = Experts(
-        clip, registry.get(store.header.method), layout_of(store.header), config, state, buffers_of(store, manifest)
-    )
-
-    def expert_of(task: str) -> Expert | None:
-        expert = made(task)
-        return halved(expert) if expert and clip.precision == "bf16" else expert
-
     return Classifier(
         clip,
         experts,
-        expert_of,
+        expert_maker(store, manifest.version, clip),
         registry.vote_of(
             store.header.method, VoteConfig.model_validate({**manifest.settings.get("vote", {}), **(vote or {})})
         ),
@@ -63,6 +53,19 @@ def load_classifier(
         manifest.version,
         cache,
     )
+
+
+def expert_maker(store: Store, version: int, clip: Clip) -> Callable[[str], Expert | None]:
+    """Makes the experts of a version: task -> parameters in the precision of `clip`, None where θ⁰ answers."""
+    manifest, header = store.manifest(version), store.header
+    state, method = state_of(store, manifest), registry.get(header.method)
+    made = Experts(clip, method, layout_of(header), config_of(header), state, buffers_of(store, manifest))
+
+    def expert_of(task: str) -> Expert | None:
+        expert = made(task)
+        return halved(expert) if expert and clip.precision == "bf16" else expert
+
+    return expert_of
 
 
 def base_of(header: StoreHeader, device: str = "cpu") -> Clip:

@@ -59,6 +59,11 @@ class ExpertCache:
         self._kept[task] = self._expert_of(task)
         return self._kept[task]
 
+    def small(self, task: str) -> bool:
+        """Whether the expert is adapters beside θ⁰, or θ⁰ itself."""
+        expert = self(task)
+        return expert is None or isinstance(expert, LowRank)
+
 
 class LocalVoters:
     """All voters in this process, which share θ⁰."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from served import Served
 from serving_load import wait_until_served
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["quic", "background-networking", "component-update", "sync", "gpu"]
@@ -22,8 +20,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
@@ -45,7 +41,7 @@ def page(browser: Browser, served: Served, faults: list[str], request: pytest.Fi
     opened.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.goto(served.url)
-    opened.wait_for_function("document.querySelector('#standing').textContent.startsWith('version')")
+    expect(opened.locator("#standing")).to_contain_text("version")
     yield opened
     context.close()
     assert faults == []
@@ -53,11 +49,12 @@ def page(browser: Browser, served: Served, faults: list[str], request: pytest.Fi
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 DARK = {"color_scheme": "dark"}
+DONE = ".answer:not([aria-busy]) .voters"
 
 
 def ask(page: Page, *pictures: Path) -> None:
     page.set_input_files("#files", [str(path) for path in pictures])
-    page.wait_for_function(f"document.querySelectorAll('.answer:not([aria-busy]) .voters').length >= {len(pictures)}")
+    expect(page.locator(DONE)).to_have_count(len(pictures), timeout=30_000)
 
 
 def test_a_picture_is_answered_with_bars_and_voters(page: Page, served: Served) -> None:
@@ -65,7 +62,7 @@ def test_a_picture_is_answered_with_bars_and_voters(page: Page, served: Served) 
     answer = page.locator(".answer").first
     assert answer.locator(".bars li").count() >= 3
     assert "%" in answer.locator(".bars li").first.inner_text()
-    assert answer.locator(".voters").get_attribute("aria-label").startswith("Votes: ")  # type: ignore[union-attr]
+    assert answer.locator(".voters").get_attribute("aria-label").startswith("Votes: ")
     assert f"version {served.store.versions()[-1]}" in answer.inner_text()
 
 
@@ -74,11 +71,11 @@ def test_own_labels_and_tasks_ask_again(page: Page, served: Served) -> None:
     page.get_by_label("my own labels").check()
     page.get_by_label("Labels, separated by commas").fill("a zebra, a red square")
     page.keyboard.press("Tab")
-    page.wait_for_function("document.querySelector('.bars').innerText.includes('zebra')")
+    expect(page.locator(".bars")).to_contain_text("zebra")
     assert page.locator(".answer .bars li").count() == 2
     page.get_by_label("one task").check()
     page.get_by_label("Task", exact=True).select_option("stripes")
-    page.wait_for_function("document.querySelector('.bars').innerText.includes('upright')")
+    expect(page.locator(".bars")).to_contain_text("upright")
     assert page.locator(".answer .bars li").count() == 3
 
 
@@ -94,13 +91,13 @@ def test_pictures_can_be_dropped_and_pasted(page: Page, served: Served) -> None:
             }""",
             [body, kind, key],
         )
-    page.wait_for_function("document.querySelectorAll('.answer:not([aria-busy]) .voters').length === 2")
+    expect(page.locator(DONE)).to_have_count(2)
 
 
 def test_what_is_no_picture_is_said(page: Page, faults: list[str], tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no picture")
     page.set_input_files("#files", str(tmp_path / "no.png"))
-    page.wait_for_function("document.querySelector('.answer')?.innerText.includes('not a picture')")
+    expect(page.locator(".answer")).to_contain_text("not a picture")
     assert [fault for fault in faults if "422" not in fault] == []
     faults.clear()  # Chromium logs every refused request
 
@@ -143,8 +140,6 @@ def test_tasks_and_versions_are_shown(page: Page, served: Served) -> None:
     "page", [{}, PHONE, DARK, {**PHONE, **DARK}], ids=["desk", "phone", "dark", "dark-phone"], indirect=True
 )
 def test_an_accessibility_checker_finds_nothing(page: Page, served: Served, tmp_path: Path) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     ask(page, served.pictures[0], served.pictures[10])
     for view in ("ask", "tasks", "versions", "interface"):
         page.evaluate(f"location.hash = '{view}'")

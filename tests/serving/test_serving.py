@@ -208,6 +208,7 @@ def test_what_happens_is_counted_for_prometheus(served: Served) -> None:
     assert missing == set()
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_stopped(served: Served) -> None:
     port = free_port()
     command = [sys.executable, "-c", "from condu_ray.cli import main; main()", "serve", "--port", str(port)]
@@ -247,3 +248,27 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(served: Served) -> 
     told = condu("serve", "--store", served.store.url, "--port", served.url.rpartition(":")[2])
     assert told.code == 2
     assert "cannot listen on" in told.err and "give another --port" in told.err
+
+
+@pytest.mark.slow
+def test_experts_in_processes_of_their_own_answer_the_same(served: Served) -> None:
+    from ray import serve
+
+    from condu_ray.config import ServeConfig
+    from condu_ray.serving.app import application
+
+    version = newest(served)
+    config = ServeConfig(store=served.store.url, cpus=0.01, experts=1, expert_replicas=2)
+    serve.run(application(config), name="spread", route_prefix="/spread")
+    url = f"{served.url}/spread"
+    wait_until_served(url, version)
+    try:
+        with load(url, served.pictures, clients=4) as seen:
+            until(lambda: len(seen.seen), lambda count: count > 60)
+            (experts,) = [each for each in ray.util.list_named_actors(True) if "spread#Experts" in each["name"]][:1]
+            ray.kill(ray.get_actor(**experts), no_restart=True)
+            until(lambda: len(seen.seen), lambda count: count > 200)
+    finally:
+        serve.delete("spread")
+    assert seen.wrong({version: offline(served.store.url, version, served.pictures)}) == []
+    assert seen.figures()["errors_5xx"] == 0

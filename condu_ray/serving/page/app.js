@@ -210,8 +210,8 @@ function heat(matrix) {
     ...row.map((value, c) => {
       const cell = make("td", r === c ? { class: "own" } : {}, value === null ? "–" : value.toFixed(1));
       if (value !== null) {
-        cell.style.backgroundColor = `hsl(180 55% ${94 - 0.7 * value}%)`;
-        cell.style.color = value > 50 ? "#ffffff" : "#102022";
+        cell.style.backgroundColor = `hsl(178 45% ${96 - 0.36 * value}%)`; // dark letters can be read on all of them
+        cell.style.color = "#102022";
       }
       return cell;
     })));

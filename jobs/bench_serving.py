@@ -25,7 +25,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -33,7 +33,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import httpx
 import numpy as np
 import open_clip
-import psutil
 import ray
 import torch
 from fabricated import fabricate
@@ -90,43 +89,38 @@ def settings_of(model: str, work: Path) -> dict[str, Any]:
     return settings
 
 
-def seconds(call: Callable[[], Any], rounds: int) -> float:
-    """The median."""
-    times = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+def seconds(call: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    call()
+    return time.perf_counter() - begun
 
 
 def passes(model: str, work: Path, rounds: int) -> dict[str, Any]:
     """Time of an answer with K of 11 experts in units of one plain pass of the image tower over the same batch."""
-    batch, found = MODELS[model]["batch"], dict[str, Any]()
-    bodies = drawn(batch * 4)
-    for kind, method in (("full", "condu"), ("lora", "condu-lora")):
-        settings = settings_of(model, work)
-        names = {name: value for name, value in settings.items() if "__" not in name}
-        clip = load_model(resolve(names)[0].model_spec)
-        pixels = torch.stack([pixels_of(body, clip.eval_transform, 10**6) for body in bodies])
-        store = fabricate(work / f"{model}-{method}", TASKS, pixels, method=method, **settings)
-        classifier = load_classifier(store.url, clip=clip, cache=TASKS)
-        part = pixels[:batch]
-        warm_all(classifier, part)
-        plain, answered = [], []
+    return {**passes_of("full", "condu", model, work, rounds), **passes_of("lora", "condu-lora", model, work, rounds)}
+
+
+def passes_of(kind: str, method: str, model: str, work: Path, rounds: int) -> dict[str, Any]:
+    batch, settings = MODELS[model]["batch"], settings_of(model, work)
+    clip = load_model(resolve({name: value for name, value in settings.items() if "__" not in name})[0].model_spec)
+    pixels = torch.stack([pixels_of(body, clip.eval_transform, 10**6) for body in drawn(batch * 4)])
+    store = fabricate(work / f"{model}-{method}", TASKS, pixels, method=method, **settings)
+    classifier = load_classifier(store.url, clip=clip, cache=TASKS)
+    part = pixels[:batch]
+    warm_all(classifier, part)
+    plain, answered = [], []
+    with torch.no_grad():
         for _ in range(rounds):  # in turns, so that both see the same machine
-            with torch.no_grad():
-                plain.append(seconds(lambda: clip.images(part), 1))
-            answered.append(seconds(lambda: classifier.classify(part), 1))
-        votes = [len(answer.votes) for answer in classifier.classify(part)]
-        assert set(votes) == {K + 1}, votes
-        found[f"passes_{kind}"] = statistics.median(answered) / statistics.median(plain)
-        found[f"plain_ms_{kind}"] = 1000 * statistics.median(plain) / batch
-        found[f"experts_asked_{kind}"] = len({v.task for a in classifier.classify(part) for v in a.votes}) - 1
-        if kind == "lora":
-            found["lora_memory"] = lora_memory(classifier, settings.get("train__towers", "both"))
-        del classifier
-    return found
+            plain.append(seconds(lambda: clip.images(part)))
+            answered.append(seconds(lambda: classifier.classify(part)))
+    answers = classifier.classify(part)
+    assert {len(answer.votes) for answer in answers} == {K}  # θ⁰ routes; among learned classes it does not vote
+    found = {
+        f"passes_{kind}": statistics.median(answered) / statistics.median(plain),
+        f"plain_ms_{kind}": 1000 * statistics.median(plain) / batch,
+        f"experts_asked_{kind}": len({vote.task for answer in answers for vote in answer.votes}),
+    }
+    return found | ({"lora_memory": lora_memory(classifier, settings)} if kind == "lora" else {})
 
 
 def warm_all(classifier: Classifier, pixels: Tensor) -> None:
@@ -135,7 +129,7 @@ def warm_all(classifier: Classifier, pixels: Tensor) -> None:
     classifier.classify(pixels)
 
 
-def lora_memory(classifier: Classifier, towers: Literal["both", "image"]) -> float:
+def lora_memory(classifier: Classifier, settings: dict[str, Any]) -> float:
     """Bytes of θ⁰ and all adapters as held, in units of θ⁰ + 11 adapters (their factors)."""
     experts = [classifier.cached(expert.name) for expert in classifier.experts]
     base = {tensor.data_ptr(): tensor.nbytes for tensor in classifier.clip.model.state_dict().values()}
@@ -145,6 +139,7 @@ def lora_memory(classifier: Classifier, towers: Literal["both", "image"]) -> flo
         tensors = [*expert.merged.values(), *(part for pair in expert.factors.values() for part in pair)]
         held |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     lora = from_dotted({}).lora
+    towers = settings.get("train__towers", "both")
     adapters = plan_adapters(classifier.clip.model, lora.rank, lora.targets, lora.seed, towers)
     factors = sum(factor.nbytes for factor in adapters.start.values())
     return sum(held.values()) / (sum(base.values()) + len(experts) * factors)
@@ -381,12 +376,6 @@ def malformed(work: Path, count: int) -> dict[str, Any]:
     with serving(config) as url, httpx.Client(base_url=url, timeout=120) as client:
         good = {"authorization": f"Bearer {token}"}
 
-        def size() -> float:
-            names = ("ServeReplica", "ProxyActor")
-            running = [p for p in psutil.process_iter(["name", "cmdline", "memory_info"])]
-            own = [p for p in running if any(name in " ".join(p.info["cmdline"] or []) for name in names)]
-            return sum(p.info["memory_info"].rss for p in own) / 2**20
-
         def send(requests: Iterator[dict[str, Any]]) -> list[int]:
             return [
                 client.post("/v1/predict", **{**one, "headers": {**good, **one.get("headers", {})}}).status_code
@@ -394,9 +383,9 @@ def malformed(work: Path, count: int) -> dict[str, Any]:
             ]
 
         send(rubbish(200))  # what is loaded once is not growth
-        before = size()
+        before = server_mb()
         statuses = send(rubbish(count))
-        after = size()
+        after = server_mb()
         (whole,) = drawn(1)
         answered = client.post("/v1/predict", files={"image": whole}, headers=good).status_code
         checked = schemathesis(url, token)
@@ -408,6 +397,18 @@ def malformed(work: Path, count: int) -> dict[str, Any]:
             "still_serving": answered == 200 and client.get("/readyz").status_code == 200,
             "schemathesis": checked,
         }
+
+
+def server_mb() -> float:
+    """Resident memory of all fronts, replicas and proxies on this machine (Linux)."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ServeReplica" in (command_line := (process / "cmdline").read_bytes()) or b"ProxyActor" in command_line:
+                total += int((process / "statm").read_text().split()[1])
+        except OSError:  # it ended meanwhile
+            continue
+    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def schemathesis(url: str, token: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def expert_replica(most: int) -> type:
             """Pictures f32[B, 3, H, W] -> logits f32[B, labels] for each block, by the expert that the call names."""
             model = serve.get_multiplexed_model_id()
             asked = Asked(model.partition("/")[2], tuple(range(len(pixels))), blocks)
-            voters = await self._expert(model)
+            voters: LocalVoters = await self._expert(model)
             (found,) = await run_in(self._thread, voters.logits, torch.tensor(pixels), None, [asked])
             return found
 

@@ -123,8 +123,8 @@ class Replica:
 
     async def _version(self, version: int | None) -> Classifier:
         found = self._shelf.at_hand(version)
-        if found is not None:
-            return found
+        if found is not None or version is None:
+            return found or self._shelf.current
         try:
             return await run_in(self._loader, self._shelf.fetch, version)
         except Exception as error:  # what is wrong with the store is the log's, not the client's

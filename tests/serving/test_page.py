@@ -109,11 +109,11 @@ def test_all_of_it_works_by_keyboard(page: Page, served: Served) -> None:
     for _ in range(12):
         page.keyboard.press("Tab")
         seen.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid", seen
         if seen[-1] == "Versions":
             page.keyboard.press("Enter")
             break
     page.wait_for_selector("#matrix td.own")
-    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.goto(f"{served.url}/#ask")
     page.locator("#files").focus()
     with page.expect_file_chooser() as chooser:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from condu_ray.config import SessionConfig, resolve
-from condu_ray.data import DEFAULT_TEMPLATES
 from condu_ray.engine.plan import header_of
 from condu_ray.methods import registry
 from condu_ray.models.load import load
@@ -17,7 +16,7 @@ from condu_ray.store import Manifest, Store, TaskCard, create_store
 from condu_ray.store.manifest import ObjectRef
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes
 
-CLASSES = 10
+CLASSES = 4
 SIZE = 1e-3  # of a delta's entries; what fine-tuning moves is of this order
 
 
@@ -56,7 +55,7 @@ def fabricate(folder: Path, tasks: int, pictures: Tensor, **settings: object) ->
                 name=name,
                 uid=uid,
                 classes=classes,
-                templates=list(DEFAULT_TEMPLATES),
+                templates=["a photo of a {c}."],
                 source="drawn",
                 fingerprint=name,
                 method=config.method,

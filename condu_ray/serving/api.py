@@ -106,14 +106,14 @@ def build(
         lifespan=lifespan,
         responses=problems,
     )
-    if config.origins:
+    api.add_middleware(Guard, config=config, count=count)
+    if config.origins:  # outside the guard: browsers ask for leave without a token
         api.add_middleware(
             CORSMiddleware,
             allow_origins=list(config.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    api.add_middleware(Guard, config=config, count=count)
     _add_problems(api)
 
     def served() -> int | None:

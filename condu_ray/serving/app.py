@@ -46,6 +46,9 @@ def application(config: ServeConfig) -> serve.Application:
             "Ray Serve's HAProxy listens on all addresses, and no token is set",
             "set CONDU_SERVE__TOKEN, or unset RAY_SERVE_ENABLE_HA_PROXY",
         )
+    watched = {"version", "shadow_version", "shadow_share"}  # changed alone, they are taken up by running replicas
+    settings = config.model_dump(include=watched)
+    config = config.model_copy(update=ServeConfig().model_dump(include=watched))
     logs = LoggingConfig(encoding="JSON", enable_access_log=False)  # the front logs requests itself, with more
     processes = {"num_cpus": config.cpus, "num_gpus": config.gpus}
     experts = (
@@ -65,11 +68,7 @@ def application(config: ServeConfig) -> serve.Application:
         name="Replica",
         num_replicas=config.replicas,
         max_ongoing_requests=2 * config.queue + 8,  # the fronts' queues are the limit
-        user_config={
-            "version": config.version,
-            "shadow_version": config.shadow_version,
-            "shadow_share": config.shadow_share,
-        },
+        user_config=settings,
         ray_actor_options=processes,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=config.timeout_seconds,

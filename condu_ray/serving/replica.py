@@ -98,7 +98,7 @@ class Replica:
         """Answers for encoded pictures, all by one version. seconds: after so long nobody waits for it."""
         try:
             return await self._reply(asking, time.monotonic() + seconds)
-        except ConduError as error:
+        except (DataError, NotFound) as error:
             return Reply(refused=told(error))
         except TooLate:
             return Reply(late=True)

@@ -277,8 +277,18 @@ def test_without_a_token_only_the_own_machine_is_answered(server: Server) -> Non
 
 @pytest.mark.parametrize("origins", [(), ("https://page.example",)])
 def test_other_pages_may_call_only_where_that_is_set(origins: tuple[str, ...]) -> None:
-    response = Server(origins=origins).call("GET", "/healthz", headers={"origin": "https://page.example"})
-    assert response.headers.get("access-control-allow-origin") == (origins[0] if origins else None)
+    server, allowed = Server(origins=origins, token=TOKEN), origins[0] if origins else None
+    asked = {"origin": "https://page.example"}
+    leave = {**asked, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    for response in (
+        server.call("GET", "/healthz", headers=asked),
+        server.call("POST", "/v1/predict", headers=asked),
+        server.call("OPTIONS", "/v1/predict", headers=leave),
+    ):
+        assert response.headers.get("access-control-allow-origin") == allowed
+    assert response.status_code == (200 if origins else 401)
+    other = server.call("OPTIONS", "/v1/predict", headers={**leave, "origin": "https://other.example"})
+    assert "access-control-allow-origin" not in other.headers
 
 
 def test_every_response_forbids_other_hosts_and_frames(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from condu_ray import __version__, reports
-from condu_ray.config import SessionConfig, resolve
+from condu_ray.config import ServeConfig, SessionConfig, resolve
 from condu_ray.errors import ConduError, ConfigError
 from condu_ray.options import with_settings
 
@@ -152,21 +153,29 @@ def predict(
     labels: Annotated[str | None, typer.Option(metavar="A,B,C", help="answer among these words")] = None,
     version: Annotated[int | None, typer.Option(help="version that answers [default: the newest]")] = None,
     top: Annotated[int, typer.Option(min=1, max=1000, help="labels listed for each picture")] = 5,
+    url: Annotated[
+        str | None, typer.Option(help="ask a server instead of a store; its token comes from CONDU_SERVE__TOKEN")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     pictures: PicturesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Says what pictures show, by the vote of the nearest experts."""
-    from condu_ray.store import open_store
-
-    open_store(store).manifest(version)  # a wrong place is said before a model is loaded
-    _folder(pictures)
-    from condu_ray.voting.open import load_classifier
-    from condu_ray.voting.pictures import classify_paths
-
-    classifier = load_classifier(store, version)
     words = None if labels is None else [word.strip() for word in labels.split(",")]
-    answers = classify_paths(classifier, image, task, words, top)
+    if url is None:
+        from condu_ray.store import open_store
+
+        open_store(store).manifest(version)  # a wrong place is said before a model is loaded
+        _folder(pictures)
+        from condu_ray.voting.open import load_classifier
+        from condu_ray.voting.pictures import classify_paths
+
+        answers = classify_paths(load_classifier(store, version), image, task, words, top)
+    else:
+        _folder(pictures)
+        from condu_ray.client import predict_paths
+
+        answers = predict_paths(url, image, task=task, labels=words, top_k=top, version=version)
     if pictures:
         from condu_ray.tracking.pictures import draw_votes
 
@@ -176,6 +185,18 @@ def predict(
         reports.emit(answers)
     else:
         reports.show_answers(answers)
+
+
+@app.command(epilog="Try: condu-ray serve, then open http://127.0.0.1:8000")
+@with_settings("store", "token", of=ServeConfig)
+def serve(store: StoreOption = DEFAULT_STORE, settings: dict[str, Any] | None = None) -> None:
+    """Serves the newest version over HTTP, with a page to try it; a new version is taken up while it runs."""
+    from condu_ray.config import resolve_serving
+
+    config = resolve_serving({"store": store, **(settings or {})})
+    from condu_ray.serving.start import run
+
+    run(config, reports.say, signal.pause)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -241,6 +242,59 @@ class SessionConfig(_Section):
         return ModelSpec(name=self.model, pretrained=self.pretrained)
 
 
+class ServeConfig(_Section):
+    """How versions are served over HTTP; one object for `condu-ray serve`, `serve run` and a Serve config file."""
+
+    store: str = Field(default="./condu-store", min_length=1, description="folder that holds the versions")
+    host: str = Field(default="127.0.0.1", description="address to listen on; another than loopback needs a token")
+    port: int = Field(default=8000, ge=1, le=65535, description="port to listen on")
+    token: SecretStr | None = Field(
+        default=None, min_length=16, description="bearer token that requests must carry (environment only)"
+    )
+    version: int | None = Field(default=None, ge=1, description="version that serves; unset: always the newest")
+    shadow_version: int | None = Field(
+        default=None, ge=1, description="version that scores a share of the traffic too, without answering"
+    )
+    shadow_share: float = Field(default=0.1, ge=0, le=1, description="of the pictures, that `shadow_version` scores")
+    replicas: int = Field(default=1, ge=1, le=1024, description="processes that hold θ⁰ and answer")
+    expert_replicas: int = Field(
+        default=0, ge=0, le=1024, description="processes that hold experts for them; 0: each holds its own"
+    )
+    fronts: int = Field(default=1, ge=1, le=256, description="processes that speak HTTP")
+    cpus: float = Field(default=1, gt=0, le=256, description="CPU cores of each process that answers")
+    gpus: float = Field(default=0, ge=0, le=8, description="GPUs of each process that answers")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="bf16: half the memory an expert, and faster where there is hardware; rounds answers",
+    )
+    experts: int = Field(
+        default=8, ge=1, le=4096, description="experts as large as models that a process keeps; adapters all stay"
+    )
+    versions: int = Field(default=1, ge=0, le=16, description="versions that stay loaded besides the one that serves")
+    poll_seconds: float = Field(default=2.0, gt=0, le=3600, description="how often a new version is looked for")
+    batch: int = Field(default=64, ge=1, le=4096, description="most pictures a pass")
+    batch_wait_ms: float = Field(default=5.0, ge=0, le=1000, description="how long a picture waits for others")
+    queue: int = Field(default=128, ge=1, le=65536, description="most requests at once in a front; others get 429")
+    timeout_seconds: float = Field(default=30.0, gt=0, le=3600, description="longest time for a request")
+    body_mb: float = Field(default=16.0, gt=0, le=1024, description="largest request, in MiB")
+    pictures: int = Field(default=16, ge=1, le=1024, description="most pictures a request")
+    megapixels: float = Field(default=64.0, gt=0, le=64, description="largest picture, once decoded")
+    labels: int = Field(default=100, ge=1, le=10_000, description="most labels that a request may give")
+    origins: tuple[str, ...] = Field(default=(), description="origins whose pages may call (CORS)")
+
+    @model_validator(mode="after")
+    def _guarded(self) -> ServeConfig:
+        if self.token is None and self.host not in LOOPBACK:
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and no token is set "
+                "(CONDU_SERVE__TOKEN, at least 16 characters), so anybody could ask"
+            )
+        return self
+
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SERVE_PREFIX = "CONDU_SERVE__"
+
 SECTIONS = tuple(
     name
     for name, info in SessionConfig.model_fields.items()
@@ -312,6 +366,30 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
 def from_dotted(settings: Mapping[str, Any]) -> SessionConfig:
     """Settings from dotted names that are known to be valid; defaults elsewhere."""
     return SessionConfig.model_validate(_nest(settings))
+
+
+def resolve_serving(options: Mapping[str, Any]) -> ServeConfig:
+    """Settings of `serve` from defaults, the environment (CONDU_SERVE__PORT) and options, which win.
+
+    Raises ConfigError that lists every fault at once.
+    """
+    given = {name.upper(): value for name, value in os.environ.items() if name.upper().startswith(SERVE_PREFIX)}
+    values: dict[str, Any] = {name.removeprefix(SERVE_PREFIX).lower(): value for name, value in given.items()}
+    origin = dict.fromkeys(values, "environment") | dict.fromkeys(options, "option")
+    values |= options
+    if isinstance(origins := values.get("origins"), str):
+        values["origins"] = tuple(each.strip() for each in origins.split(",") if each.strip())
+    known = ServeConfig.model_fields
+    faults = [
+        f"no setting '{name}' (from {origin[name]}; {nearest(name, known)})" for name in values if name not in known
+    ]
+    try:
+        config = ServeConfig.model_validate({name: value for name, value in values.items() if name in known})
+    except ValidationError as error:
+        faults += _faults(error, origin)
+    if faults:
+        raise ConfigError("; ".join(faults), "see `condu-ray serve --help` for names and limits")
+    return config
 
 
 def resolve(
@@ -434,5 +512,6 @@ def _faults(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
             continue
         name = ".".join(str(part) for part in fault["loc"][:2])
         name = name if name in origin else str(fault["loc"][0])
-        lines.append(f"{name} = {fault['input']!r} (from {origin.get(name, 'option')}): {message}")
+        value = "" if name == "token" else f" = {fault['input']!r}"  # secrets stay out of messages
+        lines.append(f"{name}{value} (from {origin.get(name, 'option')}): {message}")
     return lines

@@ -6,6 +6,7 @@ ConduError
 ├── ModelError       an open_clip name, tag, checkpoint, or weights that are not the store's
 ├── FusionError      deltas that cannot be fused (NaN, another layout)
 ├── TrainingError    training that cannot start or go on (NaN loss, too few resources)
+├── ServiceError     a server that cannot be started or reached, or refuses
 └── StoreError       the folder or bucket that holds versions
     ├── NotFound         no such store, version or task
     ├── DamagedObject    bytes that do not match their sha256
@@ -52,6 +53,10 @@ class FusionError(ConduError):
 
 class TrainingError(ConduError):
     """Training cannot start or cannot go on."""
+
+
+class ServiceError(ConduError):
+    """A server cannot be started, cannot be reached, or refuses."""
 
 
 class StoreError(ConduError):

@@ -8,19 +8,22 @@ from functools import wraps
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from condu_ray.config import fields
+from condu_ray.config import SessionConfig, fields
 
 
-def with_settings(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(
+    *left_out: str, of: type[BaseModel] = SessionConfig
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds an option for every setting but those `left_out`; the command gets those that were given as `settings`.
 
-    Values stay text here: config.resolve checks them, with the same sentences as for a file.
+    Values stay text here: config.py checks them, with the same sentences as for a file.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        given = {name.replace(".", "__"): (name, info) for name, info in fields() if name not in left_out}
+        given = {name.replace(".", "__"): (name, info) for name, info in fields(of) if name not in left_out}
 
         @wraps(command)
         def run(**arguments: Any) -> None:

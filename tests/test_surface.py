@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from condu_ray.cli import app
-from condu_ray.config import MethodName, fields, resolve
+from condu_ray.config import MethodName, ServeConfig, fields, resolve, resolve_serving
 from condu_ray.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "learn",
     "predict",
+    "serve",
     "tasks",
     "versions",
     "show",
@@ -80,9 +81,39 @@ SETTINGS = [
     "tracking",
 ]
 
+SERVE_SETTINGS = [
+    "store",
+    "host",
+    "port",
+    "token",
+    "version",
+    "shadow_version",
+    "shadow_share",
+    "replicas",
+    "expert_replicas",
+    "fronts",
+    "cpus",
+    "gpus",
+    "precision",
+    "experts",
+    "versions",
+    "poll_seconds",
+    "batch",
+    "batch_wait_ms",
+    "queue",
+    "timeout_seconds",
+    "body_mb",
+    "pictures",
+    "megapixels",
+    "labels",
+    "origins",
+]
+
 CONFIGS = [
     ".github/ISSUE_TEMPLATE/bug.yml",
     ".pre-commit-config.yaml",
+    "clusters/grafana-serving.json",
+    "clusters/serve.yaml",
     "condu_ray/models/shipped/open_clip_config.json",
 ]
 
@@ -117,10 +148,11 @@ def test_help_of_every_command_works_and_imports_nothing_heavy() -> None:
 
 def test_the_settings() -> None:
     assert [name for name, _ in fields()] == SETTINGS
+    assert [name for name, _ in fields(ServeConfig)] == SERVE_SETTINGS
 
 
 def test_every_setting_says_what_it_is() -> None:
-    assert [name for name, info in fields() if not info.description] == []
+    assert [name for name, info in [*fields(), *fields(ServeConfig)] if not info.description] == []
 
 
 def test_every_method_can_be_chosen() -> None:
@@ -145,7 +177,12 @@ def test_every_shipped_config_is_read() -> None:
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         assert isinstance(content, dict), name
         assert content, name
-        if name.startswith(("jobs/", "clusters/")):
+        if name == "clusters/serve.yaml":
+            (application,) = content["applications"]
+            config = resolve_serving(application["args"] | {"token": "a-token-of-the-test"})
+            given = application["deployments"][0]["user_config"]
+            assert given == {name: getattr(config, name) for name in given}
+        elif path.suffix == ".yaml" and name.startswith(("jobs/", "clusters/")):
             resolve({}, path)
 
 

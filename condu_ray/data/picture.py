@@ -40,14 +40,19 @@ def load_picture(picture: Picture) -> Image.Image:
     went away or changed since it was opened.
     """
     try:
-        image = open_image(read_bytes(picture))
-        turn = _TURNS.get(_orientation(image))
-        image = to_rgb(image)
+        return decode(read_bytes(picture))
     except (OSError, Unreadable) as error:
         raise DataError(
             f"the picture {picture.path} cannot be read any more ({reason(error)})",
             "put it back, or remove it, and run the command again",
         ) from error
+
+
+def decode(body: bytes, most: int = MAX_PIXELS) -> Image.Image:
+    """Returns a picture of at most `most` pixels as `load_picture` does. Raises Unreadable."""
+    image = open_image(body, most)
+    turn = _TURNS.get(_orientation(image))
+    image = to_rgb(image)
     return image if turn is None else image.transpose(turn)
 
 
@@ -79,8 +84,8 @@ def inspect(body: bytes) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def open_image(body: bytes) -> Image.Image:
-    """Returns the picture with its header read, not decoded yet. Raises Unreadable."""
+def open_image(body: bytes, most: int = MAX_PIXELS) -> Image.Image:
+    """Returns the picture with its header read, not decoded yet. Raises Unreadable; `most`: pixels allowed."""
     if not body:
         raise Unreadable("empty file")
     try:
@@ -88,12 +93,12 @@ def open_image(body: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise Unreadable("not a picture") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise Unreadable(f"too large: over {MAX_PIXELS // 1_000_000} megapixels") from None
+        raise Unreadable(f"too large: over {most / 1e6:g} megapixels") from None
     except Exception as error:  # PIL's plugins raise anything on damaged headers
         raise Unreadable(reason(error)) from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise Unreadable(f"too large: {width} x {height} pixels, over {MAX_PIXELS // 1_000_000} megapixels")
+    if width * height > most:
+        raise Unreadable(f"too large: {width} x {height} pixels, over {most / 1e6:g} megapixels")
     return image
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 from torch import nn
 
-from condu_ray.config import SessionConfig, triggers_of
+from condu_ray.config import LoraConfig, SessionConfig, triggers_of
 from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.protocol import Stored, TaskState, Vector
@@ -21,14 +22,22 @@ from condu_ray.models.clip import Clip, Overrides
 from condu_ray.models.lora import (
     Adapters,
     Factors,
+    LowRank,
+    can_run_in_rows,
     inject,
+    low_rank,
     merged_weights,
     plan_adapters,
 )
 
 
 def _adapters(clip: Clip, config: SessionConfig) -> Adapters:
-    return plan_adapters(clip.model, config.lora.rank, config.lora.targets, config.lora.seed, config.train.towers)
+    return _drawn(clip, config.lora, config.train.towers)
+
+
+@lru_cache(maxsize=2)  # so that all experts of a store share one A⁰
+def _drawn(clip: Clip, lora: LoraConfig, towers: Literal["both", "image"]) -> Adapters:
+    return plan_adapters(clip.model, lora.rank, lora.targets, lora.seed, towers)
 
 
 def _fused(adapters: Adapters, config: SessionConfig) -> Factors:
@@ -72,3 +81,10 @@ def prepare(
 def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:
     adapters = _adapters(clip, config)
     return merged_weights(clip.model, adapters, _factors(adapters, layout, delta))
+
+
+def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> LowRank | None:
+    adapters = _adapters(clip, config)
+    if not can_run_in_rows(clip.model, adapters):
+        return None
+    return low_rank(clip.model, adapters, _factors(adapters, layout, delta))

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.protocol import Method, TaskState, Vector
-from condu_ray.models.clip import Clip, Overrides
+from condu_ray.models.clip import Clip, Expert
 
 Buffers = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Callable: task name -> what stands in for θ⁰'s own parameters and buffers; None where θ⁰ answers.
+    """Callable: task name -> what stands in for θ⁰'s own parameters and buffers, or is added; None where θ⁰ answers.
 
     buffers: task -> buffers that its training changed, kept exactly beside the fused parameters.
     """
@@ -31,7 +31,7 @@ class Experts:
     state: TaskState
     buffers: Mapping[str, Buffers] = field(default_factory=dict)
 
-    def __call__(self, task: str) -> Overrides | None:
+    def __call__(self, task: str) -> Expert | None:
         delta = self.state.delta(task)
         if delta is None:
             return None
@@ -40,7 +40,9 @@ class Experts:
 
 def expert_of(
     clip: Clip, method: Method, layout: Layout, config: SessionConfig, delta: Vector, buffers: Buffers
-) -> Overrides:
-    """The expert of any delta, say of one that was just trained."""
+) -> Expert:
+    """The expert of any delta, say of one that was just trained; beside θ⁰ where it can be and has no buffers."""
+    if not buffers and (adapter := method.adapter(clip, layout, config, delta)):
+        return adapter
     parameters = method.expert(clip, layout, config, delta)
     return {**parameters, **{name: torch.tensor(values, device=clip.device) for name, values in buffers.items()}}

@@ -44,3 +44,7 @@ def prepare(
 
 def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:
     return expert_overrides(clip, layout.views(delta))
+
+
+def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> None:
+    return None

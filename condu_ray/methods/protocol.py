@@ -12,6 +12,7 @@ from torch import nn
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.models.clip import Clip, Overrides
+from condu_ray.models.lora import LowRank
 
 Vector = NDArray[np.float32]
 """f32[layout.total]: a delta in layout order."""
@@ -71,3 +72,6 @@ class Method(Protocol):
 
     def expert(self, clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:
         """What stands in for θ⁰'s own parameters when the expert of this delta answers."""
+
+    def adapter(self, clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> LowRank | None:
+        """The same expert as what is added beside θ⁰; None where the method or the model has no such form."""

@@ -37,3 +37,7 @@ def prepare(
 
 def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:
     return {}
+
+
+def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> None:
+    return None

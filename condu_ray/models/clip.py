@@ -5,28 +5,37 @@ Legend: B pictures or texts, D width of the common space, C classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from condu_ray.config import ModelSpec
 from condu_ray.models.blocks import blocks_of, spread, watched
+from condu_ray.models.lora import LowRank, in_rows
 
 Overrides = Mapping[str, Tensor]
 """Parameters and buffers by open_clip name that stand in for θ⁰'s own."""
+
+Expert = Overrides | LowRank
+"""What an expert has instead of θ⁰'s own parameters, or beside them."""
 
 TEXT_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Clip:
-    """θ⁰ with what belongs to it. The parameters of `model` are never written."""
+    """θ⁰ with what belongs to it. The parameters of `model` are never written. For one thread at a time: see `twin`.
+
+    precision: fp32 as loaded, or bf16 autocast.
+    """
 
     spec: ModelSpec
     model: nn.Module
@@ -35,10 +44,19 @@ class Clip:
     eval_transform: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     channels_last: bool
+    precision: Literal["fp32", "bf16"] = "fp32"
     _encoder: _Encoder = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_encoder", _Encoder(self.model))
+
+    def twin(self) -> Clip:
+        """The same θ⁰ for another thread: modules of its own, which share every parameter and buffer.
+
+        An expert stands in for parameters while it answers, in the modules, where another thread would meet it.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return replace(self, model=copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors}))
 
     @property
     def device(self) -> torch.device:
@@ -52,11 +70,19 @@ class Clip:
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
-    def images(self, pixels: Tensor, expert: Overrides | None = None) -> Tensor:
+    def images(self, pixels: Tensor, expert: Expert | None = None) -> Tensor:
         """f32[B, 3, H, W] -> unit features f32[B, D], by θ⁰ or by an expert."""
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self._encode("encode_image", pixels.to(self.device), expert)
+
+    def images_in_rows(self, pixels: Tensor, segments: Sequence[tuple[LowRank, int]]) -> Tensor:
+        """f32[B, 3, H, W] -> unit features f32[B, D]: the first rows by the first expert, and so on, in one pass.
+
+        segments: experts with the number of their rows, B in all.
+        """
+        with in_rows(self.model, segments):
+            return self.images(pixels)
 
     def images_and_domains(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """f32[B, 3, H, W] -> (unit features f32[B, D] as `images` gives them, domain features f32[B, W]), by θ⁰.
@@ -72,7 +98,7 @@ class Clip:
         found = [means[place] for place in sorted(means)]
         return features, torch.cat([found[place] for place in spread([each.shape[1] for each in found])], dim=1)
 
-    def texts(self, texts: Sequence[str], expert: Overrides | None = None) -> Tensor:
+    def texts(self, texts: Sequence[str], expert: Expert | None = None) -> Tensor:
         """Texts -> unit features f32[B, D], by θ⁰ or by an expert."""
         parts = [
             self._encode("encode_text", self.tokenizer(list(texts[i : i + TEXT_BATCH])).to(self.device), expert)
@@ -80,10 +106,14 @@ class Clip:
         ]
         return torch.cat(parts)
 
-    def _encode(self, kind: str, values: Tensor, expert: Overrides | None) -> Tensor:
+    def _encode(self, kind: str, values: Tensor, expert: Expert | None) -> Tensor:
+        if isinstance(expert, LowRank):
+            with in_rows(self.model, [(expert, len(values))]):
+                return self._encode(kind, values, None)
         overrides = {f"clip.{name}": tensor for name, tensor in (expert or {}).items()}
-        features: Tensor = functional_call(self._encoder, overrides, (kind, values))
-        return features.float()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features: Tensor = functional_call(self._encoder, overrides, (kind, values))
+        return functional.normalize(features.float(), dim=-1) if self.precision == "bf16" else features.float()
 
 
 class _Encoder(nn.Module):
@@ -98,7 +128,7 @@ class _Encoder(nn.Module):
         return features
 
 
-def class_embeddings(clip: Clip, prompts: Sequence[Sequence[str]], expert: Overrides | None = None) -> Tensor:
+def class_embeddings(clip: Clip, prompts: Sequence[Sequence[str]], expert: Expert | None = None) -> Tensor:
     """One unit vector a class, f32[C, D]: mean of the unit vectors of its prompts, made unit again (CLIP, appendix)."""
     means = class_means(clip, prompts, expert)
     unit: Tensor = means / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -106,11 +136,18 @@ def class_embeddings(clip: Clip, prompts: Sequence[Sequence[str]], expert: Overr
 
 
 @torch.no_grad()
-def class_means(clip: Clip, prompts: Sequence[Sequence[str]], expert: Overrides | None = None) -> Tensor:
+def class_means(clip: Clip, prompts: Sequence[Sequence[str]], expert: Expert | None = None) -> Tensor:
     """Mean of the unit vectors of each class's prompts, f32[C, D], not made unit again."""
     features = clip.texts([text for texts in prompts for text in texts], expert)
     sizes = [len(texts) for texts in prompts]
     return torch.stack([part.mean(dim=0) for part in torch.split(features, sizes)])
+
+
+def halved(expert: Expert) -> Expert:
+    """Matrices and kernels in bfloat16, as autocast would cast them at every use; half the memory. Adapters stay."""
+    if isinstance(expert, LowRank):
+        return expert
+    return {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in expert.items()}
 
 
 def expert_overrides(clip: Clip, delta: Mapping[str, NDArray[np.float32]]) -> Overrides:

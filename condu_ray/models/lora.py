@@ -8,7 +8,8 @@ so fusing B is fusing weights in a fixed basis.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from condu_ray.errors import ModelError
@@ -92,15 +94,13 @@ class _Adapted(nn.Module):
 
 def inject(model: nn.Module, adapters: Adapters, factors: Factors) -> dict[str, nn.Parameter]:
     """Adds adapters to `model` (in place), starting at `factors`; returns them by factor name."""
-    owners: dict[int, list[nn.Module]] = {}
-    for layer in model.modules():
-        owners.setdefault(id(layer._parameters.get("weight")), []).append(layer)
+    owners = {name: _owners(model, name) for name in adapters.layers}
     parameters: dict[str, nn.Parameter] = {}
     for name in adapters.layers:
         weight = model.get_parameter(f"{name}.weight")
         a, b = (torch.tensor(factors[f"{name}.lora_{side}"], device=weight.device) for side in "AB")
         adapted = _Adapted(a, b, adapters.scale)
-        for layer in owners[id(weight)]:
+        for layer in owners[name]:
             parametrize.register_parametrization(layer, "weight", adapted)
         parameters[f"{name}.lora_A"] = adapted.lora_A
         parameters[f"{name}.lora_B"] = adapted.lora_B
@@ -118,3 +118,104 @@ def merged_weights(
         change = (adapters.scale * (b @ a)).view_as(weight)
         merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
     return merged
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """One expert's adapters beside θ⁰: as many bytes as its factors, and several experts run in one pass (`in_rows`).
+
+    factors: layer -> (A f32[rank, in], B f32[out, rank], times the scale). merged: layer -> weight, for layers that are
+    no larger than their factors.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    merged: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what belongs to this expert alone; A that several share counts for each of them."""
+        parts = [*self.merged.values(), *(part for pair in self.factors.values() for part in pair)]
+        return sum(part.nbytes for part in parts)
+
+
+def can_run_in_rows(model: nn.Module, adapters: Adapters) -> bool:
+    """Whether every adapted layer is called as a module, with the pictures in its first dimension.
+
+    Attention of PyTorch's own reads the weights of its projection without calling it.
+    """
+    inside = {
+        id(child) for each in model.modules() if isinstance(each, nn.MultiheadAttention) for child in each.modules()
+    }
+    called = all(id(layer) not in inside for name in adapters.layers for layer in _owners(model, name))
+    return called and all(getattr(each, "batch_first", True) for each in model.modules())
+
+
+def low_rank(model: nn.Module, adapters: Adapters, factors: Mapping[str, NDArray[np.float32]]) -> LowRank:
+    """The expert with these factors. Arrays of `factors` are used in place where they lie on the model's device."""
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    small: list[str] = []
+    for name in adapters.layers:
+        weight = model.get_parameter(f"{name}.weight")
+        if weight.numel() <= sum(factors[f"{name}.lora_{side}"].size for side in "AB"):
+            small.append(name)
+            continue
+        a, b = (torch.as_tensor(factors[f"{name}.lora_{side}"], device=weight.device) for side in "AB")
+        pairs[name] = (a, adapters.scale * b)
+    merged = merged_weights(model, Adapters(tuple(small), adapters.rank, adapters.start), factors)
+    return LowRank(pairs, {name.removesuffix(".weight"): weight for name, weight in merged.items()})
+
+
+@contextmanager
+def in_rows(model: nn.Module, segments: Sequence[tuple[LowRank, int]]) -> Iterator[None]:
+    """Meanwhile the first rows of a batch pass through the first expert, and so on; for one thread at a time.
+
+    segments: experts with the number of their rows, which together are the batch.
+    """
+    layers = dict.fromkeys(name for expert, _ in segments for name in (*expert.factors, *expert.merged))
+    owners = [(name, layer) for name in layers for layer in _owners(model, name)]
+    try:
+        for name, layer in owners:
+            layer.forward = _forward(layer, name, segments)
+        yield
+    finally:
+        for _, layer in owners:
+            layer.__dict__.pop("forward", None)
+
+
+def _owners(model: nn.Module, name: str) -> list[nn.Module]:
+    """The layers that use this layer's weight."""
+    weight = model.get_submodule(name)._parameters["weight"]
+    return [layer for layer in model.modules() if layer._parameters.get("weight") is weight]
+
+
+def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]]) -> Callable[[Tensor], Tensor]:
+    plain = layer.forward
+    bias = layer._parameters["bias"]
+    total = sum(rows for _, rows in segments)
+
+    def forward(values: Tensor) -> Tensor:
+        sizes = [rows * (len(values) // total) for _, rows in segments]
+        experts = [expert for expert, _ in segments]
+        if all(name in expert.merged for expert in experts):
+            parts = zip(torch.split(values, sizes), experts, strict=True)
+            return torch.cat([_apply(layer, part, expert.merged[name], bias) for part, expert in parts])
+        output: Tensor = plain(values)
+        if len({expert.factors[name][0].data_ptr() for expert in experts}) == 1:  # all share A: one product for all
+            inner = _apply(layer, values, experts[0].factors[name][0], None)
+            inners = torch.split(inner, sizes)
+        else:
+            inners = tuple(
+                _apply(layer, part, expert.factors[name][0], None)
+                for part, expert in zip(torch.split(values, sizes), experts, strict=True)
+            )
+        for part, inner, expert in zip(torch.split(output, sizes), inners, experts, strict=True):
+            part += _apply(layer, inner, expert.factors[name][1], None)
+        return output
+
+    return forward
+
+
+def _apply(layer: nn.Module, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return functional.conv2d(values, weight.reshape(*weight.shape[:2], 1, 1), bias, layer.stride)
+    return functional.linear(values, weight, bias)

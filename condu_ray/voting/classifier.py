@@ -5,9 +5,10 @@ Legend: B pictures, C labels of a label space, M voters of a picture, D width of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,14 +17,15 @@ from torch import Tensor
 
 from condu_ray.config import VoteConfig
 from condu_ray.errors import DataError, NotFound, nearest
-from condu_ray.models.clip import Clip, Overrides
+from condu_ray.models import clip as models
+from condu_ray.models.clip import Clip
 from condu_ray.voting.answer import Answer, Vote
 from condu_ray.voting.combine import combine, probabilities, side_by_side
 from condu_ray.voting.domains import Domain
-from condu_ray.voting.labels import Block, LabelSpace
+from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.prototypes import Prototypes
 from condu_ray.voting.router import Calibrated, Prior, Routed, Router, prior_of, router_of
-from condu_ray.voting.tables import Expert, Tables
+from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +55,15 @@ class _Ballot:
 class Classifier:
     """θ⁰ and the experts of one version.
 
-    expert_of: a task's parameters, or None where the method leaves θ⁰ to answer for it; the last `cache` are kept.
-    calibrated: where nothing was, as many experts as `vote.k` allows answer, and θ⁰.
+    expert_of: a task's parameters, or None where the method leaves θ⁰ to answer for it; the last `cache` are kept, and
+    all that are adapters. calibrated: where nothing was, as many experts as `vote.k` allows answer, and θ⁰.
     """
 
     def __init__(
         self,
         clip: Clip,
         experts: Sequence[TaskExpert],
-        expert_of: Callable[[str], Overrides | None],
+        expert_of: Callable[[str], models.Expert | None],
         vote: VoteConfig,
         calibrated: Calibrated,
         version: int,
@@ -71,11 +73,25 @@ class Classifier:
         self.experts = tuple(experts)
         self.version = version
         self._names = [expert.name for expert in self.experts]
-        self._overrides = lru_cache(maxsize=cache)(expert_of)
+        self.cached = ExpertCache(expert_of, cache)
+        self.voters: Voters = LocalVoters(clip, self.cached)
         self._vote = vote
         self._calibrated = calibrated
-        self._tables = Tables(clip)
         self._task_spaces: dict[str, LabelSpace] = {}
+
+    @property
+    def vote(self) -> VoteConfig:
+        """How the experts of this version answer."""
+        return self._vote
+
+    def asking(self, k: int | None = None, voters: Voters | None = None) -> Classifier:
+        """The same version with at most `k` experts a picture, or with other voters than those of this process."""
+        other = copy.copy(self)
+        if k is not None:
+            other._vote = self._vote.model_copy(update={"k": k})
+            other.__dict__.pop("_router", None)
+        other.voters = voters or self.voters
+        return other
 
     def classify(self, pixels: Tensor, task: str | None = None, labels: Sequence[str] | None = None) -> list[Answer]:
         """Answers for pictures f32[B, 3, H, W] as the base model's eval_transform makes them.
@@ -146,7 +162,7 @@ class Classifier:
             routed = self._router.route(base.cpu().numpy(), domains.cpu().numpy(), self._prior(space))
             ballots = self._ballots(routed, space)
         spans = [np.arange(block.start, block.stop) for block in space.blocks]
-        logits = self._logits(pixels, base, ballots, space.blocks)
+        logits = self._logits(pixels, base, ballots, space)
         scored = []
         for picture, ballot in enumerate(ballots):
             columns = np.concatenate([spans[block] for block in ballot.blocks])
@@ -184,21 +200,19 @@ class Classifier:
         return (*votes, Vote(None, None, base)) if base else tuple(votes)
 
     def _logits(
-        self, pixels: Tensor, base: Tensor | None, ballots: Sequence[_Ballot], blocks: Sequence[Block]
-    ) -> dict[tuple[Expert, int], dict[int, NDArray[np.float32]]]:
+        self, pixels: Tensor, base: Tensor | None, ballots: Sequence[_Ballot], space: LabelSpace
+    ) -> dict[tuple[str | None, int], dict[int, NDArray[np.float32]]]:
         """(voter, block) -> picture -> logits f32[labels of the block]; each voter sees its own pictures, once."""
-        logits: dict[tuple[Expert, int], dict[int, NDArray[np.float32]]] = {}
+        asked, scored = [], []
         for voter in dict.fromkeys(vote.task for ballot in ballots for vote in ballot.votes):
             pictures = [i for i, ballot in enumerate(ballots) if any(vote.task == voter for vote in ballot.votes)]
-            overrides = None if voter is None else self._overrides(voter)
-            if overrides is None and base is not None:
-                features = base[pictures]
-            else:
-                features = self.clip.images(pixels[pictures], overrides)
-            for index in dict.fromkeys(block for i in pictures for block in _scored_by(voter, ballots[i])):
-                table = self._tables.of(None if overrides is None else voter, overrides, blocks[index])
-                values = (self.clip.logit_scale * features @ table.T).cpu().numpy()
-                logits[voter, index] = dict(zip(pictures, values, strict=True))
+            blocks = list(dict.fromkeys(block for i in pictures for block in _scored_by(voter, ballots[i])))
+            asked.append(Asked(voter, tuple(pictures), tuple(space.blocks[block] for block in blocks)))
+            scored.append(blocks)
+        logits: dict[tuple[str | None, int], dict[int, NDArray[np.float32]]] = {}
+        for one, blocks, tables in zip(asked, scored, self.voters.logits(pixels, base, asked), strict=True):
+            for block, values in zip(blocks, tables, strict=True):
+                logits[one.voter, block] = dict(zip(one.pictures, values, strict=True))
         return logits
 
     def _answer(
@@ -211,5 +225,5 @@ class Classifier:
         return Answer(label, probability, ranked, votes, space.kind, self.version)
 
 
-def _scored_by(voter: Expert, ballot: _Ballot) -> tuple[int, ...]:
+def _scored_by(voter: str | None, ballot: _Ballot) -> tuple[int, ...]:
     return next(blocks for vote, blocks in zip(ballot.votes, ballot.scored, strict=True) if vote.task == voter)

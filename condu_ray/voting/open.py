@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Experts
 from condu_ray.methods.protocol import TaskState
+from condu_ray.models.clip import Clip, Expert, halved
 from condu_ray.models.load import load
 from condu_ray.store import Manifest, Store, StoreHeader, open_store
 from condu_ray.voting.classifier import Classifier, TaskExpert
@@ -24,30 +25,53 @@ TASK_OBJECTS = ("prototypes-", "domain-", "buffers-", "tests-")
 """Objects of a task that are not its method's."""
 
 
-def load_classifier(url: str | Path, version: int | None = None, vote: Mapping[str, Any] | None = None) -> Classifier:
+def load_classifier(
+    url: str | Path,
+    version: int | None = None,
+    vote: Mapping[str, Any] | None = None,
+    clip: Clip | None = None,
+    cache: int = 8,
+) -> Classifier:
     """The version (None: the newest) as a classifier; `vote` changes settings of the vote by name.
+
+    clip: the store's base model, where it is loaded already; its precision is that of the experts too. cache: how many
+    experts that are as large as models are kept.
 
     Raises NotFound for no such store or version, DamagedObject, and ModelError for another base model.
     """
     store = open_store(url)
     manifest = store.manifest(version)
-    config = config_of(store.header)
-    state = state_of(store, manifest)
     experts = task_experts(store, manifest)
-    clip = load(ModelSpec(**store.header.model), expect_sha256=store.header.model_sha256)
-    expert_of = Experts(
-        clip, registry.get(store.header.method), layout_of(store.header), config, state, buffers_of(store, manifest)
-    )
+    clip = clip or base_of(store.header)
     return Classifier(
         clip,
         experts,
-        expert_of,
+        expert_maker(store, manifest.version, clip),
         registry.vote_of(
             store.header.method, VoteConfig.model_validate({**manifest.settings.get("vote", {}), **(vote or {})})
         ),
         Calibrated.from_state(manifest.state),
         manifest.version,
+        cache,
     )
+
+
+def expert_maker(store: Store, version: int, clip: Clip) -> Callable[[str], Expert | None]:
+    """Makes the experts of a version: task -> parameters in the precision of `clip`, None where θ⁰ answers."""
+    manifest, header = store.manifest(version), store.header
+    state, method = state_of(store, manifest), registry.get(header.method)
+    made = Experts(clip, method, layout_of(header), config_of(header), state, buffers_of(store, manifest))
+
+    def expert_of(task: str) -> Expert | None:
+        expert = made(task)
+        return halved(expert) if expert and clip.precision == "bf16" else expert
+
+    return expert_of
+
+
+def base_of(header: StoreHeader, device: str = "cpu") -> Clip:
+    """θ⁰ of a store. Raises ModelError where it cannot be loaded or has other weights."""
+    return load(ModelSpec(**header.model), device, header.model_sha256)
 
 
 def config_of(header: StoreHeader) -> SessionConfig:

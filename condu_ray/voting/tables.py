@@ -10,7 +10,8 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from condu_ray.models.clip import Clip, Overrides, class_embeddings
+from condu_ray.models import clip as models
+from condu_ray.models.clip import Clip, class_embeddings
 from condu_ray.voting.labels import Block
 
 CANDIDATE_BYTES = 128 * 2**20
@@ -26,20 +27,20 @@ class Tables:
         self._learned: dict[tuple[Expert, str], Tensor] = {}
         self._candidates: OrderedDict[tuple[Expert, tuple[tuple[str, ...], ...]], Tensor] = OrderedDict()
 
-    def of(self, expert: Expert, overrides: Overrides | None, block: Block) -> Tensor:
+    def of(self, expert: Expert, parameters: models.Expert | None, block: Block) -> Tensor:
         """Unit vectors in the order of the block's labels."""
         if block.task is None:
-            return self._of_candidates(expert, overrides, block)
+            return self._of_candidates(expert, parameters, block)
         key = (expert, block.task)
         if key not in self._learned:
-            self._learned[key] = class_embeddings(self._clip, block.prompts, overrides)
+            self._learned[key] = class_embeddings(self._clip, block.prompts, parameters)
         return self._learned[key]
 
-    def _of_candidates(self, expert: Expert, overrides: Overrides | None, block: Block) -> Tensor:
+    def _of_candidates(self, expert: Expert, parameters: models.Expert | None, block: Block) -> Tensor:
         key = (expert, block.prompts)
         table = self._candidates.pop(key, None)
         if table is None:
-            table = class_embeddings(self._clip, block.prompts, overrides)
+            table = class_embeddings(self._clip, block.prompts, parameters)
         self._candidates[key] = table
         size = sum(kept.nbytes for kept in self._candidates.values())
         while size > CANDIDATE_BYTES and len(self._candidates) > 1:

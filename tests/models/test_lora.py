@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from condu_ray.errors import ModelError
 from condu_ray.models.clip import Clip
 from condu_ray.models.load import weights_sha256
-from condu_ray.models.lora import Adapters, Factors, inject, merged_weights, plan_adapters
+from condu_ray.models.lora import (
+    Adapters,
+    Factors,
+    LowRank,
+    can_run_in_rows,
+    inject,
+    low_rank,
+    merged_weights,
+    plan_adapters,
+)
 
 TEXTS = ["a photo of a cat.", "a drawing of a dog."]
 BOTH = pytest.mark.parametrize("fixture", ["tiny_clip", "conv_clip"])
@@ -163,3 +172,60 @@ def test_a_weight_that_two_layers_share_is_adapted_once(tiny_clip: Clip, pixels:
 def test_a_model_without_a_linear_layer_is_refused() -> None:
     with pytest.raises(ModelError, match="no linear layer to adapt"):
         plan_adapters(nn.Sequential(nn.Conv2d(3, 4, 3)), 2, "mlp", seed=0)
+
+
+def moved(clip: Clip, adapters: Adapters, seed: int) -> Factors:
+    """Factors of an expert that is far from θ⁰."""
+    random = np.random.default_rng(seed)
+    return {
+        name: factor if name.endswith("A") else random.normal(0, 0.3, factor.shape).astype(np.float32)
+        for name, factor in adapters.start.items()
+    }
+
+
+@BOTH
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("rank", [2, 16])
+def test_experts_in_one_pass_answer_as_one_at_a_time(clip: Clip, pixels: Tensor, shared: bool, rank: int) -> None:
+    """Some layers keep their factors, others (rank 16) are merged since that is smaller."""
+    adapters = plan_adapters(clip.model, rank, "mlp", seed=0)
+    every = [moved(clip, adapters, seed) for seed in range(3)]
+    if not shared:
+        every[1] = {name: factor + np.float32(0.1) for name, factor in every[1].items()}
+    experts = [low_rank(clip.model, adapters, factors) for factors in every]
+    assert can_run_in_rows(clip.model, adapters)
+    rows, sizes = torch.cat([pixels, pixels.flip(0), pixels[:1]]), [3, 3, 1]
+    with torch.no_grad():
+        found = clip.images_in_rows(rows, list(zip(experts, sizes, strict=True)))
+        for part, one, factors in zip(torch.split(rows, sizes), experts, every, strict=True):
+            expected = clip.images(part, merged_weights(clip.model, adapters, factors))
+            here = found[: len(part)]
+            found = found[len(part) :]
+            torch.testing.assert_close(here, expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(clip.images(part, one), expected, atol=1e-5, rtol=0)
+            assert not torch.allclose(here, clip.images(part), atol=1e-2)
+        texts = clip.texts(TEXTS, experts[0])
+        torch.testing.assert_close(
+            texts, clip.texts(TEXTS, merged_weights(clip.model, adapters, every[0])), atol=1e-5, rtol=0
+        )
+    assert weights_sha256(clip.model) == clip.sha256
+
+
+def test_the_base_model_is_itself_again_after_an_expert_that_fails(tiny_clip: Clip, pixels: Tensor) -> None:
+    adapters = plan_adapters(tiny_clip.model, 2, "mlp", seed=0)
+    expert = low_rank(tiny_clip.model, adapters, moved(tiny_clip, adapters, 0))
+    base = tiny_clip.images(pixels)
+    with pytest.raises(RuntimeError):
+        tiny_clip.images(pixels[:, :2], expert)
+    assert torch.equal(tiny_clip.images(pixels), base)
+
+
+def test_an_expert_beside_the_base_model_takes_no_more_than_its_factors(tiny_clip: Clip) -> None:
+    for rank in (2, 16, 64):
+        adapters = plan_adapters(tiny_clip.model, rank, "mlp", seed=0)
+        expert: LowRank = low_rank(tiny_clip.model, adapters, adapters.start)
+        assert expert.nbytes <= sum(factor.nbytes for factor in adapters.start.values())
+
+
+def test_projections_that_attention_reads_itself_cannot_run_in_rows(tiny_clip: Clip) -> None:
+    assert not can_run_in_rows(tiny_clip.model, plan_adapters(tiny_clip.model, 2, "linear", seed=0))

@@ -1,0 +1,211 @@
+"""Asks a server for answers: `Client` waits, `AsyncClient` is awaited. Both try again where that makes sense.
+
+from condu_ray.client import Client
+
+with Client("http://127.0.0.1:8000") as client:
+    for answer in client.predict(["a.jpg", "b.jpg"], labels=["cat", "dog"])["answers"]:
+        print(answer["image"], answer["label"], answer["probability"])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+from condu_ray.errors import DataError, ServiceError
+
+RETRY = (429, 503)
+WAIT_SECONDS, LONGEST_SECONDS = 0.2, 10.0
+
+Image = str | Path | bytes
+"""The path of a picture file, or the bytes of one."""
+
+
+class _Calls:
+    """What both clients share: requests, and what to make of a response.
+
+    token: bearer token, where the server has one. timeout: seconds for one try. retries: further tries where the server
+    is busy, starts, or cannot be reached; an answer changes nothing on the server, so asking again is safe.
+    """
+
+    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
+        self._url, self._retries = url.rstrip("/"), retries
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._options: dict[str, Any] = {"base_url": self._url, "headers": headers, "timeout": timeout}
+
+    def _wait(self, attempt: int, failed: httpx.Response | httpx.TransportError) -> float:
+        """Seconds to wait before the next try. Raises ServiceError where another would not help."""
+        if isinstance(failed, httpx.TransportError):
+            if attempt >= self._retries:
+                told = str(failed) or type(failed).__name__
+                raise ServiceError(f"{self._url} cannot be reached ({told})", "check the URL, and that a server runs")
+            asked = None
+        elif failed.status_code in RETRY and attempt < self._retries:
+            asked = failed.headers.get("retry-after")
+        else:
+            raise _refusal(self._url, failed)
+        pause: float = WAIT_SECONDS * 2**attempt * random.uniform(0.5, 1)  # or all who were refused come back at once
+        return min(LONGEST_SECONDS, max(pause, float(asked) if asked and asked.isdecimal() else 0.0))
+
+
+class Client(_Calls):
+    """Raises DataError for a file that cannot be read, ServiceError where the server refuses or cannot be reached."""
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
+        super().__init__(url, token, timeout, retries)
+        self._http = httpx.Client(**self._options)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def predict(self, images: Sequence[Image], **asked: Any) -> dict[str, Any]:
+        """Answers for pictures, all by one version; asked: task, labels, top_k, k, version, as in docs/serving.md."""
+        return self._call("POST", "/v1/predict", **_predict(images, **asked))
+
+    def tasks(self, version: int | None = None) -> dict[str, Any]:
+        """What a version has learned."""
+        return self._call("GET", "/v1/tasks", params={} if version is None else {"version": version})
+
+    def versions(self) -> dict[str, Any]:
+        """All versions, and which serves."""
+        return self._call("GET", "/v1/versions")
+
+    def ready(self) -> dict[str, Any]:
+        """Which version each replica serves."""
+        return self._call("GET", "/readyz")
+
+    def _call(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        attempt = 0
+        while True:
+            failed: httpx.Response | httpx.TransportError
+            try:
+                response = self._http.request(method, path, **content)
+                if response.is_success:
+                    return _document(self._url, response)
+                failed = response
+            except httpx.TransportError as error:
+                failed = error
+            time.sleep(self._wait(attempt, failed))
+            attempt += 1
+
+
+class AsyncClient(_Calls):
+    """As `Client`, to be awaited."""
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
+        super().__init__(url, token, timeout, retries)
+        self._http = httpx.AsyncClient(**self._options)
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def predict(self, images: Sequence[Image], **asked: Any) -> dict[str, Any]:
+        """As `Client.predict`."""
+        content = await asyncio.to_thread(_predict, images, **asked)
+        return await self._call("POST", "/v1/predict", **content)
+
+    async def tasks(self, version: int | None = None) -> dict[str, Any]:
+        """As `Client.tasks`."""
+        return await self._call("GET", "/v1/tasks", params={} if version is None else {"version": version})
+
+    async def versions(self) -> dict[str, Any]:
+        """As `Client.versions`."""
+        return await self._call("GET", "/v1/versions")
+
+    async def ready(self) -> dict[str, Any]:
+        """As `Client.ready`."""
+        return await self._call("GET", "/readyz")
+
+    async def _call(self, method: str, path: str, **content: Any) -> dict[str, Any]:
+        attempt = 0
+        while True:
+            failed: httpx.Response | httpx.TransportError
+            try:
+                response = await self._http.request(method, path, **content)
+                if response.is_success:
+                    return _document(self._url, response)
+                failed = response
+            except httpx.TransportError as error:
+                failed = error
+            await asyncio.sleep(self._wait(attempt, failed))
+            attempt += 1
+
+
+def _predict(
+    images: Sequence[Image],
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    top_k: int = 5,
+    k: int | None = None,
+    version: int | None = None,
+) -> dict[str, Any]:
+    given = {"task": task, "labels": None if labels is None else list(labels), "top_k": top_k, "k": k}
+    fields = {name: value for name, value in {**given, "version": version}.items() if value is not None}
+    return {"files": [("image", _part(place, image)) for place, image in enumerate(images)], "data": fields}
+
+
+def _part(place: int, image: Image) -> tuple[str, bytes]:
+    if isinstance(image, bytes):
+        return str(place), image
+    try:
+        return str(image), Path(image).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the picture {image} cannot be read ({error.strerror})", "give the path of a picture"
+        ) from None
+
+
+def _document(url: str, response: httpx.Response) -> dict[str, Any]:
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ServiceError(f"{url} does not answer as condu-ray does", "give the URL of `condu-ray serve`")
+    return found
+
+
+def _refusal(url: str, response: httpx.Response) -> ServiceError:
+    try:
+        told = str(response.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        told = response.reason_phrase
+    mend = {401: "give the token", 413: "send fewer or smaller pictures"}.get(response.status_code, "")
+    return ServiceError(f"{url} answers {response.status_code}: {told}", mend)
+
+
+def predict_paths(url: str, paths: Sequence[str | Path], **asked: Any) -> list[dict[str, Any]]:
+    """What `condu-ray predict` says of these files and folders, asked of a server; its token is in CONDU_SERVE__TOKEN.
+
+    Raises DataError that names the first path that is no picture, before any is sent.
+    """
+    from condu_ray.data import open_pictures
+
+    pictures = open_pictures(paths)
+    with Client(url, os.environ.get("CONDU_SERVE__TOKEN")) as client:
+        found = [client.predict([picture.path], **asked)["answers"] for picture in pictures]
+    return [{**answer, "image": picture.path} for (answer,), picture in zip(found, pictures, strict=True)]

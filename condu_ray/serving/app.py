@@ -1,0 +1,134 @@
+"""The Serve application: `serve run condu_ray.serving.app:app store=./condu-store`, or from a Serve config file.
+
+Settings are those of `config.ServeConfig`; the environment (CONDU_SERVE__TOKEN) fills what is not given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from condu_ray.config import ServeConfig, resolve_serving
+from condu_ray.errors import ConfigError
+from condu_ray.serving.api import build
+from condu_ray.serving.experts import expert_replica
+from condu_ray.serving.figures import FrontFigures
+from condu_ray.serving.messages import Asking, Reply, Standing
+from condu_ray.serving.problems import Problem
+from condu_ray.serving.replica import Replica
+from condu_ray.store import open_store
+
+STANDING_SECONDS = 1.0
+GONE_SECONDS = 10.0  # a replica that was not heard of for so long is gone
+TRIES = 3  # an answer changes nothing, so a request whose replica died is asked again
+
+
+def app(settings: dict[str, Any]) -> serve.Application:
+    """What `serve run` and Serve config files build. Raises ConfigError for settings that are wrong."""
+    return application(resolve_serving(settings))
+
+
+def application(config: ServeConfig) -> serve.Application:
+    """Fronts that speak HTTP, and replicas that answer."""
+    if config.token is None and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise ConfigError(
+            "Ray Serve's HAProxy listens on all addresses, and no token is set",
+            "set CONDU_SERVE__TOKEN, or unset RAY_SERVE_ENABLE_HA_PROXY",
+        )
+    watched = {"version", "shadow_version", "shadow_share"}  # changed alone, they are taken up by running replicas
+    settings = config.model_dump(include=watched)
+    config = config.model_copy(update=ServeConfig().model_dump(include=watched))
+    logs = LoggingConfig(encoding="JSON", enable_access_log=False)  # the front logs requests itself, with more
+    processes = {"num_cpus": config.cpus, "num_gpus": config.gpus}
+    experts = (
+        serve.deployment(
+            expert_replica(config.experts),
+            name="Experts",
+            num_replicas=config.expert_replicas,
+            max_ongoing_requests=64,
+            ray_actor_options=processes,
+            logging_config=logs,
+        ).bind(config)
+        if config.expert_replicas
+        else None
+    )
+    replicas = serve.deployment(
+        Replica,
+        name="Replica",
+        num_replicas=config.replicas,
+        max_ongoing_requests=2 * config.queue + 8,  # the fronts' queues are the limit
+        user_config=settings,
+        ray_actor_options=processes,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=config.timeout_seconds,
+        logging_config=logs,
+    ).bind(config, experts)
+
+    def front() -> FastAPI:  # made in the front's process, where there is a handle
+        backend = Handle(serve.get_deployment_handle("Replica"), config.timeout_seconds)
+        return build(config, open_store(config.store), backend, FrontFigures().request, backend.lifespan)
+
+    return (
+        serve.deployment(serve.ingress(front)())
+        .options(
+            name="Front",
+            num_replicas=config.fronts,
+            max_ongoing_requests=2 * config.queue + 64,
+            ray_actor_options={"num_cpus": 0},
+            graceful_shutdown_timeout_s=config.timeout_seconds,
+            logging_config=logs,
+        )
+        .bind(replicas)
+    )
+
+
+class Handle:
+    """The replicas, as the front sees them."""
+
+    def __init__(self, handle: DeploymentHandle, seconds: float) -> None:
+        self._handle, self._seconds = handle, seconds
+        self._standings: dict[str, tuple[float, Standing]] = {}
+
+    async def answer(self, asking: Asking) -> Reply:
+        """Raises Problem where no replica can answer."""
+        for _ in range(TRIES):
+            try:
+                reply: Reply = await self._handle.answer.remote(asking, self._seconds)
+                return reply
+            except (RayActorError, DeploymentUnavailableError):
+                continue
+            except BackPressureError:
+                raise Problem(429, "too many requests are being answered already", busy=True) from None
+        raise Problem(503, "the replica that was asked is gone", busy=True)
+
+    def standings(self) -> Sequence[Standing]:
+        """What each replica said last."""
+        oldest = time.monotonic() - GONE_SECONDS
+        return [standing for heard, standing in self._standings.values() if heard > oldest]
+
+    @asynccontextmanager
+    async def lifespan(self, api: FastAPI) -> AsyncIterator[None]:
+        """Asks the replicas for their standing as long as the front runs."""
+        asking = asyncio.create_task(self._follow())
+        yield
+        asking.cancel()
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                standing: Standing = await self._handle.standing.remote()
+                self._standings[standing.replica] = (time.monotonic(), standing)
+            except (RayActorError, DeploymentUnavailableError, BackPressureError):
+                pass  # told by /readyz once it is not heard of any more
+            await asyncio.sleep(STANDING_SECONDS / max(1, len(self._standings)))

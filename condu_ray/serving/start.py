@@ -1,0 +1,62 @@
+"""`condu-ray serve`: the application on a cluster, until it is stopped."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ray import serve
+
+from condu_ray.config import ServeConfig
+from condu_ray.engine.cluster import Cluster, connected
+from condu_ray.errors import ConfigError, ServiceError
+from condu_ray.serving.app import application
+from condu_ray.store import open_store
+
+NAME = "condu-ray"
+
+
+@contextmanager
+def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str]:
+    """The URL of a server that runs as long as the block, on a cluster that is given or as `connect` finds it.
+
+    Raises ConduError before anything is started where store, version or port cannot be meant; ServiceError where no
+    replica comes up.
+    """
+    open_store(config.store).manifest(config.version)
+    _check_port(config)
+    config = config.model_copy(update={"store": os.path.abspath(config.store)} if os.path.isdir(config.store) else {})
+    with connected(cluster):
+        serve.start(http_options={"host": config.host, "port": config.port})
+        try:
+            serve.run(application(config), name=NAME, route_prefix="/")
+            host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+            yield f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
+        except RuntimeError as error:
+            raise ServiceError(
+                f"no replica came up: {str(error).strip().splitlines()[0]}",
+                "the logs are in /tmp/ray/session_latest/logs/serve",
+            ) from error
+        finally:
+            serve.shutdown()
+
+
+def run(config: ServeConfig, say: Callable[[str], None], wait: Callable[[], None]) -> None:
+    """Serves until `wait` returns, or Ctrl-C."""
+    with serving(config) as url:
+        say(f"serving {config.store} at {url} (Ctrl-C stops it)")
+        wait()
+
+
+def _check_port(config: ServeConfig) -> None:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((config.host, config.port))
+    except OSError as error:
+        mend = "give another --port" if error.errno == errno.EADDRINUSE else "give an address of this machine"
+        raise ConfigError(f"cannot listen on {config.host}:{config.port} ({error.strerror})", mend) from None

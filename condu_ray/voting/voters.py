@@ -1,0 +1,100 @@
+"""Who scores labels: θ⁰ and the experts, each once a batch; experts that are adapters all in one pass.
+
+Legend: B pictures, C labels of a block, D width of the common space.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from condu_ray.models import clip as models
+from condu_ray.models.clip import Clip
+from condu_ray.models.lora import LowRank
+from condu_ray.voting.labels import Block
+from condu_ray.voting.tables import Expert, Tables
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one voter is asked: which pictures of the batch it sees, and the blocks of labels that it scores."""
+
+    voter: Expert
+    pictures: tuple[int, ...]
+    blocks: tuple[Block, ...]
+
+
+class Voters(Protocol):
+    def logits(self, pixels: Tensor, base: Tensor | None, asked: Sequence[Asked]) -> list[list[NDArray[np.float32]]]:
+        """For each of `asked` and each of its blocks the logits f32[pictures, C], at the model's own scale.
+
+        pixels: f32[B, 3, H, W], the whole batch. base: θ⁰'s unit features f32[B, D], where it has seen the batch.
+        """
+
+
+class ExpertCache:
+    """The experts used last. Those that are adapters all stay; of those that are as large as models, `limit`."""
+
+    def __init__(self, expert_of: Callable[[str], models.Expert | None], limit: int) -> None:
+        self._expert_of, self._limit = expert_of, limit
+        self._kept: OrderedDict[str, models.Expert | None] = OrderedDict()
+        self.hits = self.misses = 0
+
+    def __call__(self, task: str) -> models.Expert | None:
+        if task in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(task)
+            return self._kept[task]
+        self.misses += 1
+        large = [name for name, kept in self._kept.items() if kept and not isinstance(kept, LowRank)]
+        for name in large[: len(large) - self._limit + 1]:  # room first: two large experts are not held for one
+            del self._kept[name]
+        self._kept[task] = self._expert_of(task)
+        return self._kept[task]
+
+    def small(self, task: str) -> bool:
+        """Whether the expert is adapters beside θ⁰, or θ⁰ itself."""
+        expert = self(task)
+        return expert is None or isinstance(expert, LowRank)
+
+
+class LocalVoters:
+    """All voters in this process, which share θ⁰."""
+
+    def __init__(self, clip: Clip, experts: ExpertCache) -> None:
+        self.clip, self.experts = clip, experts
+        self._tables = Tables(clip)
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor, base: Tensor | None, asked: Sequence[Asked]) -> list[list[NDArray[np.float32]]]:
+        found: dict[int, list[NDArray[np.float32]]] = {}
+        together: list[tuple[int, LowRank]] = []
+        for place, one in enumerate(asked):
+            expert = None if one.voter is None else self.experts(one.voter)
+            if isinstance(expert, LowRank):
+                together.append((place, expert))
+                continue
+            pictures = list(one.pictures)
+            seen = expert is None and base is not None
+            features = base[pictures] if seen and base is not None else self.clip.images(pixels[pictures], expert)
+            found[place] = self._by_block(one, expert, features)
+        if together:
+            segments = [(expert, len(asked[place].pictures)) for place, expert in together]
+            rows = [picture for place, _ in together for picture in asked[place].pictures]
+            features = self.clip.images_in_rows(pixels[rows], segments)
+            parts = torch.split(features, [size for _, size in segments])
+            for (place, expert), part in zip(together, parts, strict=True):
+                found[place] = self._by_block(asked[place], expert, part)
+        return [found[place] for place in range(len(asked))]
+
+    def _by_block(self, one: Asked, expert: models.Expert | None, features: Tensor) -> list[NDArray[np.float32]]:
+        name = None if expert is None else one.voter
+        tables = [self._tables.of(name, expert, block) for block in one.blocks]
+        return [(self.clip.logit_scale * features @ table.T).cpu().numpy() for table in tables]

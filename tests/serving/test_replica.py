@@ -1,0 +1,110 @@
+"""A replica by itself: it takes settings while it runs, follows its store, and lets a shadow version answer too."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from in_process_crew import learn_here, opened, settings
+
+from condu_ray.config import ServeConfig
+from condu_ray.errors import NotFound
+from condu_ray.serving.answering import Asked, Timed, answer_batch
+from condu_ray.serving.messages import Question
+from condu_ray.serving.replica import Replica
+from condu_ray.store import open_store
+from condu_ray.store.history import rollback
+
+
+@pytest.fixture
+def replica(
+    ray_cluster: None, tiny_model_dir: Path, picture_tasks: dict[str, Path], tmp_path: Path
+) -> Iterator[Replica]:
+    """Over a store of two versions: colours; colours and stripes."""
+    learn_here(settings(tmp_path / "store", tiny_model_dir), opened(picture_tasks, "colours", "stripes"))
+    made = Replica(ServeConfig(store=str(tmp_path / "store"), poll_seconds=0.05))
+    yield made
+    for pool in (made._model, made._loader, made._decoders):
+        pool.shutdown()
+
+
+def serving(replica: Replica) -> int:
+    return replica._shelf.current.version
+
+
+def test_it_follows_the_store_or_stays_with_the_version_that_it_is_told(replica: Replica) -> None:
+    async def run() -> None:
+        await replica.reconfigure({})
+        assert serving(replica) == 2
+        await replica.reconfigure({"version": 1})
+        assert serving(replica) == 1
+        newest = rollback(open_store(replica._config.store), 1).version
+        await replica.reconfigure({"version": None})
+        assert serving(replica) == newest
+        later = rollback(open_store(replica._config.store), 2).version
+        end = time.monotonic() + 60
+        while serving(replica) != later and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        assert serving(replica) == later
+        assert replica._following is not None
+        replica._following.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_version_that_is_not_there_changes_nothing_and_a_store_without_any_is_an_error(
+    replica: Replica, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        await replica.reconfigure({})
+        await replica.reconfigure({"version": 9})
+        assert serving(replica) == 2
+        assert replica._shelf.fault is not None
+        replica._following.cancel()  # type: ignore[union-attr]
+
+    asyncio.run(run())
+    for manifest in (tmp_path / "store" / "versions").iterdir():
+        manifest.unlink()
+    with pytest.raises(NotFound):
+        asyncio.run(Replica(replica._config).reconfigure({}))
+
+
+def test_a_shadow_version_answers_beside_and_what_differs_is_logged(
+    replica: Replica, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted: list[str] = []
+    replica._figures.shadowed = counted.append  # type: ignore[method-assign]
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    async def run(shadow: dict[str, Any], question: Question) -> None:
+        await replica.reconfigure(shadow)
+        batch = [Asked(replica._shelf.current, question, one, time.monotonic() + 60) for one in pixels]
+        timed = [one for one in answer_batch(batch) if isinstance(one, Timed)]
+        replica._score_in_the_shade(batch, timed)
+        if replica._shading is not None:
+            await replica._shading
+            replica._shading = None
+        replica._following.cancel()  # type: ignore[union-attr]
+        replica._following = None
+
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        asyncio.run(run({}, Question(task="colours")))
+        asyncio.run(run({"shadow_version": 1, "shadow_share": 0.0}, Question(task="colours")))
+        asyncio.run(run({"shadow_version": 1, "shadow_share": 1.0}, Question(task="colours", version=2)))
+        assert counted == [], "none is asked for, no share is, or the client named a version itself"
+        asyncio.run(run({"shadow_version": 2, "shadow_share": 1.0}, Question(task="stripes")))
+        assert counted == ["agrees"] * 4
+        asyncio.run(run({"shadow_version": 1, "shadow_share": 1.0}, Question(task="stripes")))
+        assert counted[4:] == ["cannot"] * 4
+        asyncio.run(run({"shadow_version": 1, "shadow_share": 1.0}, Question()))
+    differ = [record for record in caplog.records if record.message == "the shadow version differs"]
+    assert len(differ) == counted[8:].count("differs")
+    for record in differ:
+        assert record.served["version"] == 2  # type: ignore[attr-defined]
+        assert record.shadow["version"] == 1  # type: ignore[attr-defined]

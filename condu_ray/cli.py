@@ -25,7 +25,9 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 DEFAULT_STORE = SessionConfig.model_fields["store"].default
-StoreOption = Annotated[str, typer.Option("--store", envvar="CONDU_STORE", help="folder that holds the versions")]
+StoreOption = Annotated[
+    str, typer.Option("--store", envvar="CONDU_STORE", help="folder or s3://BUCKET/FOLDER that holds the versions")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 PicturesOption = Annotated[Path | None, typer.Option("--pictures", help="folder to draw pictures into")]
 

@@ -169,7 +169,9 @@ def _as_tasks(value: Any) -> Any:
 class SessionConfig(_Section):
     """Everything that one run of `learn` needs; one YAML file holds one of these."""
 
-    store: str = Field(default="./condu-store", min_length=1, description="folder that holds the versions")
+    store: str = Field(
+        default="./condu-store", min_length=1, description="folder or s3://BUCKET/FOLDER that holds the versions"
+    )
     tasks: Annotated[dict[str, str], BeforeValidator(_as_tasks)] = Field(
         default_factory=dict, description="task name -> image folder, webdataset folder, CSV or torchvision name"
     )

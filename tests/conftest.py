@@ -10,6 +10,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import logging
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +91,38 @@ def tiny_clip(tiny_model_dir: Path) -> Clip:
 def conv_clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
     """A random base model whose image tower is a small EfficientNet: BatchNorm, 1x1 and depthwise convolutions."""
     return _load(_write_model(tmp_path_factory.mktemp("conv-clip"), CONVOLUTIONAL))
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 server of this machine: CONDU_RAY_TEST_S3_ENDPOINT, with its credentials in the environment, else moto."""
+    if given := os.environ.get("CONDU_RAY_TEST_S3_ENDPOINT"):
+        yield given
+        return
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Name of a new bucket, which boto3 finds by the environment; the cache of what is read lies in tmp_path."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("CONDU_CACHE", str(tmp_path / "cache"))
+    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
+        if "CONDU_RAY_TEST_S3_ENDPOINT" not in os.environ:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    name = f"condu-{uuid.uuid4().hex[:16]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
 
 
 TASKS = {

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from condu_ray.config import SessionConfig
@@ -39,6 +38,8 @@ from condu_ray.voting.open import config_of, layout_of, state_of
 
 BASE = "base"
 RESTARTS = 3
+CHECKPOINT_SHARE = 0.05
+"""Most of a worker's time that writing checkpoints may take: a store that is far gets fewer."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             resources_per_worker={"CPU": group.cpus_each, **({"GPU": 1} if group.gpu else {})},
         ),
         run_config=RunConfig(
-            name=name, storage_path=str(store.work(name)), failure_config=FailureConfig(max_failures=RESTARTS)
+            name=name, failure_config=FailureConfig(max_failures=RESTARTS), **_storage(store.work(name))
         ),
     )
     try:
@@ -141,6 +142,26 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
+
+
+def _storage(place: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes: beside the store's work, which every node reaches.
+
+    For S3 the filesystem is made here: a URL alone would be read with the environment of the node's raylet, which may
+    lack the endpoint. No credentials go along; each node finds its own.
+    """
+    if not place.startswith("s3://"):
+        return {"storage_path": place}
+    import boto3
+    from pyarrow.fs import S3FileSystem
+
+    scheme, _, host = os.environ.get("AWS_ENDPOINT_URL", "").rstrip("/").partition("://")
+    endpoint = {"endpoint_override": host, "scheme": scheme} if host else {}
+    region = boto3.Session().region_name
+    return {
+        "storage_path": place.removeprefix("s3://"),
+        "storage_filesystem": S3FileSystem(**endpoint, **({"region": region} if region else {})),
+    }
 
 
 def _watch(trainer: TorchTrainer, board: Any, tell: Callable[[Mapping[str, Step]], None]) -> None:
@@ -228,7 +249,7 @@ def work_through(
     state = _state_before(store, jobs[0]) if registry.info(header.method).ordered else None
     for job in jobs:
         if store.find(job.key, "delta") is None:
-            start, resume = _start(state), _resume(store.work(job.key))
+            start, resume = _start(state), _resume(store, job.key)
             trained = train_task(clip, method, layout, job.data, config, start, place, resume, report)
             if place.rank == 0:
                 if trained.buffers:
@@ -258,17 +279,14 @@ def _delta(store: Store, job: Job) -> Vector:
     return store.get(ref)["delta"]
 
 
-def _resume(folder: Path) -> Resume:
-    path = folder / "checkpoint.safetensors"
+def _resume(store: Store, key: str) -> Resume:
+    """Checkpoints of the training called `key`, not more often than they may cost."""
+    free = [0.0]  # monotonic seconds
 
-    def read() -> Checkpoint | None:
-        return load_file(path) if path.is_file() else None
+    def save(checkpoint: Checkpoint) -> None:
+        begun = time.monotonic()
+        if begun >= free[0]:
+            store.save_work(key, "checkpoint", checkpoint)
+            free[0] = time.monotonic() + (time.monotonic() - begun) / CHECKPOINT_SHARE
 
-    def write(checkpoint: Checkpoint) -> None:
-        # Renamed when whole: a worker killed while writing leaves the checkpoint before.
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({name: np.ascontiguousarray(values) for name, values in checkpoint.items()}, part)
-        part.replace(path)
-
-    return Resume(read, write)
+    return Resume(lambda: store.load_work(key, "checkpoint"), save)

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from condu_ray import __version__
 from condu_ray.errors import ConfigError
-from condu_ray.store import Manifest, open_store
+from condu_ray.store import Manifest, absolute_url, open_store
 from condu_ray.store.manifest import dump
 from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.tracking.pictures import draw_matrix
@@ -167,8 +167,11 @@ def open_tracking(uri: str | None, store: str | Path) -> Tracking:
     uri: an MLflow tracking URI, such as http://HOST:PORT; None: `mlflow.db` and `mlruns/` in the folder of the store.
     Files of a sqlite database stay in `mlruns/` beside it; a server decides for itself.
     """
-    place = str(store) if "://" in str(store) else str(Path(store).absolute())
+    place = absolute_url(store)
     if uri is None:
+        if place.startswith("s3://"):
+            mend = "give --tracking URI, or --tracking off (any version can be recorded later)"
+            raise ConfigError(f"MLflow's database cannot be in {place}", mend)
         return Tracking(f"sqlite:///{place}/mlflow.db", Path(place) / "mlruns", place)
     if urlsplit(uri).scheme == "sqlite":
         database = Path(uri.removeprefix("sqlite:///")).absolute()

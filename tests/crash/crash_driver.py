@@ -43,7 +43,8 @@ STORE_CALLS = (
     "find",
     "get",
     "commit",
-    "work",
+    "save_work",
+    "load_work",
     "discard",
     "discard_work",
 )
@@ -166,6 +167,7 @@ def disturb(session: Session, folder: Path, kill: Callable[[], int], seen: set[A
 def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    train.CHECKPOINT_SHARE = float("inf")  # after every step that asks for one
     for module in (plan, scoring, train):
         module.load = lru_cache(module.load)  # type: ignore[attr-defined]  # the base model is never changed
     calls = Calls()

@@ -29,6 +29,8 @@ COMMANDS = [
     "rollback",
     "forget",
     "evaluate",
+    "drift",
+    "track",
     "methods",
     "gc",
     "doctor",

@@ -54,7 +54,8 @@ CONVOLUTIONAL: dict[str, Any] = {
 }
 
 
-def _write_model(folder: Path, config: dict[str, Any]) -> Path:
+def write_model(folder: Path, config: dict[str, Any]) -> Path:
+    """Makes the folder of a random open_clip model, always the same; returns it."""
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -78,7 +79,7 @@ def _load(folder: Path) -> Clip:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random open_clip model (32 px, 32 wide), the same in every run; its name is 'local-dir:FOLDER'."""
-    return _write_model(tmp_path_factory.mktemp("tiny-clip"), TINY)
+    return write_model(tmp_path_factory.mktemp("tiny-clip"), TINY)
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +91,7 @@ def tiny_clip(tiny_model_dir: Path) -> Clip:
 @pytest.fixture(scope="session")
 def conv_clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
     """A random base model whose image tower is a small EfficientNet: BatchNorm, 1x1 and depthwise convolutions."""
-    return _load(_write_model(tmp_path_factory.mktemp("conv-clip"), CONVOLUTIONAL))
+    return _load(write_model(tmp_path_factory.mktemp("conv-clip"), CONVOLUTIONAL))
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +137,11 @@ TRAIN_EACH, TEST_EACH, SIDE = 12, 6, 32
 @pytest.fixture(scope="session")
 def picture_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three tiny tasks of 3 classes as image folders: name -> folder with train/ and test/; always the same bytes."""
-    root = tmp_path_factory.mktemp("pictures")
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def write_pictures(root: Path) -> dict[str, Path]:
+    """Makes the folders of `picture_tasks` below `root`."""
     for task, classes in TASKS.items():
         for label, name in enumerate(classes):
             for number in range(TRAIN_EACH + TEST_EACH):

@@ -30,6 +30,9 @@ TRIES = 5
 """How often a request is sent by botocore, and how many rounds of those an unsettled write gets."""
 
 LONGEST_WAIT_S = 5.0
+CONNECT_S, READ_S = 10.0, 60.0
+"""How long the server may take to accept, and to go on with an answer."""
+
 PART = 64 << 20
 """Bytes of a part; an object of more than one goes up in parts."""
 
@@ -62,8 +65,8 @@ def make_client() -> Any:
     from botocore.config import Config
 
     config = Config(
-        connect_timeout=10,
-        read_timeout=60,
+        connect_timeout=CONNECT_S,
+        read_timeout=READ_S,
         retries={"mode": "standard", "total_max_attempts": TRIES},
         max_pool_connections=4 * _THREADS,
         # Content-MD5 (below) is what every server knows; some refuse the newer checksum headers.

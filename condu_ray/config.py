@@ -187,6 +187,12 @@ class SessionConfig(_Section):
     workers: int | None = Field(
         default=None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow"
     )
+    cpus_per_worker: int | None = Field(
+        default=None, ge=1, le=4096, description="cores of a training process; unset: as many as its node has for it"
+    )
+    gpus_per_worker: float = Field(
+        default=1.0, gt=0, le=1, description="share of a GPU of a training process; below 1, small tasks share a GPU"
+    )
     parallel: Literal["auto", "tasks", "data"] = Field(
         default="auto",
         description="tasks: a worker a task; data: all workers share each task (DDP); auto: data for a single task",

@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "jobs")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "engine"), str(ROOT / "jobs")]
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from conftest import TINY, write_model, write_pictures  # noqa: E402  (after the paths)
 from faulty_proxy import FaultyProxy  # noqa: E402
 
+PARTS = ("processes", "s3", "ray")
 GUARDS = ("whole-files", "exclusive-names", "find-before-work", "checksum", "retries")
 SESSIONS, HANGS_S = 8, 300.0
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
@@ -274,7 +275,6 @@ def killed_on_a_cluster(ground: Ground) -> Count:
     from condu_ray.engine.plan import header_of
     from condu_ray.store import create_store, open_store
 
-    sys.path.insert(0, str(ROOT / "tests" / "engine"))
     count = Count()
     nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     spare = [nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1)]
@@ -378,43 +378,38 @@ def s3_server(folder: Path) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drop-guard", choices=GUARDS, help="take one protection away; the run has to notice")
-    parser.add_argument("--no-ray", action="store_true", help="leave out the trials on Ray clusters")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run (guards are not taken away on Ray)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="condu-chaos-") as name:
         out = Path(name)
         (out / "model").mkdir()
         ground = Ground(write_model(out / "model", TINY), write_pictures(out / "pictures"), out, asked.drop_guard)
-        parts: dict[str, Callable[[], Count]] = {
-            "killed at every call and change of a file": lambda: kills(ground.asked("file")),
-            "killed at every step of training": lambda: kills(ground.asked("step")),
-            "disk full, from each change of a file on": lambda: kills(ground.asked("disk")),
-            "an object damaged on disk": lambda: damaged(ground),
-            "eight sessions at once": lambda: eight_at_once(ground),
-            "a gc by a wrong clock": lambda: wrong_clock(ground),
-        }
-        if not (asked.no_ray or asked.drop_guard):
-            parts["the command and all its processes killed"] = lambda: killed_commands(ground)
-            parts["worker, actors, a node killed"] = lambda: killed_on_a_cluster(ground)
         table: dict[str, Count] = {}
 
         def run(what: str, part: Callable[[], Count]) -> None:
             begun = time.monotonic()
             table[what] = part()
-            print(
-                f"{what}: {table[what].trials} trials, {table[what].bad()} bad, {time.monotonic() - begun:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"{what}: {table[what].trials} trials, {table[what].bad()} bad, {time.monotonic() - begun:.0f} s"
+            print(said, file=sys.stderr, flush=True)
 
-        for what, part in parts.items():
-            run(what, part)
-        with s3_server(out) as bucket:
-            run("S3: killed at a request", lambda: kills(ground.asked("request", bucket=f"{bucket}/kills", every=4)))
-            run(
-                "S3: 500, 503, slow, silent, lost, half",
-                lambda: kills(ground.asked("fault", bucket=f"{bucket}/faults")),
-            )
+        if "processes" in asked.parts:
+            run("killed at every call, step and change of a file", lambda: kills(ground.asked("file")))
+            run("disk full", lambda: kills(ground.asked("disk", every=3)))
+            run("an object damaged on disk", lambda: damaged(ground))
+            run("eight sessions at once", lambda: eight_at_once(ground))
+            run("a gc by a wrong clock", lambda: wrong_clock(ground))
+        if "s3" in asked.parts:
+            with s3_server(out) as bucket:
+                requests = ground.asked("request", bucket=f"{bucket}/kills", every=4)
+                faults = ground.asked("fault", bucket=f"{bucket}/faults")
+                run("S3: killed at a request", lambda: kills(requests))
+                run("S3: 500, 503, slow, silent, lost, half", lambda: kills(faults))
+        if "ray" in asked.parts and not asked.drop_guard:
+            run("the command and all its processes killed", lambda: killed_commands(ground))
+            run("worker, actors, a node killed", lambda: killed_on_a_cluster(ground))
     report(table, asked.json)
     sys.exit(any(count.bad() for count in table.values()))
 

@@ -71,6 +71,8 @@ SETTINGS = [
     "vote.adaptive",
     "vote.union",
     "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
     "parallel",
     "gpu",
     "seed",

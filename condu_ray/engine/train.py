@@ -59,11 +59,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Group:
-    """How the work is spread: `shared` means that all workers train each task together."""
+    """How the work is spread: `shared` means that all workers train each task together. gpus_each: 0 on CPUs."""
 
     workers: int
     cpus_each: int
-    gpu: bool
+    gpus_each: float
     shared: bool
 
 
@@ -72,19 +72,25 @@ def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster
 
     Counts all jobs of the command, finished or not: the threads of a worker must not depend on where it stopped.
     """
-    gpu = config.gpu == "auto" and cluster.gpus > 0
-    places = cluster.gpus if gpu else cluster.cpus
-    shared = config.parallel == "data" or (config.parallel == "auto" and (jobs == 1 or ordered) and gpu)
+    gpus_each = config.gpus_per_worker if config.gpu == "auto" and cluster.gpus > 0 else 0.0
+    shared = config.parallel == "data" or (config.parallel == "auto" and (jobs == 1 or ordered) and gpus_each > 0)
+    if shared and 0 < gpus_each < 1:
+        raise TrainingError(
+            f"workers that train a task together need a whole GPU each, not {gpus_each}",
+            "leave --gpus-per-worker out, or use --parallel tasks",
+        )
+    places = _places(config.cpus_per_worker or 1, gpus_each, cluster)
     most = places if shared else min(places, 1 if ordered else jobs)
     workers = config.workers or max(1, most)
     if not shared:
         workers = min(workers, 1 if ordered else jobs)
     if workers > places:
-        kind = "GPUs" if gpu else "CPU cores"
         raise TrainingError(
-            f"{workers} workers need {workers} {kind}, the cluster has {places}", f"use --workers {max(1, places)}"
+            f"{workers} workers need {_need(workers, config.cpus_per_worker, gpus_each)}, the cluster has {places}"
+            + (" such places" if config.cpus_per_worker else ""),
+            f"use --workers {max(1, places)}" + (" or fewer --cpus-per-worker" if config.cpus_per_worker else ""),
         )
-    return Group(workers, _cpus_each(workers, gpu, cluster), gpu, shared)
+    return Group(workers, config.cpus_per_worker or _cpus_each(workers, gpus_each, cluster), gpus_each, shared)
 
 
 def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
@@ -94,10 +100,28 @@ def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
         plan_group(config, jobs, info.ordered, cluster)
 
 
-def _cpus_each(workers: int, gpu: bool, cluster: Cluster) -> int:
+def _places(cpus_each: int, gpus_each: float, cluster: Cluster) -> int:
+    """How many workers of this size the nodes have room for; of GPUs alone where a worker may have any core."""
+    if gpus_each and cpus_each == 1:
+        return sum(int(gpus / gpus_each) for _, gpus in cluster.nodes)
+    return sum(_room(node, cpus_each, gpus_each) for node in cluster.nodes)
+
+
+def _room(node: tuple[int, int], cpus_each: int, gpus_each: float) -> int:
+    cores, gpus = node
+    return min(cores // cpus_each, int(gpus / gpus_each)) if gpus_each else cores // cpus_each
+
+
+def _need(workers: int, cpus_each: int | None, gpus_each: float) -> str:
+    if cpus_each:
+        return f"{cpus_each} CPU cores each" + (f" beside {gpus_each:g} GPU" if gpus_each else "")
+    return f"{workers * gpus_each:g} GPUs" if gpus_each else f"{workers} CPU cores"
+
+
+def _cpus_each(workers: int, gpus_each: float, cluster: Cluster) -> int:
     """The most cores a worker can have if each must find them on one node."""
     for cpus in range(max(1, cluster.cpus // workers), 0, -1):
-        if sum(min(cores // cpus, gpus) if gpu else cores // cpus for cores, gpus in cluster.nodes) >= workers:
+        if sum(_room(node, cpus, gpus_each) for node in cluster.nodes) >= workers:
             return cpus
     raise TrainingError(f"{workers} workers find no {workers} GPUs with a CPU core beside each", "use fewer --workers")
 
@@ -120,11 +144,11 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             "board": board,
             "group": group,
         },
-        torch_config=TorchConfig(backend="nccl" if group.gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if group.gpus_each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=group.workers,
-            use_gpu=group.gpu,
-            resources_per_worker={"CPU": group.cpus_each, **({"GPU": 1} if group.gpu else {})},
+            use_gpu=group.gpus_each > 0,
+            resources_per_worker={"CPU": group.cpus_each, **({"GPU": group.gpus_each} if group.gpus_each else {})},
         ),
         run_config=RunConfig(
             name=name, failure_config=FailureConfig(max_failures=RESTARTS), **_storage(store.work(name))

@@ -70,7 +70,7 @@ REQUESTS = (
     "complete_multipart_upload",
 )
 FAULTS = ("500", "503", "slow", "timeout", "lost", "half")
-FAULTS_EACH = 4
+FAULTS_EACH = 3
 REFUSED = 2
 
 
@@ -131,7 +131,7 @@ class Steps(InProcessCrew):
 
     def train(self, jobs: Any, update: Any) -> None:
         def step(done: Any) -> None:
-            if self._at in ("step", "request"):
+            if self._at in ("step", "file", "request"):
                 self._calls(f"step {done.step} of {done.task}")
 
         train.work_through(self._store, self._config, jobs, Place(), step)

@@ -26,7 +26,9 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 DEFAULT_STORE = SessionConfig.model_fields["store"].default
-StoreOption = Annotated[str, typer.Option("--store", envvar="CONDU_STORE", help="folder that holds the versions")]
+StoreOption = Annotated[
+    str, typer.Option("--store", envvar="CONDU_STORE", help="folder or s3://BUCKET/FOLDER that holds the versions")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 PicturesOption = Annotated[Path | None, typer.Option("--pictures", help="folder to draw pictures into")]
 
@@ -351,6 +353,45 @@ def evaluate(
 
     found = measure(store, version, labels, data or [], stage)
     reports.emit(found) if json else reports.show_evaluation(found)
+
+
+@app.command(epilog="Try: condu-ray drift --data ./new-pictures")
+def drift(
+    data: Annotated[list[str], typer.Option(help="pictures, or folders of pictures; may be given several times")],
+    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Says whether pictures still look like what was learned, or a new task should be."""
+    from condu_ray.store import open_store
+
+    open_store(store).manifest(version)
+    from condu_ray.engine.progress import stage
+    from condu_ray.voting.drift import examine
+
+    with stage("looking at pictures") as update:
+        found = examine(store, version, data, update)
+    reports.emit(found) if json else reports.show_drift(found, data[0])
+
+
+@app.command(epilog="Try: condu-ray track --replay --tracking http://127.0.0.1:5000")
+def track(
+    replay: Annotated[bool, typer.Option("--replay", help="record what is missing")] = False,
+    tracking: Annotated[
+        str | None, typer.Option(envvar="CONDU_TRACKING", help="MLflow tracking server [default: beside the store]")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Lists which versions MLflow knows; --replay tells it of the others, from the store alone."""
+    from condu_ray.store import open_store
+
+    open_store(store).manifest()
+    from condu_ray.engine.progress import stage
+    from condu_ray.tracking.replay import track as mirror
+
+    found = mirror(store, tracking, replay, stage)
+    reports.emit(found) if json else reports.show_tracking(found)
 
 
 @app.command()

@@ -176,7 +176,9 @@ def _as_tasks(value: Any) -> Any:
 class SessionConfig(_Section):
     """Everything that one run of `learn` needs; one YAML file holds one of these."""
 
-    store: str = Field(default="./condu-store", min_length=1, description="folder that holds the versions")
+    store: str = Field(
+        default="./condu-store", min_length=1, description="folder or s3://BUCKET/FOLDER that holds the versions"
+    )
     tasks: Annotated[dict[str, str], BeforeValidator(_as_tasks)] = Field(
         default_factory=dict, description="task name -> image folder, webdataset folder, CSV or torchvision name"
     )
@@ -191,6 +193,12 @@ class SessionConfig(_Section):
     vote: VoteConfig = VoteConfig()
     workers: int | None = Field(
         default=None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow"
+    )
+    cpus_per_worker: int | None = Field(
+        default=None, ge=1, le=4096, description="cores of a training process; unset: as many as its node has for it"
+    )
+    gpus_per_worker: float = Field(
+        default=1.0, gt=0, le=1, description="share of a GPU of a training process; below 1, small tasks share a GPU"
     )
     parallel: Literal["auto", "tasks", "data"] = Field(
         default="auto",

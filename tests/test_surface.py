@@ -32,6 +32,8 @@ COMMANDS = [
     "merge",
     "export",
     "evaluate",
+    "drift",
+    "track",
     "methods",
     "gc",
     "doctor",
@@ -73,6 +75,8 @@ SETTINGS = [
     "vote.adaptive",
     "vote.union",
     "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
     "parallel",
     "gpu",
     "seed",
@@ -112,7 +116,11 @@ SERVE_SETTINGS = [
 CONFIGS = [
     ".github/ISSUE_TEMPLATE/bug.yml",
     ".pre-commit-config.yaml",
+    "clusters/aws.yaml",
     "clusters/grafana-serving.json",
+    "clusters/kuberay/raycluster.yaml",
+    "clusters/kuberay/rayjob.yaml",
+    "clusters/kuberay/rayservice.yaml",
     "clusters/serve.yaml",
     "condu_ray/models/shipped/open_clip_config.json",
 ]
@@ -182,7 +190,7 @@ def test_every_shipped_config_is_read() -> None:
             config = resolve_serving(application["args"] | {"token": "a-token-of-the-test"})
             given = application["deployments"][0]["user_config"]
             assert given == {name: getattr(config, name) for name in given}
-        elif path.suffix == ".yaml" and name.startswith(("jobs/", "clusters/")):
+        elif name.startswith("jobs/"):
             resolve({}, path)
 
 

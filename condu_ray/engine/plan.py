@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from condu_ray.config import SessionConfig, fixed_by_store, fuses, rescales
@@ -15,7 +14,7 @@ from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.training import learning_rate_for, steps_for
 from condu_ray.models.load import load
-from condu_ray.store import StoreHeader
+from condu_ray.store import StoreHeader, absolute_url
 from condu_ray.store.header import open_existing
 from condu_ray.voting.open import layout_of
 
@@ -87,7 +86,7 @@ def plan(config: SessionConfig, tasks: Sequence[TaskData]) -> dict[str, Any]:
     manifest = store.manifest() if store and store.versions() else None
     learned = {card.name for card in manifest.tasks} if manifest else set()
     return {
-        "store": str(Path(config.store).absolute()),
+        "store": absolute_url(config.store),
         "store_exists": store is not None,
         "newest_version": manifest.version if manifest else None,
         "tasks": [

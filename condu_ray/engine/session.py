@@ -40,6 +40,17 @@ from condu_ray.voting.router import calibrated
 
 MOST_RACES = 50
 RESCALERS = "trained-rescalers"
+PLACEMENT = {
+    "store",
+    "tasks",
+    "tracking",
+    "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "parallel",
+    "gpu",
+}
+"""Settings that say where a session runs, not what it does: no version remembers them."""
 
 Stage = Callable[[str], AbstractContextManager[Update]]
 
@@ -309,7 +320,7 @@ def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: F
     objects |= {f"tests-{version}": one.tests, **fused.objects}
     if one.buffers is not None:
         objects[f"buffers-{version}"] = one.buffers
-    settings = config.model_dump(exclude={"store", "tasks", "tracking", "workers", "parallel", "gpu"})
+    settings = config.model_dump(exclude=PLACEMENT)
     return Manifest(
         version=version,
         parent=parent.version if parent else None,

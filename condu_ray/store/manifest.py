@@ -57,6 +57,14 @@ class ObjectRef(_Record):
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=SHA256)
 
+    def fault(self, found: ObjectRef) -> str | None:
+        """What is wrong with bytes that turned out to be `found`; None if nothing."""
+        if found.bytes != self.bytes:
+            return f"{found.bytes} bytes instead of {self.bytes}"
+        if found.sha256 != self.sha256:
+            return f"its sha256 is {found.sha256[:12]}..., not {self.sha256[:12]}..."
+        return None
+
 
 class TaskCard(_Record):
     """What a version knows about one task, without its tensors.

@@ -3,7 +3,7 @@
     uv run python jobs/bench_fusion.py                    ViT-B/16 (149.6 M parameters) at eleven tasks, about 2 min
     uv run python jobs/bench_fusion.py --json             the same numbers as one JSON object
     uv run python jobs/bench_fusion.py --vehicles         what else could make the pass, side by side
-    uv run python jobs/bench_fusion.py --effects STORE    order, forgetting and drift of real deltas (--method finetune)
+    uv run python jobs/bench_fusion.py --effects [STORE]  drift, order and forgetting, of drawn deltas or real ones
     uv run python jobs/bench_fusion.py --fuzz 10000       random sessions against the dense formula, bit for bit
 
 States are synthetic (time does not depend on what the bits say): normal values, births of half the coordinates, flips
@@ -262,8 +262,39 @@ def fuzz(count: int) -> dict[str, int]:
     return done
 
 
+def drawn(tasks: int = 12) -> tuple[Layout, dict[str, NDArray[np.float32]]]:
+    """Deltas of 0.5 M parameters: Student t(3) values, scales of tensors, rows and a profile that all tasks share.
+
+    Two tasks' signs agree a little more often than not.
+    """
+    rng, layout = np.random.default_rng(0), layout_of(500_000)
+    profile = np.exp(rng.normal(0, 0.7, layout.total))
+    shared, found = rng.standard_normal(layout.total), {}
+    for number in range(tasks):
+        values = np.abs(rng.standard_t(3, layout.total)) * profile
+        values *= np.sign(0.6 * shared + rng.standard_normal(layout.total))
+        scaled = {
+            name: part
+            * np.exp(rng.normal(0, 0.7))
+            * np.exp(rng.normal(0, 0.5, (part.shape[0],) + (1,) * (part.ndim - 1)))
+            for name, part in layout.views(values.astype(np.float32)).items()
+        }
+        found[f"t{number}"] = 1e-3 * layout.flatten(scaled)
+    return layout, found
+
+
+def learned_deltas(url: str) -> tuple[Layout, dict[str, NDArray[np.float32]]]:
+    """The deltas that a store made with --method finetune holds."""
+    from condu_ray.voting.open import layout_of as layout_in  # brings torch, which no session here needs
+    from condu_ray.voting.open import state_of
+
+    store = open_store(url)
+    state = state_of(store, store.manifest())
+    return layout_in(store.header), {name: np.asarray(state.delta(name)) for name in state.tasks}
+
+
 def effects(url: str) -> dict[str, Any]:
-    """Real deltas (of a store made with --method finetune) fused by masks and by signs, a rescaler a row.
+    """Deltas of a store (without one: drawn ones) fused by masks and by signs, a rescaler a row.
 
     changed, moved: share of the older tasks' bits that each session changed, mean relative L1 change of their
     reconstructions. order: mean relative L1 distance of each task's reconstruction to that of the reverse order, and
@@ -271,14 +302,8 @@ def effects(url: str) -> dict[str, Any]:
     first task and never having learned it; cosine of u with the forgotten delta before, after, and never learned.
     bf16: mean relative L1 distance of reconstructions when u is rounded to bfloat16.
     """
-    from condu_ray.voting.open import layout_of as layout_in  # brings torch, which no session here needs
-    from condu_ray.voting.open import state_of
-
-    store = open_store(url)
-    manifest = store.manifest()
-    separate = state_of(store, manifest)
-    deltas = {name: np.asarray(separate.delta(name)) for name in separate.tasks}
-    layout, found = layout_in(store.header), dict[str, Any](tasks=list(deltas))
+    layout, deltas = learned_deltas(url) if url else drawn()
+    found = dict[str, Any](parameters=layout.parameters, tasks=list(deltas))
     kinds: tuple[Triggers, ...] = ("mask", "sign")
     for kind in kinds:
         found[kind] = _effects(layout, kind, deltas)
@@ -396,7 +421,9 @@ def main() -> None:
     parser.add_argument("--granularity", choices=("row", "tensor", "tensor_mean", "l1"), default="row")
     parser.add_argument("--vehicles", action="store_true")
     parser.add_argument("--fuzz", type=int, metavar="SESSIONS")
-    parser.add_argument("--effects", metavar="STORE", help="a store of --method finetune")
+    parser.add_argument(
+        "--effects", metavar="STORE", nargs="?", const="", help="a store of --method finetune, or drawn"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--session", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -405,7 +432,7 @@ def main() -> None:
         return
     if asked.fuzz:
         found: dict[str, Any] = dict(fuzz(asked.fuzz))
-    elif asked.effects:
+    elif asked.effects is not None:
         found = effects(asked.effects)
     elif asked.vehicles:
         found = dict(vehicles(asked.tasks, asked.granularity))

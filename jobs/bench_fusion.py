@@ -3,6 +3,7 @@
     uv run python jobs/bench_fusion.py                    ViT-B/16 (149.6 M parameters) at eleven tasks, about 2 min
     uv run python jobs/bench_fusion.py --json             the same numbers as one JSON object
     uv run python jobs/bench_fusion.py --vehicles         what else could make the pass, side by side
+    uv run python jobs/bench_fusion.py --effects [STORE]  drift, order and forgetting, of drawn deltas or real ones
     uv run python jobs/bench_fusion.py --fuzz 10000       random sessions against the dense formula, bit for bit
 
 States are synthetic (time does not depend on what the bits say): normal values, births of half the coordinates, flips
@@ -19,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from condu_ray.fusion import kernels, reference, signs, threads
+from condu_ray.config import Triggers
+from condu_ray.fusion import kernels, reference, signs, threads, triggers
 from condu_ray.fusion.groups import group_count
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.reconstruct import add_to
 from condu_ray.fusion.signs import SignedTask, SignState
 from condu_ray.fusion.state import FusionState, Task, load, objects
 from condu_ray.fusion.unify import EmptyTrigger, unify
+from condu_ray.store import open_store
 from condu_ray.store.local import LocalStore
-from condu_ray.store.manifest import StoreHeader
+from condu_ray.store.manifest import ObjectRef, StoreHeader
 
 LAYER = [(2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), (768,)]  # of a transformer
 REFERENCE_PARAMETERS = 1_000_000
@@ -185,8 +189,6 @@ def session_figures(layout: Layout, tasks: int, granularity: Any) -> dict[str, f
 
 def session(folder: Path, granularity: Any) -> None:
     """What the fusing actor does between two versions; prints its peak memory, seconds and the bytes it wrote."""
-    from condu_ray.store.manifest import ObjectRef
-
     begun, store = time.perf_counter(), LocalStore.open(folder / "store")
     refs = {n: ObjectRef(**r) for n, r in json.loads((folder / "refs.json").read_text()).items()}
     delta = store.get(refs.pop("delta"))["delta"]
@@ -260,6 +262,101 @@ def fuzz(count: int) -> dict[str, int]:
     return done
 
 
+def drawn(tasks: int = 12) -> tuple[Layout, dict[str, NDArray[np.float32]]]:
+    """Deltas of 0.5 M parameters: Student t(3) values, scales of tensors, rows and a profile that all tasks share.
+
+    Two tasks' signs agree a little more often than not.
+    """
+    rng, layout = np.random.default_rng(0), layout_of(500_000)
+    profile = np.exp(rng.normal(0, 0.7, layout.total))
+    shared, found = rng.standard_normal(layout.total), {}
+    for number in range(tasks):
+        values = np.abs(rng.standard_t(3, layout.total)) * profile
+        values *= np.sign(0.6 * shared + rng.standard_normal(layout.total))
+        scaled = {
+            name: part
+            * np.exp(rng.normal(0, 0.7))
+            * np.exp(rng.normal(0, 0.5, (part.shape[0],) + (1,) * (part.ndim - 1)))
+            for name, part in layout.views(values.astype(np.float32)).items()
+        }
+        found[f"t{number}"] = 1e-3 * layout.flatten(scaled)
+    return layout, found
+
+
+def learned_deltas(url: str) -> tuple[Layout, dict[str, NDArray[np.float32]]]:
+    """The deltas that a store made with --method finetune holds."""
+    from condu_ray.voting.open import layout_of as layout_in  # brings torch, which no session here needs
+    from condu_ray.voting.open import state_of
+
+    store = open_store(url)
+    state = state_of(store, store.manifest())
+    return layout_in(store.header), {name: np.asarray(state.delta(name)) for name in state.tasks}
+
+
+def effects(url: str) -> dict[str, Any]:
+    """Deltas of a store (without one: drawn ones) fused by masks and by signs, a rescaler a row.
+
+    changed, moved: share of the older tasks' bits that each session changed, mean relative L1 change of their
+    reconstructions. order: mean relative L1 distance of each task's reconstruction to that of the reverse order, and
+    mean relative L2 error to the delta in both. forget: the same distance, of all others, between forgetting the
+    first task and never having learned it; cosine of u with the forgotten delta before, after, and never learned.
+    bf16: mean relative L1 distance of reconstructions when u is rounded to bfloat16.
+    """
+    layout, deltas = learned_deltas(url) if url else drawn()
+    found = dict[str, Any](parameters=layout.parameters, tasks=list(deltas))
+    kinds: tuple[Triggers, ...] = ("mask", "sign")
+    for kind in kinds:
+        found[kind] = _effects(layout, kind, deltas)
+    return found
+
+
+def _effects(layout: Layout, kind: Triggers, deltas: dict[str, NDArray[np.float32]]) -> dict[str, Any]:
+    def learned(names: list[str]) -> triggers.State:
+        state = triggers.empty(layout, "row", kind)
+        for name in names:
+            state = triggers.unify(state, name, deltas[name])
+        return state
+
+    def apart(one: triggers.State, other: triggers.State, names: list[str]) -> float:
+        pairs = [(triggers.reconstruct(one, name), triggers.reconstruct(other, name)) for name in names]
+        return float(np.mean([np.abs(a - b).sum(dtype=float) / np.abs(a).sum(dtype=float) for a, b in pairs]))
+
+    def error(state: triggers.State) -> float:
+        return float(
+            np.mean([np.linalg.norm(triggers.reconstruct(state, n) - d) / np.linalg.norm(d) for n, d in deltas.items()])
+        )
+
+    def cosine(state: triggers.State, delta: NDArray[np.float32]) -> float:
+        u, size = (state.u, delta) if isinstance(state, FusionState) else (state.magnitudes.astype(float), abs(delta))
+        return float(u @ size / np.linalg.norm(u) / np.linalg.norm(size))
+
+    names, changed, moved = list(deltas), list[float](), list[float]()
+    state = learned(names[:1])
+    for number in range(1, len(names)):
+        before, state = state, learned(names[: number + 1])
+        moved.append(apart(before, state, names[:number]))
+        if isinstance(before, FusionState) and isinstance(state, FusionState):
+            bits = [(before.mask(name) != state.mask(name)).sum() for name in names[:number]]
+            changed.append(float(np.mean(bits)) / layout.parameters)
+    turned, without = learned(names[::-1]), learned(names[1:])
+    gone = triggers.forget(state, names[0])
+    own = deltas[names[0]]
+    half = state
+    if isinstance(state, FusionState):
+        raw = state.u.view(np.uint32)
+        rounded = ((raw + 0x7FFF + (raw >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+        half = replace(state, u=rounded)
+    return {
+        "changed": changed,
+        "moved": moved,
+        "order_distance": apart(state, turned, names),
+        "order_errors": [error(state), error(turned)],
+        "forget_distance": apart(gone, without, names[1:]),
+        "forget_cosines": [cosine(state, own), cosine(gone, own), cosine(without, own)],
+        "bf16_distance": apart(state, half, names),
+    }
+
+
 def vehicles(tasks: int, granularity: Any) -> dict[str, float]:
     """Seconds for one session at 20 M parameters by each vehicle, and how long each needs before its first."""
     layout = layout_of(GROWTH_PARAMETERS)
@@ -324,6 +421,9 @@ def main() -> None:
     parser.add_argument("--granularity", choices=("row", "tensor", "tensor_mean", "l1"), default="row")
     parser.add_argument("--vehicles", action="store_true")
     parser.add_argument("--fuzz", type=int, metavar="SESSIONS")
+    parser.add_argument(
+        "--effects", metavar="STORE", nargs="?", const="", help="a store of --method finetune, or drawn"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--session", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -332,6 +432,8 @@ def main() -> None:
         return
     if asked.fuzz:
         found: dict[str, Any] = dict(fuzz(asked.fuzz))
+    elif asked.effects is not None:
+        found = effects(asked.effects)
     elif asked.vehicles:
         found = dict(vehicles(asked.tasks, asked.granularity))
     else:

@@ -72,7 +72,7 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
         parameters=parameters,
         fused=sum(entry.size for entry in layout.entries),
         worker=4 * (3 * parameters + 3 * fused),
-        fusion=(16 * fused + (total + 7) // 8 * 2 * fused + total * 2 * plane) if fused_together else 8 * fused,
+        fusion=(12 * fused + total * 2 * plane) if fused_together else 8 * fused,
         scorer=4 * (2 * parameters + 3 * fused if rescales(config) else parameters + 2 * fused),
         version=(4 * fused + 2 * plane) if fused_together else 4 * fused,
         passing=4 * fused * len(tasks) if registry.info(config.method).trains else 0,

@@ -158,7 +158,7 @@ def fuse_block(
 
     weights = size.astype(np.float64)
     norm = lane_sums(block, np.abs(delta).astype(np.float64))
-    return Fused(born, flipped, np.vstack([_masses(block, out_packed, weights, tasks + 1), norm]))
+    return Fused(born, flipped, np.vstack([masses(block, out_packed, weights, tasks + 1), norm]))
 
 
 def _old_tasks(block: Block, packed: Packed, rescalers: F32) -> tuple[F64, F32, Bits]:
@@ -192,7 +192,7 @@ def _tables(rescalers: F32) -> tuple[F64, F32]:
     return sums, maxima
 
 
-def _masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
+def masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
     """Sum of weights over each task's set bits, f64[tasks, rows]: one add a coordinate for many tasks at once.
 
     Four interleaved tables, lane = (coordinate - block start) mod 4, of 256 sums, one a byte value; then

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from condu_ray.errors import FusionError
 from condu_ray.fusion import signs
 from condu_ray.fusion import state as masks
-from condu_ray.fusion import unify as unifying
 from condu_ray.fusion.forget import forget as forget_mask
 from condu_ray.fusion.groups import Span
 from condu_ray.fusion.layout import Layout, as_f32
@@ -21,12 +20,17 @@ from condu_ray.fusion.reconstruct import fidelity_at as mask_fidelity_at
 from condu_ray.fusion.reconstruct import reconstruct as from_mask
 from condu_ray.fusion.signs import SignState
 from condu_ray.fusion.state import FusionState, Objects
+from condu_ray.fusion.unify import Part as MaskPart
+from condu_ray.fusion.unify import check as check_masks
+from condu_ray.fusion.unify import fuse as fuse_masks
+from condu_ray.fusion.unify import joined as joined_masks
+from condu_ray.fusion.unify import unify as unify_masks
 
 if TYPE_CHECKING:
     from condu_ray.config import Granularity, Triggers
 
 State = FusionState | SignState
-Part = unifying.Part | signs.Part
+Part = MaskPart | signs.Part
 
 
 def empty(layout: Layout, granularity: Granularity, triggers: Triggers) -> State:
@@ -36,14 +40,14 @@ def empty(layout: Layout, granularity: Granularity, triggers: Triggers) -> State
 
 def unify(state: State, task: str, delta: Any) -> State:
     """The state after `task`; see `unify.unify` and `signs.unify`."""
-    return signs.unify(state, task, delta) if isinstance(state, SignState) else unifying.unify(state, task, delta)
+    return signs.unify(state, task, delta) if isinstance(state, SignState) else unify_masks(state, task, delta)
 
 
 def fuse(state: State, task: str, delta: Any, some: tuple[Span, ...]) -> Part:
     """One process's share of adding `task`; see `unify.fuse` and `signs.fuse`."""
     if isinstance(state, SignState):
         return signs.fuse(state, task, delta, some)
-    return unifying.fuse(state, task, delta, some)
+    return fuse_masks(state, task, delta, some)
 
 
 def joined(state: State, task: str, parts: Sequence[Part]) -> State:
@@ -51,8 +55,8 @@ def joined(state: State, task: str, parts: Sequence[Part]) -> State:
     if isinstance(state, SignState):
         signs.check(state, task)
         return signs.joined(state, task, [part for part in parts if isinstance(part, signs.Part)])
-    unifying.check(state, task)
-    return unifying.joined(state, task, [part for part in parts if isinstance(part, unifying.Part)])
+    check_masks(state, task)
+    return joined_masks(state, task, [part for part in parts if isinstance(part, MaskPart)])
 
 
 def reconstruct(state: State, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:

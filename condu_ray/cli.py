@@ -26,7 +26,9 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 DEFAULT_STORE = SessionConfig.model_fields["store"].default
-StoreOption = Annotated[str, typer.Option("--store", envvar="CONDU_STORE", help="folder that holds the versions")]
+StoreOption = Annotated[
+    str, typer.Option("--store", envvar="CONDU_STORE", help="folder or s3://BUCKET/FOLDER that holds the versions")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 PicturesOption = Annotated[Path | None, typer.Option("--pictures", help="folder to draw pictures into")]
 
@@ -282,6 +284,54 @@ def forget(name: str, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fal
     )
 
 
+@app.command(epilog="Try: condu-ray merge base.safetensors birds.safetensors cars=tuned/cars.safetensors -o merged")
+def merge(
+    base: Annotated[Path, typer.Argument(help="base model: a safetensors file, or a folder of shards")],
+    tuned: Annotated[list[str], typer.Argument(metavar="[NAME=]PATH...", help="fine-tuned weights of the same names")],
+    output: Annotated[str, typer.Option("--output", "-o", help="folder of the store")],
+    granularity: Annotated[str, typer.Option(help="over what a rescaler is shared: row, tensor, tensor_mean, l1")] = (
+        "row"
+    ),
+    triggers: Annotated[str, typer.Option(help="what a task's bits say: mask (published) or sign")] = "mask",
+    json: JsonOption = False,
+) -> None:
+    """Fuses fine-tuned weights of any PyTorch model, without pictures; `export` gives each back."""
+    from condu_ray.engine.merge import merge as fuse
+    from condu_ray.engine.merge import named
+    from condu_ray.engine.progress import stage
+    from condu_ray.store import open_store
+
+    made = fuse(base, named(tuned), output, granularity, triggers, stage)
+    newest = open_store(output).manifest()
+    if json:
+        rows = reports.task_rows(newest)
+        reports.emit({"made": [each.version for each in made], "version": newest.version, "tasks": rows})
+        return
+    reports.show_tasks(newest)
+    reports.say(f"next: condu-ray export {output} --task {newest.tasks[-1].name} -o expert.safetensors")
+
+
+@app.command(epilog="Try: condu-ray export condu-store --task birds -o birds.safetensors")
+def export(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="folder that holds the versions")],
+    task: Annotated[str, typer.Option(help="whose expert")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file to write")],
+    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Writes one task's expert as plain weights, which open_clip (or whoever made the base) loads."""
+    from condu_ray.store import open_store
+
+    opened = open_store(store)
+    manifest = opened.manifest(version)
+    from condu_ray.engine.export import export as write
+
+    size = write(opened, manifest, task, output)
+    reports.emit({"task": task, "version": manifest.version, "path": str(output), "bytes": size}) if json else (
+        reports.say(f"{output}: the expert of {task} in version {manifest.version}, {size:,} bytes")
+    )
+
+
 @app.command()
 def evaluate(
     data: Annotated[
@@ -305,6 +355,45 @@ def evaluate(
     reports.emit(found) if json else reports.show_evaluation(found)
 
 
+@app.command(epilog="Try: condu-ray drift --data ./new-pictures")
+def drift(
+    data: Annotated[list[str], typer.Option(help="pictures, or folders of pictures; may be given several times")],
+    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Says whether pictures still look like what was learned, or a new task should be."""
+    from condu_ray.store import open_store
+
+    open_store(store).manifest(version)
+    from condu_ray.engine.progress import stage
+    from condu_ray.voting.drift import examine
+
+    with stage("looking at pictures") as update:
+        found = examine(store, version, data, update)
+    reports.emit(found) if json else reports.show_drift(found, data[0])
+
+
+@app.command(epilog="Try: condu-ray track --replay --tracking http://127.0.0.1:5000")
+def track(
+    replay: Annotated[bool, typer.Option("--replay", help="record what is missing")] = False,
+    tracking: Annotated[
+        str | None, typer.Option(envvar="CONDU_TRACKING", help="MLflow tracking server [default: beside the store]")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Lists which versions MLflow knows; --replay tells it of the others, from the store alone."""
+    from condu_ray.store import open_store
+
+    open_store(store).manifest()
+    from condu_ray.engine.progress import stage
+    from condu_ray.tracking.replay import track as mirror
+
+    found = mirror(store, tracking, replay, stage)
+    reports.emit(found) if json else reports.show_tracking(found)
+
+
 @app.command()
 def methods(json: JsonOption = False) -> None:
     """Lists the systems that can learn."""
@@ -320,6 +409,9 @@ def methods(json: JsonOption = False) -> None:
 @app.command()
 def gc(
     keep: Annotated[int | None, typer.Option(min=1, help="how many of the newest versions stay [default: all]")] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="first make a version that needs no flips of earlier sessions")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
@@ -329,7 +421,12 @@ def gc(
 
     from condu_ray.store import open_store
 
-    report = open_store(store).gc(keep, dry_run=dry_run)
+    opened = open_store(store)
+    if fold and not dry_run:
+        from condu_ray.engine.fold import fold as take_in
+
+        take_in(opened)
+    report = opened.gc(keep, dry_run=dry_run)
     reports.emit(asdict(report)) if json else reports.show_gc(report)
 
 

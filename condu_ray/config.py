@@ -7,6 +7,7 @@ store was made with, which beats the default.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable, Iterator, Mapping
 from difflib import get_close_matches
@@ -38,7 +39,7 @@ DEFAULT_MODEL = "default"
 # Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
 SMALL_MODEL_PARAMETERS = 50_000_000
 
-RESCALER_STEPS = 40  # measured, see docs/decisions.md
+RESCALER_SHARE = 0.1  # of the steps of a task's training; measured, see docs/decisions.md
 
 
 class _Section(BaseModel):
@@ -118,7 +119,12 @@ class FusionConfig(_Section):
         description="what a task's bits say: mask (published) or sign; unset: sign for condu-sign, else mask",
     )
     tune_rescalers: int | None = Field(
-        default=None, ge=0, description="steps that train a new task's rescalers; unset: 40 with sign triggers, else 0"
+        default=None,
+        ge=0,
+        description="steps that train a new task's rescalers; unset: a tenth of its own with sign triggers, else 0",
+    )
+    shards: int = Field(
+        default=1, ge=1, le=1024, description="actors, over all nodes, that share the fusing of one model"
     )
 
 
@@ -170,11 +176,13 @@ def _as_tasks(value: Any) -> Any:
 class SessionConfig(_Section):
     """Everything that one run of `learn` needs; one YAML file holds one of these."""
 
-    store: str = Field(default="./condu-store", min_length=1, description="folder that holds the versions")
+    store: str = Field(
+        default="./condu-store", min_length=1, description="folder or s3://BUCKET/FOLDER that holds the versions"
+    )
     tasks: Annotated[dict[str, str], BeforeValidator(_as_tasks)] = Field(
         default_factory=dict, description="task name -> image folder, webdataset folder, CSV or torchvision name"
     )
-    method: MethodName = Field(default="condu", description="the system that learns; see `condu-ray methods`")
+    method: MethodName = Field(default="condu-sign", description="the system that learns; see `condu-ray methods`")
     model: str = Field(
         default=DEFAULT_MODEL, min_length=1, description="open_clip name, 'local-dir:FOLDER', or 'default'"
     )
@@ -185,6 +193,12 @@ class SessionConfig(_Section):
     vote: VoteConfig = VoteConfig()
     workers: int | None = Field(
         default=None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow"
+    )
+    cpus_per_worker: int | None = Field(
+        default=None, ge=1, le=4096, description="cores of a training process; unset: as many as its node has for it"
+    )
+    gpus_per_worker: float = Field(
+        default=1.0, gt=0, le=1, description="share of a GPU of a training process; below 1, small tasks share a GPU"
     )
     parallel: Literal["auto", "tasks", "data"] = Field(
         default="auto",
@@ -331,12 +345,18 @@ def fuses(config: SessionConfig) -> bool:
     return config.method in ("condu", "condu-sign", "condu-lora") and not exact
 
 
-def rescaler_steps(config: SessionConfig) -> int:
-    """Steps that train the rescalers of a task once it is fused: as set, or what its triggers allow."""
+def rescaler_steps(config: SessionConfig, trained: int) -> int:
+    """Steps that train the rescalers of a task once it is fused: as set, or a share of the `trained` ones of the task
+    itself; 0 where its triggers are masks."""
     if not fuses(config) or triggers_of(config) == "mask":
         return 0
     steps = config.fusion.tune_rescalers
-    return RESCALER_STEPS if steps is None else steps
+    return math.ceil(RESCALER_SHARE * trained) if steps is None else steps
+
+
+def rescales(config: SessionConfig) -> bool:
+    """Whether a task's rescalers are trained once it is fused."""
+    return rescaler_steps(config, 1) > 0
 
 
 def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
@@ -347,7 +367,7 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
         "pretrained": config.pretrained,
         "train.towers": config.train.towers,
         **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
-        **{f"fusion.{name}": value for name, value in config.fusion.model_dump().items()},
+        **{f"fusion.{name}": value for name, value in config.fusion.model_dump(exclude={"shards"}).items()},
     }
 
 

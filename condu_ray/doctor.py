@@ -21,6 +21,7 @@ PACKAGES = (
     "numpy",
     "safetensors",
     "mlflow",
+    "boto3",
     "pydantic",
     "typer",
 )

@@ -219,6 +219,41 @@ def show_evaluation(found: dict[str, Any]) -> None:
     )
 
 
+def show_drift(found: dict[str, Any], data: str) -> None:
+    """A line a task, and what to do."""
+    show_table(
+        f"{found['pictures']} of {found['of']} pictures against version {found['version']}",
+        ("nearest task", "pictures", "similarity", "learned", "distance", "p", "drifted"),
+        [
+            (
+                row["name"],
+                row["pictures"],
+                _two(row["similarity"]),
+                _two(row["learned"]),
+                _two(row["distance"]),
+                "-" if row["p"] is None else f"{row['p']:.1g}",
+                "yes" if row["drifted"] else "no",
+            )
+            for row in found["tasks"]
+        ],
+    )
+    if found["drifted"]:
+        share = 100 * found["drifted"]
+        say(f"{share:.0f} % look like nothing learned; next: condu-ray learn NAME --data {data} (in class folders)")
+    elif all(row["p"] is None for row in found["tasks"]):
+        say("too few pictures, here or when the tasks were learned, to tell")
+    else:
+        say("they look like what was learned")
+
+
+def show_tracking(found: dict[str, Any]) -> None:
+    """What MLflow knows."""
+    rest = f"; missing: {', '.join(map(str, found['missing']))}" if found["missing"] else ""
+    say(f"{len(found['recorded'])} of {len(found['versions'])} versions are recorded at {found['tracking']}{rest}")
+    if found["missing"]:
+        say("next: condu-ray track --replay")
+
+
 def show_gc(report: GcReport) -> None:
     would = "would free" if report.dry_run else "freed"
     say(

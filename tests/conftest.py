@@ -10,6 +10,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
+import logging
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,15 @@ if TYPE_CHECKING:
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 settings.load_profile("untimed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the name of the group goes into the name of the test
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps all that needs the one Ray cluster in one process of the run."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
 
 TINY: dict[str, Any] = {
     "model_cfg": {
@@ -52,7 +63,8 @@ CONVOLUTIONAL: dict[str, Any] = {
 }
 
 
-def _write_model(folder: Path, config: dict[str, Any]) -> Path:
+def write_model(folder: Path, config: dict[str, Any]) -> Path:
+    """Makes the folder of a random open_clip model, always the same; returns it."""
     import open_clip
     import torch
     from safetensors.torch import save_file
@@ -76,7 +88,7 @@ def _load(folder: Path) -> Clip:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random open_clip model (32 px, 32 wide), the same in every run; its name is 'local-dir:FOLDER'."""
-    return _write_model(tmp_path_factory.mktemp("tiny-clip"), TINY)
+    return write_model(tmp_path_factory.mktemp("tiny-clip"), TINY)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +100,39 @@ def tiny_clip(tiny_model_dir: Path) -> Clip:
 @pytest.fixture(scope="session")
 def conv_clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
     """A random base model whose image tower is a small EfficientNet: BatchNorm, 1x1 and depthwise convolutions."""
-    return _load(_write_model(tmp_path_factory.mktemp("conv-clip"), CONVOLUTIONAL))
+    return _load(write_model(tmp_path_factory.mktemp("conv-clip"), CONVOLUTIONAL))
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 server of this machine: CONDU_RAY_TEST_S3_ENDPOINT, with its credentials in the environment, else moto."""
+    if given := os.environ.get("CONDU_RAY_TEST_S3_ENDPOINT"):
+        yield given
+        return
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Name of a new bucket, which boto3 finds by the environment; the cache of what is read lies in tmp_path."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("CONDU_CACHE", str(tmp_path / "cache"))
+    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "not-to-be-told"}.items():
+        if "CONDU_RAY_TEST_S3_ENDPOINT" not in os.environ:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    name = f"condu-{uuid.uuid4().hex[:16]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
 
 
 TASKS = {
@@ -102,7 +146,11 @@ TRAIN_EACH, TEST_EACH, SIDE = 12, 6, 32
 @pytest.fixture(scope="session")
 def picture_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three tiny tasks of 3 classes as image folders: name -> folder with train/ and test/; always the same bytes."""
-    root = tmp_path_factory.mktemp("pictures")
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def write_pictures(root: Path) -> dict[str, Path]:
+    """Makes the folders of `picture_tasks` below `root`."""
     for task, classes in TASKS.items():
         for label, name in enumerate(classes):
             for number in range(TRAIN_EACH + TEST_EACH):

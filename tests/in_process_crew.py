@@ -25,6 +25,7 @@ from condu_ray.engine.session import learn
 from condu_ray.engine.train import Job, work_through
 from condu_ray.methods.training import Place
 from condu_ray.store import Manifest, ObjectRef, Store, create_store
+from condu_ray.store.bucket import Bucket
 from condu_ray.store.header import open_existing
 
 FAST = {"train.steps": 4, "train.batch_size": 8, "train.towers": "image", "tracking": "off"}
@@ -116,12 +117,19 @@ def learn_here(config: SessionConfig, tasks: Sequence[TaskData], threads: int = 
 
 def contents(store: str | Path) -> dict[str, Any]:
     """What must be the same in two stores after the same work: manifests without times, objects' sha256."""
-    root = Path(store)
-    manifests = {path.name: json.loads(path.read_text()) for path in sorted((root / "versions").iterdir())}
+    files = files_of(store)
+    manifests = {Path(name).name: json.loads(body) for name, body in files.items() if name.startswith("versions/")}
     for manifest in manifests.values():
         del manifest["created"], manifest["seconds"]
-    objects = {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.glob("objects/*/*"))
-    }
+    objects = {name: hashlib.sha256(body).hexdigest() for name, body in files.items() if name.startswith("objects/")}
     return {**manifests, **objects}
+
+
+def files_of(store: str | Path) -> dict[str, bytes]:
+    """Everything in a store, by path: of a folder, or below an s3:// URL."""
+    if str(store).startswith("s3://"):
+        place = Bucket(str(store))
+        return {entry.path: place.read(entry.path) or b"" for entry in place.entries("")}
+    root = Path(store)
+    found = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}

@@ -21,6 +21,7 @@ from condu_ray.config import (
     flatten,
     from_dotted,
     rescaler_steps,
+    rescales,
     resolve,
 )
 from condu_ray.errors import ConfigError
@@ -184,22 +185,24 @@ SIGN = {"fusion.triggers": "sign"}
     ("given", "steps"),
     [
         ({"method": "condu"}, 0),
-        ({"method": "condu", **SIGN}, 40),
-        ({"method": "condu-sign"}, 40),
+        ({"method": "condu", **SIGN}, 22),
+        ({"method": "condu-sign"}, 22),
         ({"method": "condu-sign", "fusion.triggers": "mask"}, 0),
         ({"method": "condu-sign", "fusion.tune_rescalers": 7}, 7),
         ({"method": "condu-sign", "fusion.tune_rescalers": 0}, 0),
-        ({"method": "condu-lora", **SIGN}, 40),
+        ({"method": "condu-lora", **SIGN}, 22),
         ({"method": "condu-lora", "lora.mode": "exact", **SIGN}, 0),
         ({"method": "finetune", **SIGN, "fusion.tune_rescalers": 7}, 0),
     ],
 )
 def test_rescalers_are_trained_where_signs_are_fused(given: dict[str, Any], steps: int) -> None:
-    assert rescaler_steps(from_dotted(given)) == steps
+    config = from_dotted(given)
+    assert rescaler_steps(config, 219) == steps
+    assert rescales(config) == (steps > 0)
 
 
 def test_masks_refuse_trained_rescalers_among_all_other_faults() -> None:
-    told = fault({"fusion.tune_rescalers": 40, "nonsense": 1})
+    told = fault({"method": "condu", "fusion.tune_rescalers": 40, "nonsense": 1})
     assert "fusion.tune_rescalers = 40 needs sign triggers (--method condu-sign or --fusion.triggers sign)" in told
     assert "no setting 'nonsense'" in told
     assert "fusion.tune_rescalers = 5 needs" in fault({"fusion.tune_rescalers": 5}, fixed={"method": "condu"})
@@ -208,8 +211,8 @@ def test_masks_refuse_trained_rescalers_among_all_other_faults() -> None:
 def test_a_store_that_is_older_than_a_setting_takes_its_default_and_a_newer_one_keeps_its_own() -> None:
     newer = fixed_by_store(from_dotted({"method": "condu-sign", "fusion.tune_rescalers": 7}))
     older = {name: value for name, value in newer.items() if name != "fusion.tune_rescalers"}
-    assert rescaler_steps(resolve({}, fixed=newer)[0]) == 7
-    assert rescaler_steps(resolve({}, fixed=older)[0]) == 40
+    assert rescaler_steps(resolve({}, fixed=newer)[0], 219) == 7
+    assert rescaler_steps(resolve({}, fixed=older)[0], 219) == 22
     assert "fusion.tune_rescalers is 9 (from option), but this store was made with 7" in fault(
         {"fusion.tune_rescalers": 9}, fixed=newer
     )

@@ -29,7 +29,11 @@ COMMANDS = [
     "diff",
     "rollback",
     "forget",
+    "merge",
+    "export",
     "evaluate",
+    "drift",
+    "track",
     "methods",
     "gc",
     "doctor",
@@ -61,6 +65,7 @@ SETTINGS = [
     "fusion.granularity",
     "fusion.triggers",
     "fusion.tune_rescalers",
+    "fusion.shards",
     "vote.k",
     "vote.router",
     "vote.combine",
@@ -70,6 +75,8 @@ SETTINGS = [
     "vote.adaptive",
     "vote.union",
     "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
     "parallel",
     "gpu",
     "seed",
@@ -109,7 +116,11 @@ SERVE_SETTINGS = [
 CONFIGS = [
     ".github/ISSUE_TEMPLATE/bug.yml",
     ".pre-commit-config.yaml",
+    "clusters/aws.yaml",
     "clusters/grafana-serving.json",
+    "clusters/kuberay/raycluster.yaml",
+    "clusters/kuberay/rayjob.yaml",
+    "clusters/kuberay/rayservice.yaml",
     "clusters/serve.yaml",
     "condu_ray/models/shipped/open_clip_config.json",
 ]
@@ -179,7 +190,7 @@ def test_every_shipped_config_is_read() -> None:
             config = resolve_serving(application["args"] | {"token": "a-token-of-the-test"})
             given = application["deployments"][0]["user_config"]
             assert given == {name: getattr(config, name) for name in given}
-        elif path.suffix == ".yaml" and name.startswith(("jobs/", "clusters/")):
+        elif name.startswith("jobs/"):
             resolve({}, path)
 
 

@@ -1,4 +1,4 @@
-"""The demo: five small domains, learned one after another; what sequential fine-tuning forgets and ConDU keeps."""
+"""The demo: five small domains, learned one after another; what sequential fine-tuning forgets and condu-sign keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from condu_ray.tracking.history import accuracy_matrix, draw
 from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.tracking.pictures import draw_comparison, draw_votes
 
-METHODS = ("condu", "sequential")
+OURS = "condu-sign"  # as `learn` does by itself
+METHODS = (OURS, "sequential")
 # For few steps: the image tower alone, without smoothing and at a lower rate, is trained and kept better than both
 # towers at the usual settings. Chosen on these worlds' own pictures, so the demo's figures are somewhat optimistic.
 SETTINGS = {
@@ -37,11 +38,11 @@ VOTED_ON = ("shapes", "star")
 def run(out: Path, stage: Stage) -> dict[str, Any]:
     """Makes the pictures, learns them with both methods, draws; given again, it does only what is missing.
 
-    Writes OUT/data, OUT/condu and OUT/sequential (stores), OUT/pictures. Settings of the environment (`CONDU_MODEL`,
-    `CONDU_TRAIN__STEPS` ...) stand above the demo's own. Returns what `condu-ray demo --json` prints, accuracy in
-    percent: {"tasks": names, "methods": {name: {"transfer", "average", "last", "matrix"}}, "alone": mean accuracy of
-    fine-tuning each task by itself, "pictures": paths, "next": commands, "warnings": sentences, "seconds": {step:
-    seconds}}. Raises ConduError as `learn` does.
+    Writes OUT/data, OUT/condu-sign and OUT/sequential (stores), OUT/pictures. Settings of the environment
+    (`CONDU_MODEL`, `CONDU_TRAIN__STEPS` ...) stand above the demo's own. Returns what `condu-ray demo --json` prints,
+    accuracy in percent: {"tasks": names, "methods": {name: {"transfer", "average", "last", "matrix"}}, "alone": mean
+    accuracy of fine-tuning each task by itself, "pictures": paths, "next": commands, "warnings": sentences, "seconds":
+    {step: seconds}}. Raises ConduError as `learn` does.
     """
     seconds: dict[str, float] = {}
     configs = {method: _config(out, method) for method in METHODS}
@@ -57,8 +58,8 @@ def run(out: Path, stage: Stage) -> dict[str, Any]:
                 done = command.run(config, _named(stage, method), "condu-ray demo", cluster)
             warnings += done.warnings
     histories = {method: _history(config) for method, config in configs.items()}
-    cards = histories["condu"][-1].tasks
-    matrices = {"zero-shot": _zero_shot(histories["condu"][-1])} | {
+    cards = histories[OURS][-1].tasks
+    matrices = {"zero-shot": _zero_shot(histories[OURS][-1])} | {
         method: matrix for method in reversed(METHODS) if (matrix := accuracy_matrix(histories[method])) is not None
     }
     with _timed(seconds, "pictures"), stage("drawing"):
@@ -130,7 +131,7 @@ def _draw(out: Path, histories: dict[str, list[Manifest]], matrices: dict[str, A
     drawn = [path for method in METHODS for path in draw(histories[method], folder / method)]
     draw_comparison(matrices, compared)
     picture = _voted_on(out)
-    (answer,) = classify_paths(load_classifier(str(out / "condu"), histories["condu"][-1].version), [picture])
+    (answer,) = classify_paths(load_classifier(str(out / OURS), histories[OURS][-1].version), [picture])
     draw_votes(answer, picture, votes)
     return [compared, *drawn, votes]
 
@@ -141,7 +142,7 @@ def _voted_on(out: Path) -> Path:
 
 
 def _next(out: Path) -> list[str]:
-    store = str(out / "condu")
+    store = str(out / OURS)
     commands: Sequence[Sequence[str]] = (
         ("condu-ray", "predict", str(_voted_on(out)), "--store", store),
         ("condu-ray", "tasks", "--store", store),

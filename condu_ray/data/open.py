@@ -11,6 +11,7 @@ import numpy as np
 
 from condu_ray.data.folder import list_folder, picture_files
 from condu_ray.data.listing import Entry, Listing, Part, check_names
+from condu_ray.data.part import split_part
 from condu_ray.data.scan import Progress, Seen, scan
 from condu_ray.data.split import choose_test
 from condu_ray.data.table import list_table
@@ -34,6 +35,7 @@ def open_task(
 ) -> TaskData:
     """Opens an image folder, a webdataset folder, a CSV (path,label[,split]) or a torchvision data set by name.
 
+    source: with #K/N at its end only the K-th of N equal parts of the class list (data/part.py).
     seed, test_share: which pictures become the test split, where the source has none. skip_limit: the largest share of
     pictures that may be left out because they cannot be read. classes: the class list, in label order.
     templates: prompt templates instead of the source's own. progress: called with (done, total).
@@ -95,6 +97,12 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
 
 
 def _list(source: str, classes: Sequence[str] | None) -> Listing:
+    place, part = split_part(source)
+    listing = _list_all(place, classes)
+    return part.of(listing, place) if part else listing
+
+
+def _list_all(source: str, classes: Sequence[str] | None) -> Listing:
     if source.startswith(PREFIX):
         return list_torchvision(source.removeprefix(PREFIX), classes)
     # Absolute: workers that read the pictures have another working folder.

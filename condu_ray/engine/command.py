@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from condu_ray.config import SessionConfig
-from condu_ray.data import TaskData, describe
+from condu_ray.data import describe
 from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import header_of, open_data, plan
 from condu_ray.engine.session import Stage, learn, newest, to_learn
 from condu_ray.engine.train import check_workers
-from condu_ray.store import Manifest, Store, create_store, open_store
+from condu_ray.store import Manifest, create_store, open_store
 from condu_ray.store.header import open_existing
-from condu_ray.tracking.history import accuracy_matrix, draw, histories
+from condu_ray.tracking.history import draw
 from condu_ray.tracking.mlflow_run import Tracking, open_tracking
-from condu_ray.tracking.pictures import draw_history
+from condu_ray.tracking.replay import record
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     tasks = open_data(config, stage)
     store = open_existing(config.store)
     missing = to_learn(store, config, tasks) if store else tasks
-    tracking = _tracking(config)
+    tracking, away = _tracking(config)
     made: list[Manifest] = []
     if missing:
         header = None if store else header_of(config)[0]
@@ -58,7 +56,11 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     assert store is not None
     manifest = newest(store)
     assert manifest is not None
-    warnings = record(store, tracking, tasks, stage, source) if tracking else []
+    warnings = [away] if away else []
+    if tracking:
+        names = {task.name for task in tasks}
+        versions = {card.learned_in for card in manifest.tasks if card.name in names}
+        warnings += record(store, tracking, versions, stage, source)
     return Outcome([describe(task) for task in tasks], made, manifest, warnings)
 
 
@@ -71,32 +73,12 @@ def dry_run(config: SessionConfig, stage: Stage) -> tuple[list[dict[str, Any]], 
     return [describe(task) for task in tasks], plan(config, tasks)
 
 
-def _tracking(config: SessionConfig) -> Tracking | None:
+def _tracking(config: SessionConfig) -> tuple[Tracking | None, str | None]:
+    """Where runs go, None for nowhere; and a warning where it does not answer now."""
     if config.tracking == "off":
-        return None
+        return None, None
     tracking = open_tracking(config.tracking, config.store)
-    tracking.check()
-    return tracking
-
-
-def record(store: Store, tracking: Tracking, tasks: Sequence[TaskData], stage: Stage, source: str) -> list[str]:
-    """Tells MLflow of every version that learned one of `tasks`, unless it knows; returns sentences of warning."""
-    manifests = [store.manifest(version) for version in store.versions()]
-    newest = manifests[-1]
-    names = {task.name for task in tasks}
-    versions = {card.learned_in for card in newest.tasks if card.name in names}
-    wanted = [manifest for manifest in manifests if manifest.version in versions]
-    warnings = []
-    with stage("recording") as update, tempfile.TemporaryDirectory() as folder:
-        for index, manifest in enumerate(wanted):
-            until = [each for each in manifests if each.version <= manifest.version]
-            picture = Path(folder) / f"accuracy_over_versions_{manifest.version}.png"
-            draw_history(histories(until), picture)
-            losses, matrix = manifest.figures.get("losses", {}), accuracy_matrix(until)
-            warning = tracking.record(manifest, losses, matrix, [picture], source)
-            warnings += [warning] if warning else []
-            update(index + 1, len(wanted), "")
-    return warnings
+    return tracking, tracking.check()
 
 
 def draw_store(url: str, folder: Path) -> list[Path]:

@@ -10,18 +10,20 @@ from typing import Any, Protocol, cast
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayTaskError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
 from ray.util import ActorPool
 
-from condu_ray.config import SessionConfig, rescaler_steps
+from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import NAMESPACE, Cluster
-from condu_ray.engine.fusing import Fused, Fuser
+from condu_ray.engine.fusing import Fused, Fuser, Shard
 from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import Question, Scorer, Snapshot
 from condu_ray.engine.train import Job, train
 from condu_ray.errors import ConduError, TrainingError
+from condu_ray.fusion.triggers import Part
+from condu_ray.methods.rescaling import steps_of
 from condu_ray.store import Manifest, ObjectRef, Store
 
 CHUNK = 256  # pictures a call; fixed, so that sums do not depend on the number of actors
@@ -71,8 +73,27 @@ class Crew(Protocol):
 class FusionActor(Fuser):
     """Ray actor that owns the state of one store and publishes it in the object store: readers map it without a copy.
 
-    One call at a time. References come in a list, so that Ray does not send the arrays along with the answer.
+    One call at a time. References come in a list, so that Ray does not send the arrays along with the answer. shards:
+    how many further actors, on as many nodes as there are, make the passes over the vector.
     """
+
+    def __init__(self, url: str, shards: int = 1) -> None:
+        super().__init__(url, self._parts if shards > 1 else None)
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": TRIES, "scheduling_strategy": "SPREAD"}
+        shard = ray.remote(Shard).options(**options)
+        self._shards = [shard.remote(url, index, shards) for index in range(shards if shards > 1 else 0)]
+
+    def _parts(self, parent: Manifest | None, task: str, delta: ObjectRef) -> list[Part]:
+        for left in range(TRIES, 0, -1):
+            try:
+                parts = ray.get([shard.part.remote(parent, task, delta) for shard in self._shards])
+                return [part for part in parts if part is not None]
+            except RayTaskError as error:
+                raise _cause(error) from None
+            except (ObjectLostError, OwnerDiedError, RayActorError):
+                if left == 1:
+                    raise
+        raise AssertionError("not reached")
 
     def held(self, version: Manifest | None) -> list[Any]:
         self.hold(version)
@@ -99,7 +120,7 @@ class RayCrew:
         self._fusion = (
             ray.remote(FusionActor)
             .options(
-                name=_fusion_name(store),
+                name=_fusion_name(store, config.fusion.shards),
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 num_cpus=0,
@@ -107,7 +128,7 @@ class RayCrew:
                 max_task_retries=TRIES,  # every change is named by its input, so it may be called again
                 lifetime="detached" if cluster.joined else None,
             )
-            .remote(store.url)
+            .remote(store.url, config.fusion.shards)
         )
 
     def train(self, jobs: Sequence[Job], update: Update) -> None:
@@ -142,7 +163,7 @@ class RayCrew:
         def train() -> Any:
             ref = self._hired()[0].rescalers.remote(task, self._state, buffers, self._threads(), reporter(board))
             while not ray.wait([ref], timeout=POLL_SECONDS)[0]:
-                show(ray.get(board.read.remote())[0], rescaler_steps(self._config), update)
+                show(ray.get(board.read.remote())[0], steps_of(task, self._config), update)
             return _result(ref)
 
         self._refresh = propose
@@ -258,9 +279,9 @@ class RayCrew:
         return [hired[ref] for ref in ready]
 
 
-def _fusion_name(store: Store) -> str:
+def _fusion_name(store: Store, shards: int) -> str:
     """A copy of a store has the same id, but not the same place."""
-    return f"fusion-{store.header.id}-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}"
+    return f"fusion-{store.header.id}-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}-{shards}"
 
 
 def _chunks(pictures: Split) -> list[Split]:

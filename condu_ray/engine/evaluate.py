@@ -14,7 +14,7 @@ from condu_ray.engine.scoring import By, Snapshot
 from condu_ray.engine.session import Stage
 from condu_ray.errors import ConfigError, DataError, NotFound, nearest
 from condu_ray.store import Manifest, Store, TaskCard, open_store
-from condu_ray.voting.open import buffers_of, task_experts
+from condu_ray.voting.open import buffers_of, check_pictured, task_experts
 from condu_ray.voting.router import Calibrated
 
 BY: dict[str, By] = {"task": "expert", "candidates": "vote", "union": "union"}
@@ -32,6 +32,7 @@ def evaluate(url: str, version: int | None, labels: str, data: list[str], stage:
         raise ConfigError(f"--labels {labels} is not a label space", nearest(labels, BY))
     store = open_store(url)
     manifest = store.manifest(version)
+    check_pictured(manifest)
     config, _ = resolve({"store": url, **({"tasks": data} if data else {})}, fixed=store.header.settings)
     config = config.model_copy(update={"vote": config.vote.model_validate(manifest.settings["vote"])})
     asked = _given(config, manifest, stage) if data else _kept(store, manifest)

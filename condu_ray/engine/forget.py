@@ -52,8 +52,8 @@ def _without(store: Store, name: str) -> Manifest:
             "seconds": {},
         }
     )
-    experts = task_experts(store, draft)
-    routing = calibrated(experts, newest.settings["vote"]["k"])
+    pictured = all(card.classes for card in draft.tasks)  # merged weights come without pictures, and nothing routes
+    routing = calibrated(task_experts(store, draft), newest.settings["vote"]["k"]).to_state() if pictured else {}
     accuracy = {task: value for task, value in newest.figures.get("accuracy", {}).items() if task != name}
     return Manifest.model_validate(
         draft.model_dump(exclude={"created"})
@@ -61,7 +61,7 @@ def _without(store: Store, name: str) -> Manifest:
             "state": {
                 **newest.state,
                 "method": state.meta(),
-                **routing.to_state(),
+                **routing,
             },
             "figures": {"accuracy": accuracy},
         }

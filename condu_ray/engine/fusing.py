@@ -6,15 +6,18 @@ the store is the truth, the state in memory a cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from condu_ray.fusion.groups import shares
+from condu_ray.fusion.triggers import Part, fuse
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import TaskState, Vector
 from condu_ray.methods.states import FusedState
-from condu_ray.store import Manifest, ObjectRef, open_store
+from condu_ray.store import Manifest, ObjectRef, Store, open_store
 from condu_ray.voting.open import config_of, layout_of, state_of
 
 
@@ -32,16 +35,36 @@ class Fused:
     fidelity: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-class Fuser:
-    """Owns the newest state of one store."""
+Spread = Callable[[Manifest | None, str, ObjectRef], Sequence[Part]]
+"""Asks several processes for their shares (`Shard.part`), in order; arguments as those of `Fuser.propose`."""
 
-    def __init__(self, url: str) -> None:
-        self._store = open_store(url)
+
+class Shard:
+    """Does one share of each session. It holds nothing but the store, so another one can take its place at any time."""
+
+    def __init__(self, url: str, index: int, count: int) -> None:
+        self._store, self._index, self._count = open_store(url), index, count
+
+    def part(self, parent: Manifest | None, task: str, delta: ObjectRef) -> Part | None:
+        """This share of adding `task` to the state of `parent`; None where the layout has fewer shares."""
         header = self._store.header
-        self._config, self._layout = config_of(header), layout_of(header)
-        self._method = registry.get(header.method)
+        state = _state(self._store, parent)
+        assert isinstance(state, FusedState), "only fused tasks are sharded"
+        dealt = shares(layout_of(header), state.fused.granularity, self._count)
+        if self._index >= len(dealt):
+            return None
+        return fuse(state.fused, task, self._store.get(delta)["delta"], dealt[self._index])
+
+
+class Fuser:
+    """Owns the newest state of one store. spread: who does the passes over the vector; without it, this process."""
+
+    def __init__(self, url: str, spread: Spread | None = None) -> None:
+        self._spread = spread
+        self._store = open_store(url)
+        self._layout = layout_of(self._store.header)
         self._done: Fused | None = None
-        self.state: TaskState = self._method.empty(self._layout, self._config)
+        self.state: TaskState = _state(self._store, None)
 
     def hold(self, version: Manifest | None) -> None:
         """Makes the state of a version the current one."""
@@ -52,7 +75,10 @@ class Fuser:
 
         delta: as trained (None where the system does not train).
         """
-        return self._at(parent).add(task, self._delta(delta))
+        state, vector = self._at(parent), self._delta(delta)
+        if self._spread is None or delta is None or not isinstance(state, FusedState):
+            return state.add(task, vector)
+        return state.joined(task, vector, self._spread(parent, task, delta))
 
     def add(
         self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
@@ -77,15 +103,21 @@ class Fuser:
         return self._done
 
     def _at(self, parent: Manifest | None) -> TaskState:
-        if parent is None:
-            return self._method.empty(self._layout, self._config)
         done = self._done
-        if done is not None and done.meta == parent.state["method"] and _holds(parent, done):
+        if parent is not None and done is not None and done.meta == parent.state["method"] and _holds(parent, done):
             return self.state
-        return state_of(self._store, parent)
+        return _state(self._store, parent)
 
     def _delta(self, ref: ObjectRef | None) -> Vector:
         return np.zeros(self._layout.total, np.float32) if ref is None else self._store.get(ref)["delta"]
+
+
+def _state(store: Store, version: Manifest | None) -> TaskState:
+    """That of a version, mapped from the store; None: before the first."""
+    if version is not None:
+        return state_of(store, version)
+    header = store.header
+    return registry.get(header.method).empty(layout_of(header), config_of(header))
 
 
 def _holds(parent: Manifest, done: Fused) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from condu_ray.config import SessionConfig, fixed_by_store, rescaler_steps
+from condu_ray.config import SessionConfig, fixed_by_store
 from condu_ray.data import TaskData
 from condu_ray.store import Manifest
 
@@ -44,8 +44,8 @@ def tests_key(arrays: Mapping[str, NDArray[Any]]) -> str:
     return _key("tests", {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in arrays.items()})
 
 
-def state_key(parent: Manifest | None, config: SessionConfig, task: str, train: str) -> str:
-    """Names the state after a task was added to a version."""
+def state_key(parent: Manifest | None, config: SessionConfig, task: str, train: str, rescaled: int = 0) -> str:
+    """Names the state after a task was added to a version. rescaled: steps that train its rescalers."""
     before = sorted((name, ref.sha256) for name, ref in parent.objects.items()) if parent else []
     meta = parent.state if parent else {}
-    return _key("state", before, meta, fixed_by_store(config), rescaler_steps(config), task, train)
+    return _key("state", before, meta, fixed_by_store(config), rescaled, task, train)

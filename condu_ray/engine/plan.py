@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from condu_ray.config import SessionConfig, fixed_by_store, fuses, rescaler_steps
+from condu_ray.config import SessionConfig, fixed_by_store, fuses, rescales
 from condu_ray.data import TaskData, open_task
 from condu_ray.errors import ConfigError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.training import learning_rate_for, steps_for
 from condu_ray.models.load import load
-from condu_ray.store import StoreHeader
+from condu_ray.store import StoreHeader, absolute_url
 from condu_ray.store.header import open_existing
 from condu_ray.voting.open import layout_of
 
@@ -74,7 +73,7 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
         fused=sum(entry.size for entry in layout.entries),
         worker=4 * (3 * parameters + 3 * fused),
         fusion=(16 * fused + (total + 7) // 8 * 2 * fused + total * 2 * plane) if fused_together else 8 * fused,
-        scorer=4 * (2 * parameters + 3 * fused if rescaler_steps(config) else parameters + 2 * fused),
+        scorer=4 * (2 * parameters + 3 * fused if rescales(config) else parameters + 2 * fused),
         version=(4 * fused + 2 * plane) if fused_together else 4 * fused,
         passing=4 * fused * len(tasks) if registry.info(config.method).trains else 0,
     )
@@ -87,7 +86,7 @@ def plan(config: SessionConfig, tasks: Sequence[TaskData]) -> dict[str, Any]:
     manifest = store.manifest() if store and store.versions() else None
     learned = {card.name for card in manifest.tasks} if manifest else set()
     return {
-        "store": str(Path(config.store).absolute()),
+        "store": absolute_url(config.store),
         "store_exists": store is not None,
         "newest_version": manifest.version if manifest else None,
         "tasks": [

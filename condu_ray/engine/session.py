@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from condu_ray.config import SessionConfig, flatten, rescaler_steps
+from condu_ray.config import SessionConfig, flatten, rescales
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
@@ -26,6 +26,7 @@ from condu_ray.engine.scoring import Snapshot
 from condu_ray.engine.train import BASE, Job
 from condu_ray.errors import DataError, StoreError, VersionTaken
 from condu_ray.methods import registry
+from condu_ray.methods.rescaling import steps_of
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import make_domain
@@ -39,6 +40,17 @@ from condu_ray.voting.router import calibrated
 
 MOST_RACES = 50
 RESCALERS = "trained-rescalers"
+PLACEMENT = {
+    "store",
+    "tasks",
+    "tracking",
+    "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "parallel",
+    "gpu",
+}
+"""Settings that say where a session runs, not what it does: no version remembers them."""
 
 Stage = Callable[[str], AbstractContextManager[Update]]
 
@@ -203,7 +215,7 @@ def _add(
             return None  # another session learned the very same task meanwhile
         _check_start(config, parent, one)
         before = _before(store, config, crew, parent, one, made, clock, stage)
-        key = state_key(parent, config, task.name, one.job.key)
+        key = state_key(parent, config, task.name, one.job.key, steps_of(task, config))
         rescalers = _rescalers(store, config, crew, key, parent, one, clock, stage)
         with clock("fuse"), stage(f"fusing {task.name}"):
             fused = crew.fuse(key, parent, task.name, one.delta, rescalers)
@@ -274,7 +286,7 @@ def _rescalers(
     stage: Stage,
 ) -> ObjectRef | None:
     """The rescalers that the task gets in the state called `key`; None where they are those that fusing gives."""
-    if not rescaler_steps(config):
+    if not rescales(config):
         return None
     with clock("rescale"), stage(f"rescaling {one.job.data.name}") as update:
         found = store.find(key, RESCALERS)
@@ -308,7 +320,7 @@ def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: F
     objects |= {f"tests-{version}": one.tests, **fused.objects}
     if one.buffers is not None:
         objects[f"buffers-{version}"] = one.buffers
-    settings = config.model_dump(exclude={"store", "tasks", "tracking", "workers", "parallel", "gpu"})
+    settings = config.model_dump(exclude=PLACEMENT)
     return Manifest(
         version=version,
         parent=parent.version if parent else None,

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from condu_ray.config import SessionConfig
@@ -39,6 +38,8 @@ from condu_ray.voting.open import config_of, layout_of, state_of
 
 BASE = "base"
 RESTARTS = 3
+CHECKPOINT_SHARE = 0.05
+"""Most of a worker's time that writing checkpoints may take: a store that is far gets fewer."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Group:
-    """How the work is spread: `shared` means that all workers train each task together."""
+    """How the work is spread: `shared` means that all workers train each task together. gpus_each: 0 on CPUs."""
 
     workers: int
     cpus_each: int
-    gpu: bool
+    gpus_each: float
     shared: bool
 
 
@@ -71,19 +72,25 @@ def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster
 
     Counts all jobs of the command, finished or not: the threads of a worker must not depend on where it stopped.
     """
-    gpu = config.gpu == "auto" and cluster.gpus > 0
-    places = cluster.gpus if gpu else cluster.cpus
-    shared = config.parallel == "data" or (config.parallel == "auto" and (jobs == 1 or ordered) and gpu)
+    gpus_each = config.gpus_per_worker if config.gpu == "auto" and cluster.gpus > 0 else 0.0
+    shared = config.parallel == "data" or (config.parallel == "auto" and (jobs == 1 or ordered) and gpus_each > 0)
+    if shared and 0 < gpus_each < 1:
+        raise TrainingError(
+            f"workers that train a task together need a whole GPU each, not {gpus_each}",
+            "leave --gpus-per-worker out, or use --parallel tasks",
+        )
+    places = _places(config.cpus_per_worker or 1, gpus_each, cluster)
     most = places if shared else min(places, 1 if ordered else jobs)
     workers = config.workers or max(1, most)
     if not shared:
         workers = min(workers, 1 if ordered else jobs)
     if workers > places:
-        kind = "GPUs" if gpu else "CPU cores"
         raise TrainingError(
-            f"{workers} workers need {workers} {kind}, the cluster has {places}", f"use --workers {max(1, places)}"
+            f"{workers} workers need {_need(workers, config.cpus_per_worker, gpus_each)}, the cluster has {places}"
+            + (" such places" if config.cpus_per_worker else ""),
+            f"use --workers {max(1, places)}" + (" or fewer --cpus-per-worker" if config.cpus_per_worker else ""),
         )
-    return Group(workers, _cpus_each(workers, gpu, cluster), gpu, shared)
+    return Group(workers, config.cpus_per_worker or _cpus_each(workers, gpus_each, cluster), gpus_each, shared)
 
 
 def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
@@ -93,10 +100,28 @@ def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
         plan_group(config, jobs, info.ordered, cluster)
 
 
-def _cpus_each(workers: int, gpu: bool, cluster: Cluster) -> int:
+def _places(cpus_each: int, gpus_each: float, cluster: Cluster) -> int:
+    """How many workers of this size the nodes have room for; of GPUs alone where a worker may have any core."""
+    if gpus_each and cpus_each == 1:
+        return sum(int(gpus / gpus_each) for _, gpus in cluster.nodes)
+    return sum(_room(node, cpus_each, gpus_each) for node in cluster.nodes)
+
+
+def _room(node: tuple[int, int], cpus_each: int, gpus_each: float) -> int:
+    cores, gpus = node
+    return min(cores // cpus_each, int(gpus / gpus_each)) if gpus_each else cores // cpus_each
+
+
+def _need(workers: int, cpus_each: int | None, gpus_each: float) -> str:
+    if cpus_each:
+        return f"{cpus_each} CPU cores each" + (f" beside {gpus_each:g} GPU" if gpus_each else "")
+    return f"{workers * gpus_each:g} GPUs" if gpus_each else f"{workers} CPU cores"
+
+
+def _cpus_each(workers: int, gpus_each: float, cluster: Cluster) -> int:
     """The most cores a worker can have if each must find them on one node."""
     for cpus in range(max(1, cluster.cpus // workers), 0, -1):
-        if sum(min(cores // cpus, gpus) if gpu else cores // cpus for cores, gpus in cluster.nodes) >= workers:
+        if sum(_room(node, cpus, gpus_each) for node in cluster.nodes) >= workers:
             return cpus
     raise TrainingError(f"{workers} workers find no {workers} GPUs with a CPU core beside each", "use fewer --workers")
 
@@ -119,14 +144,14 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             "board": board,
             "group": group,
         },
-        torch_config=TorchConfig(backend="nccl" if group.gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if group.gpus_each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=group.workers,
-            use_gpu=group.gpu,
-            resources_per_worker={"CPU": group.cpus_each, **({"GPU": 1} if group.gpu else {})},
+            use_gpu=group.gpus_each > 0,
+            resources_per_worker={"CPU": group.cpus_each, **({"GPU": group.gpus_each} if group.gpus_each else {})},
         ),
         run_config=RunConfig(
-            name=name, storage_path=str(store.work(name)), failure_config=FailureConfig(max_failures=RESTARTS)
+            name=name, failure_config=FailureConfig(max_failures=RESTARTS), **_storage(store.work(name))
         ),
     )
     try:
@@ -141,6 +166,26 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
+
+
+def _storage(place: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes: beside the store's work, which every node reaches.
+
+    For S3 the filesystem is made here: a URL alone would be read with the environment of the node's raylet, which may
+    lack the endpoint. No credentials go along; each node finds its own.
+    """
+    if not place.startswith("s3://"):
+        return {"storage_path": place}
+    import boto3
+    from pyarrow.fs import S3FileSystem
+
+    scheme, _, host = os.environ.get("AWS_ENDPOINT_URL", "").rstrip("/").partition("://")
+    endpoint = {"endpoint_override": host, "scheme": scheme} if host else {}
+    region = boto3.Session().region_name
+    return {
+        "storage_path": place.removeprefix("s3://"),
+        "storage_filesystem": S3FileSystem(**endpoint, **({"region": region} if region else {})),
+    }
 
 
 def _watch(trainer: TorchTrainer, board: Any, tell: Callable[[Mapping[str, Step]], None]) -> None:
@@ -228,7 +273,7 @@ def work_through(
     state = _state_before(store, jobs[0]) if registry.info(header.method).ordered else None
     for job in jobs:
         if store.find(job.key, "delta") is None:
-            start, resume = _start(state), _resume(store.work(job.key))
+            start, resume = _start(state), _resume(store, job.key)
             trained = train_task(clip, method, layout, job.data, config, start, place, resume, report)
             if place.rank == 0:
                 if trained.buffers:
@@ -258,17 +303,14 @@ def _delta(store: Store, job: Job) -> Vector:
     return store.get(ref)["delta"]
 
 
-def _resume(folder: Path) -> Resume:
-    path = folder / "checkpoint.safetensors"
+def _resume(store: Store, key: str) -> Resume:
+    """Checkpoints of the training called `key`, not more often than they may cost."""
+    free = [0.0]  # monotonic seconds
 
-    def read() -> Checkpoint | None:
-        return load_file(path) if path.is_file() else None
+    def save(checkpoint: Checkpoint) -> None:
+        begun = time.monotonic()
+        if begun >= free[0]:
+            store.save_work(key, "checkpoint", checkpoint)
+            free[0] = time.monotonic() + (time.monotonic() - begun) / CHECKPOINT_SHARE
 
-    def write(checkpoint: Checkpoint) -> None:
-        # Renamed when whole: a worker killed while writing leaves the checkpoint before.
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file({name: np.ascontiguousarray(values) for name, values in checkpoint.items()}, part)
-        part.replace(path)
-
-    return Resume(read, write)
+    return Resume(lambda: store.load_work(key, "checkpoint"), save)

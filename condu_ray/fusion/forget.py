@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from condu_ray.fusion.state import FusionState, needed_flips, pack_masks
+from condu_ray.fusion.state import FusionState, needed_flips
 
 
 def forget(state: FusionState, task: str) -> FusionState:
@@ -16,10 +16,4 @@ def forget(state: FusionState, task: str) -> FusionState:
     gone = state.tasks[state.position(task)]
     tasks = tuple(other for other in state.tasks if other is not gone)
     flips = {uid: state.flips[uid] for uid in needed_flips(tasks, state.next_uid)}
-    return replace(
-        state,
-        tasks=tasks,
-        flips=flips,
-        packed=pack_masks(state.layout, tasks, flips),
-        forgotten=tuple(sorted((*state.forgotten, gone.uid))),
-    )
+    return replace(state, tasks=tasks, flips=flips, forgotten=tuple(sorted((*state.forgotten, gone.uid))))

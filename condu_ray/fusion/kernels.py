@@ -2,7 +2,10 @@
 
 All old values at a coordinate are u times a rescaler, so they share the sign of u, and a byte of mask bits is all that
 has to be looked at: one table gives the sum of the rescalers of its bits, another their maximum. The masks are packed:
-bit `t % 8` of packed[t // 8, j] belongs to task number t. A faster kernel must return the same bits.
+bit `t % 8` of packed[t // 8, j] belongs to task number t.
+
+What is here defines the bits. A vector of `COMPILED_FROM` coordinates or more is worth machine code, which `compiled`
+makes from the same steps, and which gives the same bits.
 """
 
 from __future__ import annotations
@@ -13,14 +16,98 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from condu_ray.fusion.groups import Block
+from condu_ray.fusion.groups import Block, Span
+from condu_ray.fusion.layout import Layout
+from condu_ray.fusion.planes import Planes, write_bits
+from condu_ray.fusion.planes import packed as packed_masks
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Bits = NDArray[np.bool_]
 Packed = NDArray[np.uint8]
 
+COMPILED_FROM = 1 << 24
+"""Coordinates of a vector. Below, NumPy takes less than a second; compiling takes 8 s once, loading half a second."""
+
 _LANES = 8
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a span's results go. u: f32[n]. birth, flips: uint8[n / 8], zeros. sums: f64[T + 2, sums of the span]."""
+
+    u: F32
+    birth: Packed
+    flips: Packed
+    sums: F64
+
+
+def fuse_span(layout: Layout, span: Span, u: F32, delta: F32, planes: Planes, rescalers: F32, written: Written) -> None:
+    """Adds a task to the n coordinates of a span; padding among them becomes 0.
+
+    u, delta: f32[n]; written.u may be u itself. planes, rescalers (f32[T, G]): of the whole layout.
+    """
+    if layout.total >= COMPILED_FROM:
+        from condu_ray.fusion import compiled  # only where it pays: importing it costs half a second or more
+
+        per_row, delta = span.blocks[0].per_row, np.require(delta, requirements=["C", "A"])
+        births, flips = planes.places()
+        for places in (births, flips):
+            places[1] += span.start // 8
+        out = (written.u, written.birth, written.flips, written.sums)
+        compiled.fuse(span.table(), u, delta, births, flips, rescalers, per_row, *out)
+    else:
+        masks = planes.masks(slice(span.start // 8, span.stop // 8))
+        _fuse_blocks(span, u, delta, masks, rescalers, written)
+    for gap in span.gaps():
+        written.u[gap] = 0
+
+
+def norm_span(layout: Layout, span: Span, delta: F32) -> F64:
+    """f64[sums of the span]: sum of |delta|, which is f32[n]."""
+    if layout.total < COMPILED_FROM:
+        wide = [(b, np.abs(delta[b.start - span.start : b.stop - span.start]).astype(np.float64)) for b in span.blocks]
+        return np.concatenate([lane_sums(block, values) for block, values in wide])
+    from condu_ray.fusion import compiled
+
+    sums = np.empty(span.sums)
+    compiled.norm(span.table(), np.require(delta, requirements=["C", "A"]), sums)
+    return sums
+
+
+def add_span(
+    layout: Layout, span: Span, delta: F32, scales: F64, largest: float, magnitudes: NDArray[np.uint32], signs: Packed
+) -> None:
+    """magnitudes += min(round(|delta| * scale), largest), in place; signs: one bit where delta is above 0.
+
+    delta: f32[n]. scales: f64[G], of the whole layout. magnitudes: uint32[n]. signs: uint8[n / 8], zeros.
+    """
+    if layout.total >= COMPILED_FROM:
+        from condu_ray.fusion import compiled
+
+        delta = np.require(delta, requirements=["C", "A"])
+        compiled.add(span.table(), delta, scales, largest, magnitudes, signs)
+        return
+    for block in span.blocks:
+        here = slice(block.start - span.start, block.stop - span.start)
+        scale = scales[block.rescalers : block.rescalers + block.rows, None]
+        values = delta[here].reshape(block.rows, block.row_length)
+        summand = np.minimum(np.rint(np.abs(values) * scale), largest)
+        magnitudes[here] += summand.astype(np.uint32).reshape(-1)
+        write_bits(signs, here.start, delta[here] > 0)
+
+
+def _fuse_blocks(span: Span, u: F32, delta: F32, masks: Packed, rescalers: F32, written: Written) -> None:
+    at = 0
+    for block in span.blocks:
+        start, stop = block.start - span.start, block.stop - span.start
+        here, own = slice(start, stop), slice(block.rescalers, block.rescalers + block.rows)
+        packed, after = packed_masks(masks, start, stop), np.empty((len(masks) // 8 + 1, stop - start), np.uint8)
+        fused = fuse_block(block, u[here], delta[here], packed, rescalers[:, own], written.u[here], after)
+        write_bits(written.birth, start, fused.born)
+        write_bits(written.flips, start, fused.flipped)
+        written.sums[:, at : at + block.rows] = fused.sums
+        at += block.rows
 
 
 @dataclass(frozen=True)
@@ -70,7 +157,7 @@ def fuse_block(
     out_packed[-1] |= born.view(np.uint8) << np.uint8(tasks % 8)
 
     weights = size.astype(np.float64)
-    norm = _lane_sums(block, np.abs(delta).astype(np.float64))
+    norm = lane_sums(block, np.abs(delta).astype(np.float64))
     return Fused(born, flipped, np.vstack([_masses(block, out_packed, weights, tasks + 1), norm]))
 
 
@@ -128,7 +215,7 @@ def _masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
     return masses
 
 
-def _lane_sums(block: Block, values: F64) -> F64:
+def lane_sums(block: Block, values: F64) -> F64:
     """Sum of each row, f64[rows]: eight lanes by (coordinate - row start) mod 8, ((0+1)+(2+3)) + ((4+5)+(6+7))."""
     index = _lane_index(block.row_length, block.rows)
     lane = np.bincount(index, weights=values, minlength=block.rows * _LANES).reshape(block.rows, _LANES).T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion.groups import blocks, group_of
+from condu_ray.fusion.groups import Span, blank_gaps, blocks, group_of, spans
 from condu_ray.fusion.layout import Layout, as_f32
-from condu_ray.fusion.state import FusionState, blank
+from condu_ray.fusion.planes import read_bits
+from condu_ray.fusion.state import FusionState, checked
+from condu_ray.fusion.threads import each
 
 
 @dataclass(frozen=True)
@@ -29,21 +32,53 @@ class Fidelity:
     bits_alive: float
 
 
-def reconstruct(state: FusionState, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+def reconstruct(
+    state: FusionState, task: str, out: NDArray[np.float32] | None = None, threads: int | None = None
+) -> NDArray[np.float32]:
     """The task's delta as the fused state holds it, f32[total]: rescaler * u where the mask bit is set, else +0.
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    position, out = state.position(task), blank(state.layout.total, out)
-    bits, rescalers = state.packed[position // 8], state.tasks[position].rescalers
-    for block in blocks(state.layout, state.granularity):
-        here = slice(block.start, block.stop)
-        value = out[here].reshape(block.rows, block.row_length)
-        scale = rescalers[block.rescalers : block.rescalers + block.rows]
-        np.multiply(state.u[here].reshape(value.shape), scale[:, None], out=value)
-        bit = (bits[here] >> np.uint8(position % 8)) & np.uint8(1)
-        out[here].view(np.int32)[:] &= -bit.astype(np.int32)  # all ones or all zeros
-    return out
+    out = np.empty(state.layout.total, np.float32) if out is None else checked(out, state.layout.total)
+    _each_block(state, task, out.__setitem__, threads)
+    return blank_gaps(state.layout, out)
+
+
+def add_to(state: FusionState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
+    """Adds the task's delta to f32[total] in place, in one pass: θ⁰ becomes the task's expert.
+
+    Raises FusionError for an unknown task or another shape or dtype of `start`.
+    """
+    checked(start, state.layout.total)
+
+    def add(here: slice, value: NDArray[np.float32]) -> None:
+        start[here] += value
+
+    _each_block(state, task, add, threads)
+
+
+def _each_block(
+    state: FusionState, task: str, use: Callable[[slice, NDArray[np.float32]], None], threads: int | None
+) -> None:
+    """Gives `use` each block's coordinates and its values of the reconstruction, f32[n]."""
+    rescalers = state.tasks[state.position(task)].rescalers
+
+    def one(span: Span) -> None:
+        plane = state.mask_plane(task, slice(span.start // 8, span.stop // 8))
+        for block in span.blocks:
+            here = slice(block.start, block.stop)
+            scale = rescalers[block.rescalers : block.rescalers + block.rows]
+            value = state.u[here].reshape(block.rows, block.row_length) * scale[:, None]
+            bits = read_bits(plane, block.start - span.start, block.stop - span.start)
+            use(here, select(value.reshape(-1), bits))
+
+    each(one, spans(state.layout, state.granularity), threads)
+
+
+def select(values: NDArray[np.float32], bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The values, in place, where the bit is 1; +0 elsewhere."""
+    values.view(np.int32)[:] &= -bits.astype(np.int32)  # all ones or all zeros
+    return values
 
 
 def fidelity(state: FusionState, task: str, delta: Any) -> Fidelity:
@@ -83,7 +118,7 @@ def fidelity_at(state: FusionState, task: str, coordinates: NDArray[np.int64], v
     position, kept = state.position(task), as_f32(values)
     if kept.shape != coordinates.shape or kept.ndim != 1:
         raise FusionError(f"task {task!r}: {list(kept.shape)} values for {list(coordinates.shape)} coordinates")
-    mask = (state.packed[position // 8, coordinates] >> np.uint8(position % 8)) & np.uint8(1) != 0
+    mask = (state.mask_plane(task, coordinates // 8) >> (coordinates % 8).astype(np.uint8)) & np.uint8(1) != 0
     scale = state.tasks[position].rescalers[group_of(state.layout, state.granularity, coordinates)]
     restored = np.where(mask, state.u[coordinates] * scale, np.float32(0))
     return compare(kept, restored, mask)

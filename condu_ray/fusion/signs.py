@@ -2,7 +2,7 @@
 
     n = mean |d| over a group (a row)          r = n, or as it was trained when the task was added (`with_rescalers`)
     A_j += |d_j| / n    c += 1                 u_j = A_j / c
-    reconstruction: r * u_j with the task's sign; +0 where r = 0
+    reconstruction: r * u_j with the task's sign; +0 where r = 0; in some rows by a second bit instead (sizes.py)
 
 A is uint32 fixed point, so the order in which tasks come, and any sharding, give the same bits. Normalised magnitudes
 have mean 1 in each group, so u has too: no later task changes the L1 norm of a reconstruction, with r = n the delta's.
@@ -12,7 +12,7 @@ A group that is zero everywhere is skipped: r = 0, c is not raised.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion.groups import Block, blocks, combine, group_count, group_of
-from condu_ray.fusion.layout import Layout, as_f32, not_finite
-from condu_ray.fusion.state import LARGEST_NORM, Objects, Plane, blank, position_of, read_array, read_meta, write_bits
+from condu_ray.fusion.groups import Block, Span, blank_gaps, check_finite, group_count, group_of, spans, whole
+from condu_ray.fusion.kernels import add_span, norm_span
+from condu_ray.fusion.layout import Layout, as_f32
+from condu_ray.fusion.planes import Plane, grow, read_bits, shrink
+from condu_ray.fusion.sizes import Sizes, kept, sizes_of, spread, tensor_of
+from condu_ray.fusion.state import Objects, checked, position_of, read_array, read_meta
+from condu_ray.fusion.threads import each
 
 if TYPE_CHECKING:
     from condu_ray.config import Granularity
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 FRACTION = 1 << 16  # of the fixed point of A
 LARGEST_SUMMAND = 255 * FRACTION
 MOST_TASKS = 256  # what A holds without overflow
+
+Stored = Mapping[str, Mapping[str, NDArray[Any]]]
 GRANULARITIES = ("l1", "tensor", "row")
 
 
@@ -37,13 +43,28 @@ GRANULARITIES = ("l1", "tensor", "row")
 class SignedTask:
     """One task's trigger. uid: number of the session that added it, never used again in a lineage.
 
-    rescalers: f32[G]. signs: one bit a coordinate, 1 where the delta is above zero.
+    rescalers: f32[G], each one of those that `_rounded` gives. signs: one bit a coordinate, 1 where the delta is above
+    zero. sizes: which groups need no shared magnitude, and what stands for it.
     """
 
     name: str
     uid: int
     rescalers: NDArray[np.float32]
     signs: Plane
+    sizes: Sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a session gives for some spans that follow each other.
+
+    magnitudes: uint32[n]. signs: uint8[n / 8]. means: f64[G], mean |delta|; with `row`, 0 for rows of other spans.
+    """
+
+    spans: tuple[Span, ...]
+    magnitudes: NDArray[np.uint32]
+    signs: Plane
+    means: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,70 +100,204 @@ class SignState:
         return position_of(task, self.names)
 
 
-def unify(state: SignState, task: str, delta: Any) -> SignState:
-    """The state after `task`; the given state stays as it is.
+def unify(
+    state: SignState,
+    task: str,
+    delta: Any,
+    out: NDArray[np.uint32] | None = None,
+    threads: int | None = None,
+) -> SignState:
+    """The state after `task`; the given state stays as it is, unless `out` is its own magnitudes.
 
-    delta: f32[total] in layout order (NumPy or torch, any floating dtype); what stands on padding is ignored. Raises
-    FusionError for a name that is taken, a wrong length, NaN or Inf (naming the tensor), and the 257th task.
+    delta: f32[total] in layout order (NumPy or torch, any floating dtype); what stands on padding is ignored. out:
+    uint32[total] for the new magnitudes; it may be `state.magnitudes`, which then are used up. threads: [all cores];
+    they change no bit. Raises FusionError for a name that is taken, a wrong length, NaN or Inf (naming the tensor;
+    `out` then holds rubbish), and the 257th task.
     """
-    layout, granularity = state.layout, state.granularity
+    check(state, task)
+    every = tuple(spans(state.layout, state.granularity))
+    return joined(state, task, [fuse(state, task, delta, every, out, threads)])
+
+
+def check(state: SignState, task: str) -> None:
+    """Raises FusionError for a name that cannot be added, and for the 257th task."""
     if not task or task in state.names:
         raise FusionError(f"task {task!r} is in the fused state already" if task else "a task needs a name (found '')")
     if state.next_uid >= MOST_TASKS:
         raise FusionError(f"the fused state has taken in {MOST_TASKS} tasks, which is its limit", "start another store")
-    vector = as_f32(delta)
+
+
+def fuse(
+    state: SignState,
+    task: str,
+    delta: Any,
+    some: tuple[Span, ...],
+    out: NDArray[np.uint32] | None = None,
+    threads: int | None = None,
+) -> Part:
+    """The session's pass over some spans that follow each other: all of them, or the share of one process.
+
+    Of the state only what belongs to the spans is read, of the delta too with granularity `row` (else the means need
+    all of it). out: uint32[n]. Raises FusionError for a delta of a wrong length and for one that is not finite.
+    """
+    layout, granularity, first = state.layout, state.granularity, some[0].start
+    vector, size = as_f32(delta), some[-1].stop - first
     if vector.shape != (layout.total,):
         raise FusionError(f"the delta of task {task!r} has shape {vector.shape}, the layout needs ({layout.total},)")
+    means, scales = np.zeros((2, group_count(layout, granularity)))
+    magnitudes = np.empty(size, np.uint32) if out is None else checked(out, size, np.uint32)
+    signs = np.zeros(size // 8, np.uint8)
 
-    means = _means(layout, granularity, vector)
-    magnitudes, signs = state.magnitudes.copy(), np.zeros(layout.total // 8, np.uint8)
-    for block in blocks(layout, granularity):
-        here = slice(block.start, block.stop)
-        values = vector[here].reshape(block.rows, block.row_length)
-        mean = means[block.rescalers : block.rescalers + block.rows, None]
-        scale = np.divide(FRACTION, mean, out=np.zeros_like(mean), where=mean > 0)
-        summand = np.minimum(np.rint(np.abs(values) * scale), LARGEST_SUMMAND)
-        magnitudes[here] += summand.astype(np.uint32).reshape(-1)
-        write_bits(signs, block.start, vector[here] > 0)
-    added = SignedTask(task, state.next_uid, means.astype(np.float32), signs)
+    def norm(span: Span) -> NDArray[np.float64]:
+        sums = norm_span(layout, span, vector[span.start : span.stop])
+        check_finite(span, sums)
+        return sums
+
+    def scale(own: slice) -> None:
+        np.divide(FRACTION, means[own], out=scales[own], where=means[own] > 0)
+
+    def add(span: Span) -> None:
+        if granularity == "row":  # a row is in one span
+            rows = span.groups()
+            own = slice(int(rows[0]), int(rows[-1]) + 1)
+            means[own] = _means([span], [norm(span)], own)
+            scale(own)
+        here, there = slice(span.start, span.stop), slice(span.start - first, span.stop - first)
+        if out is not state.magnitudes:
+            magnitudes[there] = state.magnitudes[here]
+        plane = signs[there.start // 8 : there.stop // 8]
+        add_span(layout, span, vector[here], scales, LARGEST_SUMMAND, magnitudes[there], plane)
+
+    if granularity != "row":
+        every, own = spans(layout, granularity), slice(0, len(means))
+        means[:] = _means(every, each(norm, every, threads), own)
+        scale(own)
+    each(add, some, threads)
+    return Part(some, magnitudes, signs, means)
+
+
+def joined(state: SignState, task: str, parts: Sequence[Part]) -> SignState:
+    """The state after `task` from the parts of its pass, in the order of their spans and covering all of them.
+
+    However the spans were dealt out, the result is the same to the last bit.
+    """
+    if state.granularity == "row":
+        means = np.zeros(len(state.counts))
+        for part in parts:
+            own = np.concatenate([span.groups() for span in part.spans])
+            means[own] = part.means[own]
+    else:
+        means = parts[0].means
+    signs = whole([part.signs for part in parts])
+    none = Sizes.none(state.layout, state.granularity)
+    added = SignedTask(task, state.next_uid, _rounded(means.astype(np.float32)), signs, none)
     return replace(
         state,
-        magnitudes=magnitudes,
+        magnitudes=whole([part.magnitudes for part in parts]),
         counts=state.counts + (means > 0),
         tasks=(*state.tasks, added),
         next_uid=state.next_uid + 1,
     )
 
 
+def with_sizes(state: SignState, task: str, delta: Any, threads: int | None = None) -> SignState:
+    """The state in which what the task's rows of zeros leave of one bit a parameter is a second bit of other rows.
+
+    delta: what the task was fused with. The reconstruction of every other task stays equal, bit for bit. Raises
+    FusionError for an unknown task and a delta of a wrong length.
+    """
+    held, vector = state.tasks[state.position(task)], as_f32(delta)
+    if vector.shape != (state.layout.total,):
+        raise FusionError(f"the delta of task {task!r} has shape {vector.shape}, not ({state.layout.total},)")
+    sizes = sizes_of(state.layout, state.granularity, held.rescalers, vector, threads)
+    return _replaced(state, replace(held, sizes=sizes))
+
+
 def with_rescalers(state: SignState, task: str, rescalers: Any) -> SignState:
     """The state with other rescalers for one task; the reconstruction of every other stays equal, bit for bit.
 
-    rescalers: f32[G] (NumPy or torch, any floating dtype). Raises FusionError for an unknown task, another shape, NaN
-    and Inf.
+    rescalers: f32[G] (NumPy or torch, any floating dtype), kept to 11 bits. Raises FusionError for an unknown task,
+    another shape, NaN and Inf.
     """
-    position, values = state.position(task), as_f32(rescalers)
+    held, values = state.tasks[state.position(task)], as_f32(rescalers)
     if values.shape != state.counts.shape:
         raise FusionError(f"task {task!r}: rescalers of shape {values.shape}, its state has {state.counts.shape}")
     if not np.isfinite(values).all():
         raise FusionError(f"task {task!r}: its rescalers hold NaN or infinity", "take those it was fused with")
-    held = list(state.tasks)
-    held[position] = replace(held[position], rescalers=values)
-    return replace(state, tasks=tuple(held))
+    return _replaced(state, replace(held, rescalers=_rounded(values)))
 
 
-def reconstruct(state: SignState, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """The task's delta as the fused state holds it, f32[total]: rescaler * u with the task's sign; +0 on padding.
+def _replaced(state: SignState, task: SignedTask) -> SignState:
+    return replace(state, tasks=tuple(task if other.uid == task.uid else other for other in state.tasks))
+
+
+def _rounded(rescalers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """f32[G] as a store holds them: in half precision, times the power of two at which the largest just fits."""
+    halves, shift = _halves(rescalers)
+    return _unhalved(halves, shift)
+
+
+def _halves(rescalers: NDArray[np.float32]) -> tuple[NDArray[np.float16], int]:
+    _, exponent = np.frexp(np.abs(rescalers).max(initial=0))
+    shift = 15 - int(exponent)
+    return np.ldexp(rescalers.astype(np.float64), shift).astype(np.float16), shift
+
+
+def _unhalved(halves: NDArray[np.float16], shift: int) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = np.ldexp(halves.astype(np.float64), -shift).astype(np.float32)
+    return found
+
+
+def reconstruct(
+    state: SignState, task: str, out: NDArray[np.float32] | None = None, threads: int | None = None
+) -> NDArray[np.float32]:
+    """The task's delta as the fused state holds it, f32[total]: rescaler * u with the task's sign, or rescaler * level
+    in groups with a second bit; +0 on padding.
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    held, out = state.tasks[state.position(task)], blank(state.layout.total, out)
-    for block in blocks(state.layout, state.granularity):
-        here = slice(block.start, block.stop)
-        value = out[here].reshape(block.rows, block.row_length)
-        np.multiply(state.magnitudes[here].reshape(value.shape), _factors(state, held, block)[:, None], out=value)
-        below = ~_bits(held.signs, block.start, block.stop)
-        np.negative(out[here], out=out[here], where=below & (out[here] != 0))
-    return out
+    out = np.empty(state.layout.total, np.float32) if out is None else checked(out, state.layout.total)
+    _each_block(state, task, out.__setitem__, threads)
+    return blank_gaps(state.layout, out)
+
+
+def add_to(state: SignState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
+    """Adds the task's delta to f32[total] in place, in one pass: θ⁰ becomes the task's expert.
+
+    Raises FusionError for an unknown task or another shape or dtype of `start`.
+    """
+    checked(start, state.layout.total)
+
+    def add(here: slice, value: NDArray[np.float32]) -> None:
+        start[here] += value
+
+    _each_block(state, task, add, threads)
+
+
+def _each_block(
+    state: SignState, task: str, use: Callable[[slice, NDArray[np.float32]], None], threads: int | None
+) -> None:
+    """Gives `use` each block's coordinates and its values of the reconstruction, f32[n]."""
+    held = state.tasks[state.position(task)]
+    small, large = _levels(state, held)
+
+    def one(span: Span) -> None:
+        for block in span.blocks:
+            here, own = slice(block.start, block.stop), slice(block.rescalers, block.rescalers + block.rows)
+            value = np.empty((block.rows, block.row_length), np.float32)
+            factors = _factors(state, held, block)[:, None]
+            np.multiply(state.magnitudes[here].reshape(value.shape), factors, out=value, casting="same_kind")
+            rows = held.sizes.groups[own]
+            if rows.any():
+                bits = read_bits(held.sizes.large, block.start, block.stop).reshape(value.shape)[rows]
+                value[rows] = np.where(bits, large[own][rows, None], small[own][rows, None])
+            below = read_bits(held.signs, block.start, block.stop) ^ np.uint8(1)
+            flat = value.reshape(-1)
+            flat.view(np.uint32)[:] ^= below.astype(np.uint32) << np.uint32(31)
+            flat += np.float32(0)  # -0.0 becomes +0.0
+            use(here, flat)
+
+    each(one, spans(state.layout, state.granularity), threads)
 
 
 def values_at(state: SignState, task: str, coordinates: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -152,8 +307,13 @@ def values_at(state: SignState, task: str, coordinates: NDArray[np.int64]) -> ND
     counts = np.maximum(state.counts[group], 1) * float(FRACTION)
     factor = (held.rescalers[group].astype(np.float64) / counts).astype(np.float32)
     value = (state.magnitudes[coordinates] * factor.astype(np.float64)).astype(np.float32)
-    above = (held.signs[coordinates // 8] >> (coordinates % 8).astype(np.uint8)) & np.uint8(1) != 0
-    found: NDArray[np.float32] = np.where(above | (value == 0), value, -value)
+    small, large = _levels(state, held)
+    second = held.sizes.groups[group]
+    if second.any():
+        bits = _bits_at(held.sizes.large, coordinates)
+        value = np.where(second, np.where(bits, large[group], small[group]), value)
+    above = _bits_at(held.signs, coordinates)
+    found: NDArray[np.float32] = np.where(above, value, -value) + np.float32(0)  # no -0.0
     return found
 
 
@@ -183,9 +343,16 @@ def meta(state: SignState) -> dict[str, Any]:
 def objects(state: SignState) -> Objects:
     """What a store has to hold: object name -> array name -> array. A state before its first session needs nothing.
 
-        magnitudes-<uid>  magnitudes  uint32[total]      signs-<uid>   signs      uint8[total / 8]
-                          counts      int64[G]                         rescalers  f32[G]
+        magnitudes-<uid>  magnitudes  uint32[total]
+                          counts      int64[G]
         tasks-<uid>       meta        uint8, JSON
+        signs-<uid>       rescalers   f16[K], of the K groups whose rescaler is not 0, times 2 ^ shift
+                          shift       int32[1]
+                          groups      bit plane over G: which these are; packed where that is smaller (planes.shrink)
+                          signs       their bits alone
+                          sized       bit plane over K: groups with a second bit
+                          large       the second bits alone
+                          levels      f32[tensors, 2]
 
     Along one lineage the same name always means the same bytes. A forget makes tasks-<uid>-without-<uid>...
     """
@@ -199,11 +366,59 @@ def objects(state: SignState) -> Objects:
         f"tasks-{newest}{without}": {"meta": np.frombuffer(small, np.uint8)},
     }
     for task in state.tasks:
-        found[f"signs-{task.uid}"] = {"signs": task.signs, "rescalers": task.rescalers}
+        found[f"signs-{task.uid}"] = _stored(state, task)
     return found
 
 
-def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping[str, NDArray[Any]]]) -> SignState:
+def _stored(state: SignState, task: SignedTask) -> dict[str, NDArray[Any]]:
+    halves, shift = _halves(task.rescalers)
+    there, sizes = halves != 0, task.sizes
+    second = sizes.groups & there
+    return {
+        "rescalers": halves[there],
+        "shift": np.array([shift], np.int32),
+        **{f"groups.{name}": array for name, array in shrink(np.packbits(there, bitorder="little")).items()},
+        "signs": kept(state.layout, state.granularity, task.signs, there),
+        "sized": np.packbits(second[there], bitorder="little"),
+        "large": kept(state.layout, state.granularity, sizes.large, second),
+        "levels": sizes.levels,
+    }
+
+
+def _task_of(layout: Layout, granularity: Granularity, objects: Stored, name: str, uid: int) -> SignedTask:
+    """What `_stored` wrote. Raises FusionError, naming the object, where its arrays do not fit each other."""
+    held, groups = f"signs-{uid}", group_count(layout, granularity)
+    found = objects.get(held, {})
+    shrunk = {key.removeprefix("groups."): array for key, array in found.items() if key.startswith("groups.")}
+    bits = shrunk["flips"] if "flips" in shrunk else grow(held, shrunk, -(-groups // 8))
+    if bits.dtype != np.uint8 or bits.shape != (-(-groups // 8),):
+        raise FusionError(f"object {held!r}: groups is {bits.dtype}{list(bits.shape)}, not that of {groups} groups")
+    there = np.unpackbits(bits, count=groups, bitorder="little").view(np.bool_)
+    count = int(there.sum())
+    rescalers, second = np.zeros(groups, np.float16), np.zeros(groups, np.bool_)
+    rescalers[there] = read_array(objects, held, "rescalers", np.float16, (count,))
+    sized = read_array(objects, held, "sized", np.uint8, (-(-count // 8),))
+    second[there] = np.unpackbits(sized, count=count, bitorder="little").view(np.bool_)
+    shift = int(read_array(objects, held, "shift", np.int32, (1,))[0])
+    levels = read_array(objects, held, "levels", np.float32, (len(layout.entries), 2))
+    planes = []
+    for key, own in (("signs", there), ("large", second)):
+        plane = spread(layout, granularity, _bytes(objects, held, key), own)
+        if plane is None:
+            raise FusionError(f"object {held!r}: {key} are not the bits of its {int(own.sum())} groups")
+        planes.append(plane)
+    signs, large = planes
+    sizes = Sizes(second, large if second.any() else np.zeros(0, np.uint8), levels)
+    return SignedTask(name, uid, _unhalved(rescalers, shift), signs, sizes)
+
+
+def _bytes(objects: Stored, name: str, key: str) -> NDArray[np.uint8]:
+    size = objects.get(name, {}).get(key, np.zeros(0, np.uint8)).size
+    found: NDArray[np.uint8] = read_array(objects, name, key, np.uint8, (size,))
+    return found
+
+
+def load(layout: Layout, granularity: Granularity, objects: Stored) -> SignState:
     """The state that `objects` describes, equal to the bit; objects of other names are left alone.
 
     Raises FusionError naming the object that is missing, of the wrong size, or made with another layout or granularity.
@@ -216,15 +431,8 @@ def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping
         raise FusionError(f"one object 'tasks-...' is needed, found {len(found)}", "give one version's objects")
     small = read_meta(layout, granularity, objects, found[0])
     groups, newest = group_count(layout, granularity), int(small["next_uid"]) - 1
-    tasks = tuple(
-        SignedTask(
-            str(task["name"]),
-            int(task["uid"]),
-            read_array(objects, f"signs-{task['uid']}", "rescalers", np.float32, (groups,)),
-            read_array(objects, f"signs-{task['uid']}", "signs", np.uint8, (layout.total // 8,)),
-        )
-        for task in small["tasks"]
-    )
+    named = [(str(task["name"]), int(task["uid"])) for task in small["tasks"]]
+    tasks = tuple(_task_of(layout, granularity, objects, name, uid) for name, uid in named)
     return SignState(
         layout,
         granularity,
@@ -236,18 +444,13 @@ def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping
     )
 
 
-def _means(layout: Layout, granularity: Granularity, vector: NDArray[np.float32]) -> NDArray[np.float64]:
-    """f64[G]: mean |d| of each group."""
-    parts: list[tuple[Block, NDArray[np.float64]]] = []
-    sizes = np.zeros(group_count(layout, granularity))
-    for block in blocks(layout, granularity):
-        values = vector[block.start : block.stop].reshape(block.rows, block.row_length)
-        sums = np.abs(values).sum(axis=1, dtype=np.float64)
-        if not sums.max() <= LARGEST_NORM:
-            raise not_finite(block.entry)
-        parts.append((block, sums[None]))
-        sizes[block.rescalers : block.rescalers + block.rows] += block.row_length
-    means: NDArray[np.float64] = combine(layout, granularity, parts)[0] / sizes
+def _means(some: Sequence[Span], sums: Sequence[NDArray[np.float64]], own: slice) -> NDArray[np.float64]:
+    """f64: mean |d| of the groups `own`. sums: of |d|, of each span; they are added in the order of the blocks."""
+    group = np.concatenate([span.groups() for span in some]) - own.start
+    lengths = np.concatenate([np.full(block.rows, block.row_length) for span in some for block in span.blocks])
+    groups = own.stop - own.start
+    sizes = np.bincount(group, lengths, groups)
+    means: NDArray[np.float64] = np.bincount(group, np.concatenate(sums), groups) / sizes
     # A subnormal mean could not be divided by: such a group is as good as zero.
     return np.where(means.astype(np.float32) >= np.finfo(np.float32).tiny, means, 0.0)
 
@@ -259,7 +462,14 @@ def _factors(state: SignState, task: SignedTask, block: Block) -> NDArray[np.flo
     return (task.rescalers[rows].astype(np.float64) / counts).astype(np.float32).astype(np.float64)
 
 
-def _bits(plane: Plane, start: int, stop: int) -> NDArray[np.bool_]:
-    """bool[stop - start]; rows need not start at a whole byte."""
-    bits = np.unpackbits(plane[start // 8 : -(-stop // 8)], bitorder="little")
-    return bits[start % 8 : start % 8 + stop - start].astype(np.bool_)
+def _levels(state: SignState, task: SignedTask) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """f32[G] each: what a small and a large value of a group with a second bit are."""
+    tensors = tensor_of(state.layout, state.granularity)
+    wide = task.rescalers.astype(np.float64)[:, None] * task.sizes.levels[tensors]
+    small, large = wide.astype(np.float32).T
+    return small, large
+
+
+def _bits_at(plane: Plane, coordinates: NDArray[np.int64]) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (plane[coordinates // 8] >> (coordinates % 8).astype(np.uint8)) & np.uint8(1) != 0
+    return found

@@ -1,15 +1,14 @@
 """What is kept of all tasks between sessions, in memory and as named arrays.
 
-On disk everything is append-only. A session writes u anew and adds one bit plane for the new task (its birth) and one
-for the bits that all older tasks lost (its flips); the mask of task i is birth_i and not (flips_i+1 or ... or flips_T).
-In memory the masks are packed besides, eight tasks in a byte a coordinate, so that a session is one pass over them.
+Everything but u is append-only. A session writes u anew and adds one bit plane for the new task (its birth) and one for
+the bits that all older tasks lost (its flips); the mask of task i is birth_i and not (flips_i+1 or ... or flips_T).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,19 +17,12 @@ from numpy.typing import NDArray
 from condu_ray.errors import FusionError, nearest
 from condu_ray.fusion.groups import check_granularity, group_count
 from condu_ray.fusion.layout import Layout
+from condu_ray.fusion.planes import Plane, Planes, grow, read_bits, shrink
 
 if TYPE_CHECKING:
     from condu_ray.config import Granularity
 
-Plane = NDArray[np.uint8]
-"""uint8[total / 8]: one bit a coordinate, least significant bit first."""
-
 Objects = dict[str, dict[str, NDArray[Any]]]
-
-LARGEST_NORM = 1e25
-"""Deltas beyond this are refused: below it no product of rescaler and u can leave float32, in any granularity."""
-
-_CHUNK = 1 << 17  # bytes of a plane worked on at once: a million coordinates
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +30,7 @@ class Task:
     """One task's trigger. uid: number of the session that added it, never used again in a lineage.
 
     norms: f64[G], of the original delta, written once. rescalers: f32[G], of the newest session. birth: the mask bits
-    at the session that added the task.
+    after session `since`: the one that added the task, or a later one whose flips were folded in.
     """
 
     name: str
@@ -46,6 +38,7 @@ class Task:
     norms: NDArray[np.float64]
     rescalers: NDArray[np.float32]
     birth: Plane
+    since: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +46,7 @@ class FusionState:
     """All tasks in one vector. Every change makes a new state; arrays are shared between states, so write into none.
 
     u: f32[total], finite, without -0.0. tasks: in the order learned. flips: by uid of the session, for every session
-    after that of the oldest task. packed: uint8[ceil(T / 8), total], bit t % 8 of packed[t // 8] is the mask of
-    tasks[t]. next_uid: of the next session. forgotten: uids dropped since u was written, ascending.
+    after the oldest birth. next_uid: of the next session. forgotten: uids dropped since u was written, ascending.
     """
 
     layout: Layout
@@ -62,7 +54,6 @@ class FusionState:
     u: NDArray[np.float32]
     tasks: tuple[Task, ...]
     flips: Mapping[int, Plane]
-    packed: NDArray[np.uint8]
     next_uid: int
     forgotten: tuple[int, ...] = ()
 
@@ -70,8 +61,7 @@ class FusionState:
     def empty(cls, layout: Layout, granularity: Granularity) -> FusionState:
         """The state before the first task. Raises FusionError for an unknown granularity."""
         check_granularity(granularity)
-        nothing = np.zeros((0, layout.total), np.uint8)
-        return cls(layout, granularity, np.zeros(layout.total, np.float32), (), {}, nothing, 0)
+        return cls(layout, granularity, np.zeros(layout.total, np.float32), (), {}, 0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,16 +71,21 @@ class FusionState:
         """Index of a task in the order learned. Raises FusionError for an unknown name."""
         return position_of(task, self.names)
 
+    @property
+    def planes(self) -> Planes:
+        return Planes([(task.since, task.birth) for task in self.tasks], self.flips)
+
+    def mask_plane(self, task: str, part: slice | NDArray[np.int64] | None = None) -> Plane:
+        """The task's mask now as a bit plane, uint8[total / 8], or these bytes of it."""
+        own = self.tasks[self.position(task)]
+        part = slice(0, self.layout.total // 8) if part is None else part
+        plane: Plane = Planes([(own.since, own.birth)], self.flips).masks(part)[0]
+        return plane
+
     def mask(self, task: str) -> NDArray[np.bool_]:
         """The task's mask now, bool[total]; False on padding."""
-        position = self.position(task)
-        bits = self.packed[position // 8] & np.uint8(1 << position % 8)
-        mask: NDArray[np.bool_] = bits.astype(np.bool_)
+        mask: NDArray[np.bool_] = read_bits(self.mask_plane(task), 0, self.layout.total).view(np.bool_)
         return mask
-
-    def mask_plane(self, task: str) -> Plane:
-        """The task's mask now as a bit plane, uint8[total / 8]."""
-        return np.packbits(self.mask(task), bitorder="little")
 
 
 def meta(state: FusionState) -> dict[str, Any]:
@@ -100,8 +95,17 @@ def meta(state: FusionState) -> dict[str, Any]:
         "granularity": state.granularity,
         "layout": state.layout.digest,
         "next_uid": state.next_uid,
-        "tasks": [{"name": task.name, "uid": task.uid} for task in state.tasks],
+        "tasks": [_described(task) for task in state.tasks],
     }
+
+
+def _described(task: Task) -> dict[str, Any]:
+    folded = {} if task.since == task.uid else {"since": task.since}
+    return {"name": task.name, "uid": task.uid, **folded}
+
+
+def _birth_name(uid: int, since: int) -> str:
+    return f"birth-{uid}" if since == uid else f"birth-{uid}-at-{since}"
 
 
 def objects(state: FusionState) -> Objects:
@@ -109,10 +113,11 @@ def objects(state: FusionState) -> Objects:
 
         u-<uid>           u         f32[total]           rescalers-<uid>   rescalers  f32[T, G]
         birth-<uid>       birth     uint8[total / 8]                       meta       uint8, `meta(state)` as JSON
-                          norms     f64[G]               flips-<uid>       flips      uint8[total / 8]
+                          norms     f64[G]               flips-<uid>       flips      uint8[total / 8], or as `shrink`
 
     Along one lineage the same name always means the same bytes, so an object that is stored already need not be written
     again. A forget changes rescalers-<uid> alone, which then is called rescalers-<uid>-without-<uid>-<uid>...
+    A birth that holds the flips up to a later session is called birth-<uid>-at-<uid>.
     """
     if state.next_uid == 0:
         return {}
@@ -122,15 +127,15 @@ def objects(state: FusionState) -> Objects:
     small = json.dumps(meta(state), sort_keys=True, separators=(",", ":")).encode()
     found: Objects = {
         f"u-{newest}": {"u": state.u},
-        _rescalers_name(newest, state.forgotten): {
+        _rescalers_name(newest, state): {
             "rescalers": np.array(rescalers, np.float32).reshape(len(rescalers), groups),
             "meta": np.frombuffer(small, np.uint8),
         },
     }
     for task in state.tasks:
-        found[f"birth-{task.uid}"] = {"birth": task.birth, "norms": task.norms}
+        found[_birth_name(task.uid, task.since)] = {"birth": task.birth, "norms": task.norms}
     for uid, plane in state.flips.items():
-        found[f"flips-{uid}"] = {"flips": plane}
+        found[f"flips-{uid}"] = shrink(plane)
     return found
 
 
@@ -148,6 +153,8 @@ def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping
         raise FusionError(f"one object 'rescalers-...' is needed, found {len(found)}", "give one version's objects")
     small = read_meta(layout, granularity, objects, found[0])
     uids = [int(task["uid"]) for task in small["tasks"]]
+    since = [int(task.get("since", task["uid"])) for task in small["tasks"]]
+    births = [_birth_name(*each) for each in zip(uids, since, strict=True)]
     newest, plane = int(small["next_uid"]) - 1, (layout.total // 8,)
     groups = group_count(layout, granularity)
     rescalers = read_array(objects, found[0], "rescalers", np.float32, (len(uids), groups))
@@ -155,43 +162,47 @@ def load(layout: Layout, granularity: Granularity, objects: Mapping[str, Mapping
         Task(
             str(task["name"]),
             uid,
-            read_array(objects, f"birth-{uid}", "norms", np.float64, (groups,)),
+            read_array(objects, births[position], "norms", np.float64, (groups,)),
             rescalers[position],
-            read_array(objects, f"birth-{uid}", "birth", np.uint8, plane),
+            read_array(objects, births[position], "birth", np.uint8, plane),
+            since[position],
         )
         for position, (uid, task) in enumerate(zip(uids, small["tasks"], strict=True))
     )
     sessions = needed_flips(tasks, newest + 1)
-    flips = {uid: read_array(objects, f"flips-{uid}", "flips", np.uint8, plane) for uid in sessions}
+    flips = {uid: _flips(objects, f"flips-{uid}", plane) for uid in sessions}
     u = read_array(objects, f"u-{newest}", "u", np.float32, (layout.total,))
-    packed = pack_masks(layout, tasks, flips)
-    return FusionState(layout, granularity, u, tasks, flips, packed, newest + 1, tuple(small["forgotten"]))
+    return FusionState(layout, granularity, u, tasks, flips, newest + 1, tuple(small["forgotten"]))
+
+
+def _flips(objects: Mapping[str, Mapping[str, NDArray[Any]]], name: str, shape: tuple[int]) -> Plane:
+    if "where" in objects.get(name, {}):
+        return grow(name, objects[name], shape[0])
+    return read_array(objects, name, "flips", np.uint8, shape)
 
 
 def needed_flips(tasks: tuple[Task, ...], next_uid: int) -> range:
-    """uids of the sessions whose flips some task still needs: all after the oldest task's own."""
-    return range(tasks[0].uid + 1, next_uid) if tasks else range(0)
+    """uids of the sessions whose flips some task still needs: all after the oldest birth."""
+    return range(tasks[0].since + 1, next_uid) if tasks else range(0)
 
 
-def pack_masks(layout: Layout, tasks: tuple[Task, ...], flips: Mapping[int, Plane]) -> NDArray[np.uint8]:
-    """The masks of all tasks now, uint8[ceil(T / 8), total], walking from the newest session to the oldest."""
-    packed = np.zeros((-(-len(tasks) // 8), layout.total), np.uint8)
-    sessions = sorted(flips, reverse=True)
-    for start in range(0, layout.total // 8, _CHUNK):
-        part = slice(start, min(start + _CHUNK, layout.total // 8))
-        lost, later = np.zeros(part.stop - part.start, np.uint8), iter([*sessions, -1])
-        session = next(later)
-        for position in range(len(tasks) - 1, -1, -1):
-            while session > tasks[position].uid:
-                lost |= flips[session][part]
-                session = next(later)
-            bits = np.unpackbits(tasks[position].birth[part] & ~lost, bitorder="little")
-            packed[position // 8, 8 * part.start : 8 * part.stop] |= bits << np.uint8(position % 8)
-    return packed
+def fold(state: FusionState) -> FusionState:
+    """The state with every flip taken into the births, so that no flip of an earlier session is needed any more.
+
+    Nothing that the state says of a task changes, bit for bit. A state without flips is returned as it is.
+    """
+    if not state.flips:
+        return state
+    everything, newest = state.planes.masks(slice(0, state.layout.total // 8)), state.next_uid - 1
+    tasks = tuple(replace(task, birth=mask, since=newest) for task, mask in zip(state.tasks, everything, strict=True))
+    return replace(state, tasks=tasks, flips={})
 
 
-def _rescalers_name(uid: int, forgotten: tuple[int, ...]) -> str:
-    return f"rescalers-{uid}" + ("-without-" + "-".join(map(str, forgotten)) if forgotten else "")
+def _rescalers_name(uid: int, state: FusionState) -> str:
+    """Another name for everything that can be said after one session: tasks may be forgotten and births folded."""
+    without = "-without-" + "-".join(map(str, state.forgotten)) if state.forgotten else ""
+    folded = [task.since for task in state.tasks if task.since != task.uid]
+    return f"rescalers-{uid}{without}" + (f"-at-{max(folded)}" if folded else "")
 
 
 def position_of(task: str, names: tuple[str, ...]) -> int:
@@ -202,23 +213,13 @@ def position_of(task: str, names: tuple[str, ...]) -> int:
         raise FusionError(f"task {task!r} is not in the fused state", nearest(task, names)) from None
 
 
-def blank(total: int, out: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """f32[total] of zeros, padding too: `out` where it is given. Raises FusionError for another shape or dtype."""
-    if out is None:
-        return np.zeros(total, np.float32)
-    if out.shape != (total,) or out.dtype != np.float32:
-        raise FusionError(f"out is {out.dtype}{list(out.shape)}, expected float32[{total}]")
-    out[:] = 0
+def checked(out: NDArray[Any], size: int, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
+    """`out`, where it can be written. Raises FusionError for another shape or dtype, and for a read-only array."""
+    if out.shape != (size,) or out.dtype != dtype or not out.flags.c_contiguous:
+        raise FusionError(f"out is {out.dtype}{list(out.shape)}, expected {dtype.__name__}[{size}] in one piece")
+    if not out.flags.writeable:
+        raise FusionError("out is read-only", "give an array that can be written")
     return out
-
-
-def write_bits(plane: Plane, start: int, bits: NDArray[np.bool_]) -> None:
-    """Sets bits from coordinate `start` on, in a plane that is still 0 there; rows need not start at a whole byte."""
-    before = start % 8
-    if before:
-        bits = np.concatenate([np.zeros(before, np.bool_), bits])
-    packed = np.packbits(bits, bitorder="little")
-    plane[start // 8 : start // 8 + packed.size] |= packed
 
 
 def read_meta(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,19 +11,22 @@ from numpy.typing import NDArray
 from condu_ray.errors import FusionError
 from condu_ray.fusion import signs
 from condu_ray.fusion import state as masks
+from condu_ray.fusion import unify as unifying
 from condu_ray.fusion.forget import forget as forget_mask
+from condu_ray.fusion.groups import Span
 from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.fusion.reconstruct import Fidelity, compare
+from condu_ray.fusion.reconstruct import add_to as add_mask_to
 from condu_ray.fusion.reconstruct import fidelity_at as mask_fidelity_at
 from condu_ray.fusion.reconstruct import reconstruct as from_mask
 from condu_ray.fusion.signs import SignState
 from condu_ray.fusion.state import FusionState, Objects
-from condu_ray.fusion.unify import unify as unify_masks
 
 if TYPE_CHECKING:
     from condu_ray.config import Granularity, Triggers
 
 State = FusionState | SignState
+Part = unifying.Part | signs.Part
 
 
 def empty(layout: Layout, granularity: Granularity, triggers: Triggers) -> State:
@@ -33,12 +36,38 @@ def empty(layout: Layout, granularity: Granularity, triggers: Triggers) -> State
 
 def unify(state: State, task: str, delta: Any) -> State:
     """The state after `task`; see `unify.unify` and `signs.unify`."""
-    return signs.unify(state, task, delta) if isinstance(state, SignState) else unify_masks(state, task, delta)
+    return signs.unify(state, task, delta) if isinstance(state, SignState) else unifying.unify(state, task, delta)
+
+
+def fuse(state: State, task: str, delta: Any, some: tuple[Span, ...]) -> Part:
+    """One process's share of adding `task`; see `unify.fuse` and `signs.fuse`."""
+    if isinstance(state, SignState):
+        return signs.fuse(state, task, delta, some)
+    return unifying.fuse(state, task, delta, some)
+
+
+def joined(state: State, task: str, parts: Sequence[Part]) -> State:
+    """The state after `task` from all shares, in their order: the one that `unify` gives, bit for bit."""
+    if isinstance(state, SignState):
+        signs.check(state, task)
+        return signs.joined(state, task, [part for part in parts if isinstance(part, signs.Part)])
+    unifying.check(state, task)
+    return unifying.joined(state, task, [part for part in parts if isinstance(part, unifying.Part)])
 
 
 def reconstruct(state: State, task: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """The task's delta as the state holds it, f32[total]."""
     return signs.reconstruct(state, task, out) if isinstance(state, SignState) else from_mask(state, task, out)
+
+
+def add_to(state: State, task: str, start: NDArray[np.float32]) -> None:
+    """Adds the task's delta to f32[total] in place: θ⁰ becomes the task's expert."""
+    (signs.add_to if isinstance(state, SignState) else add_mask_to)(state, task, start)  # type: ignore[arg-type]
+
+
+def with_sizes(state: State, task: str, delta: Any) -> State:
+    """The state in which rows of zeros make room for a second bit; see `signs.with_sizes`. Masks have none."""
+    return signs.with_sizes(state, task, delta) if isinstance(state, SignState) else state
 
 
 def with_rescalers(state: State, task: str, rescalers: Any) -> State:
@@ -51,6 +80,11 @@ def with_rescalers(state: State, task: str, rescalers: Any) -> State:
 def forget(state: State, task: str) -> State:
     """The state without `task`; every other reconstruction stays equal, bit for bit."""
     return signs.forget(state, task) if isinstance(state, SignState) else forget_mask(state, task)
+
+
+def fold(state: State) -> State:
+    """The same state, bit for bit, that needs no flips of earlier sessions; sign triggers have none."""
+    return state if isinstance(state, SignState) else masks.fold(state)
 
 
 def fidelity_at(state: State, task: str, coordinates: NDArray[np.int64], values: Any) -> Fidelity:

@@ -42,7 +42,7 @@ METHODS = {
         MethodInfo(
             "condu-sign",
             "condu",
-            "full fine-tuning, one sign bit a parameter and task over magnitudes that all tasks share",
+            "full fine-tuning, one bit a parameter and task: its sign, and its size where there is room",
             "ours, docs/fusion.md",
             trains=True,
             ordered=False,

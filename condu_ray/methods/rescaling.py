@@ -32,6 +32,11 @@ RATE = 0.02
 """Peak rate of s, so about the relative change of a rescaler in a step; measured, see docs/decisions.md."""
 
 
+def steps_of(task: TaskData, config: SessionConfig) -> int:
+    """How many steps train the rescalers of a task; 0 where none do."""
+    return rescaler_steps(config, steps_for(len(task.train), config))
+
+
 def train_rescalers(
     clip: Clip,
     method: Method,
@@ -41,12 +46,12 @@ def train_rescalers(
     buffers: Buffers,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> NDArray[np.float32]:
-    """The rescalers of `task` after `rescaler_steps(config)` steps of its own loss, f32[G]; 0 stays 0.
+    """The rescalers of `task` after `steps_of(task, config)` steps of its own loss, f32[G]; 0 stays 0.
 
     state: with the task in it, by sign triggers. buffers: those that its training changed; they stay. The same seed and
     number of threads give the same bits. Raises TrainingError for a loss or gradient that is not finite.
     """
-    steps, seen = rescaler_steps(config), steps_for(len(task.train), config)
+    steps, seen = steps_of(task, config), steps_for(len(task.train), config)
     rescaled = _Rescaled(clip, method, state, task, config, buffers)
     optimiser = torch.optim.AdamW([rescaled.change], lr=RATE, betas=BETAS, weight_decay=0.0)
     autocast = precision(clip, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,14 @@ class FusedState:
         return tuple(trigger.name for trigger in self.fused.tasks)
 
     def add(self, task: str, delta: Vector) -> FusedState:
-        fused = triggers.unify(self.fused, task, delta)
+        return self._with(triggers.unify(self.fused, task, delta), task, delta)
+
+    def joined(self, task: str, delta: Vector, parts: Sequence[triggers.Part]) -> FusedState:
+        """What `add` gives, bit for bit, from the shares of several processes in their order."""
+        return self._with(triggers.joined(self.fused, task, parts), task, delta)
+
+    def _with(self, fused: triggers.State, task: str, delta: Vector) -> FusedState:
+        fused = triggers.with_sizes(fused, task, delta)
         probe = delta[probe_coordinates(fused.layout, PROBE_COUNT, PROBE_SEED)]
         return FusedState(fused, {**self.probes, task: probe})
 
@@ -50,10 +57,18 @@ class FusedState:
     def delta(self, task: str) -> Vector:
         return triggers.reconstruct(self.fused, task)
 
+    def add_to(self, task: str, start: Vector) -> None:
+        """Makes θ⁰, f32[total], the task's expert: start += delta, in place and in one pass."""
+        triggers.add_to(self.fused, task, start)
+
     def fidelity(self, task: str) -> Fidelity:
         """How much of the task's own fine-tuning is left, from the kept sample (exact up to 65,536 parameters)."""
         coordinates = probe_coordinates(self.fused.layout, PROBE_COUNT, PROBE_SEED)
         return triggers.fidelity_at(self.fused, task, coordinates, self.probes[task])
+
+    def folded(self) -> FusedState:
+        """The same state, bit for bit, that needs no flips of earlier sessions."""
+        return replace(self, fused=triggers.fold(self.fused))
 
     def objects(self) -> Arrays:
         probes = {f"probe-{trigger.uid}": {"values": self.probes[trigger.name]} for trigger in self.fused.tasks}

@@ -10,10 +10,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from condu_ray.errors import DamagedObject, NotFound, StoreError
+from condu_ray.errors import DamagedObject, NotFound, StoreError, VersionTaken
 from condu_ray.store.manifest import Manifest, ObjectRef, StoreHeader
 
 if TYPE_CHECKING:
@@ -101,11 +100,17 @@ class Store(Protocol):
     def discard(self, key: str, name: str) -> None:
         """Removes an object that no version names, such as a delta whose task is committed; leaves any other."""
 
-    def work(self, key: str) -> Path:
-        """Returns a folder on this machine for unfinished work (checkpoints) on `key`; it survives a killed session."""
+    def work(self, key: str) -> str:
+        """Returns a place for files of other programs that work on `key`: a folder, or a URL below the store's."""
+
+    def save_work(self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Keeps unfinished work (a checkpoint) on `key`, over what had this name; killed, the one before stays."""
+
+    def load_work(self, key: str, name: str) -> dict[str, np.ndarray[Any, Any]] | None:
+        """Returns what `save_work` kept, from any machine; None if there is none."""
 
     def discard_work(self, key: str) -> None:
-        """Removes the work folder of `key`, if there is one."""
+        """Removes all work on `key`."""
 
 
 class Digest:
@@ -137,6 +142,40 @@ def object_path(key: str, name: str) -> str:
         if not _NAME.fullmatch(part):
             raise StoreError(f"{part!r} cannot name an object", "use letters, digits, '.', '_' and '-'")
     return f"objects/{key}/{name}.safetensors"
+
+
+def differing(store: Store, header: StoreHeader) -> StoreError | None:
+    """Returns the error where a store was made with another header; the id and the format may differ."""
+    differ = [name for name in StoreHeader.model_fields if name not in ("id", "format")]
+    differ = [name for name in differ if getattr(store.header, name) != getattr(header, name)]
+    if not differ:
+        return None
+    there, asked = getattr(store.header, differ[0]), getattr(header, differ[0])
+    what = f"another {differ[0]}" + ("" if differ[0] == "layout" else f" ({there}, not {asked})")
+    return StoreError(f"{store.url} holds a store with {what}", "choose another --store, or the settings it has")
+
+
+def taken(store: Store, manifest: Manifest) -> VersionTaken:
+    """Returns the error for a number that another writer has."""
+    return VersionTaken(f"version {manifest.version} of {store.url} exists already", "read it and go on from there")
+
+
+def check_turn(store: Store, manifest: Manifest, newest: int) -> None:
+    """Raises the error for a version that cannot follow version `newest`."""
+    if manifest.version <= newest:
+        raise taken(store, manifest)
+    if manifest.version > newest + 1:
+        raise StoreError(f"version {manifest.version} cannot follow version {newest} of {store.url}")
+
+
+def misfit(store: Store, manifest: Manifest, name: str, found: int | None) -> StoreError | None:
+    """Returns the error where an object that a manifest names has other bytes than it says; found: None, not there."""
+    ref = manifest.objects[name]
+    if found == ref.bytes:
+        return None
+    what = "is missing" if found is None else f"has {found} bytes instead of {ref.bytes}"
+    mend = "run the same command again; nothing was published"
+    return StoreError(f"{store.url}/{ref.path} ({name} of version {manifest.version}) {what}", mend)
 
 
 def missing_version(version: int | None, known: list[int], url: str) -> NotFound:

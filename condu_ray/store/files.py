@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from condu_ray.errors import StoreError
+from condu_ray.store.base import Digest
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL, errno.EXDEV}
+_CHUNK = 1 << 22
 
 
 def refusal(error: OSError, what: str, path: Path) -> StoreError:
@@ -31,6 +33,15 @@ def refusal(error: OSError, what: str, path: Path) -> StoreError:
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return StoreError(f"cannot {what} {path}: a file is in the way", "choose another --store")
     return StoreError(f"cannot {what} {path} ({error.strerror or error})")
+
+
+def hash_file(path: Path) -> Digest:
+    """Counts and hashes the bytes of a file."""
+    total = Digest()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            total.update(chunk)
+    return total
 
 
 def sync_folder(folder: Path) -> None:

@@ -13,15 +13,27 @@ import mmap
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from condu_ray.errors import NotFound, StoreError, VersionTaken
+from condu_ray.errors import NotFound, StoreError
 from condu_ray.store import tensors
-from condu_ray.store.base import IN_USE_S, Digest, GcReport, damaged, missing_version, object_path
-from condu_ray.store.files import lock, publish, refusal, temporary
+from condu_ray.store.base import (
+    IN_USE_S,
+    Digest,
+    GcReport,
+    check_turn,
+    damaged,
+    differing,
+    misfit,
+    missing_version,
+    object_path,
+    taken,
+)
+from condu_ray.store.files import hash_file, lock, publish, refusal, temporary
 from condu_ray.store.local_gc import collect
 from condu_ray.store.manifest import Manifest, ObjectRef, StoreHeader, dump, parse_header, parse_manifest
 
@@ -29,7 +41,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 _MANIFEST = re.compile(r"(\d{8,})\.json")
-_CHUNK = 1 << 22
 
 # What get() has checked in this process: absolute path, sha256, and the file's identity, size and time of change.
 _checked: set[tuple[str, str, int, int, int]] = set()
@@ -53,6 +64,11 @@ class LocalStore:
     def header(self) -> StoreHeader:
         return self._header
 
+    @staticmethod
+    def place(path: str | Path) -> str:
+        """The `url` that a store at this path (or file:// URL) has."""
+        return str(_root(path))
+
     @classmethod
     def create(cls, path: str | Path, header: StoreHeader) -> LocalStore:
         """Makes a store, or opens the one that is there if it was made with the same header (its id aside).
@@ -73,12 +89,8 @@ class LocalStore:
         except OSError as error:
             raise refusal(error, "make a store in", root) from error
         store = cls.open(root)
-        differ = [name for name in StoreHeader.model_fields if name not in ("id", "format")]
-        differ = [name for name in differ if getattr(store.header, name) != getattr(header, name)]
-        if differ:
-            there, asked = getattr(store.header, differ[0]), getattr(header, differ[0])
-            what = f"another {differ[0]}" + ("" if differ[0] == "layout" else f" ({there}, not {asked})")
-            raise StoreError(f"{root} holds a store with {what}", "choose another --store, or the settings it has")
+        if fault := differing(store, header):
+            raise fault
         return store
 
     @classmethod
@@ -151,7 +163,7 @@ class LocalStore:
         path = object_path(key, name)
         file = self.root / path
         try:
-            digest = _hash(file)
+            digest = hash_file(file)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -168,32 +180,24 @@ class LocalStore:
 
     def fault(self, ref: ObjectRef) -> str | None:
         try:
-            size = (self.root / ref.path).stat().st_size
-            if size != ref.bytes:
-                return f"{size} bytes instead of {ref.bytes}"
-            found = _hash(self.root / ref.path).ref(ref.path).sha256
+            found = hash_file(self.root / ref.path).ref(ref.path)
         except FileNotFoundError:
             return "the file is missing"
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
-        return None if found == ref.sha256 else f"its sha256 is {found[:12]}..., not {ref.sha256[:12]}..."
+        return ref.fault(found)
 
     def commit(self, manifest: Manifest) -> None:
         path = self._manifest_path(manifest.version)
         body = dump(manifest)
-        taken = VersionTaken(f"version {manifest.version} of {self.url} exists already", "read it and go on from there")
         try:
             path.parent.mkdir(exist_ok=True)
             with temporary(self.root / "tmp", [body]) as source, lock(self.root) as locked:
-                newest = max(self.versions(), default=0)
-                if manifest.version <= newest:
-                    raise taken
-                if manifest.version > newest + 1:
-                    raise StoreError(f"version {manifest.version} cannot follow version {newest} of {self.url}")
+                check_turn(self, manifest, max(self.versions(), default=0))
                 self._must_be_there(manifest)
                 publish(source, path, locked)
         except FileExistsError:
-            raise taken from None
+            raise taken(self, manifest) from None
         except OSError as error:
             raise refusal(error, "write", path) from error
 
@@ -225,7 +229,7 @@ class LocalStore:
         except OSError as error:
             raise refusal(error, "remove", file) from error
 
-    def work(self, key: str) -> Path:
+    def work(self, key: str) -> str:
         object_path(key, "work")
         folder = self.root / "work" / key
         try:
@@ -233,7 +237,29 @@ class LocalStore:
             os.utime(folder)
         except OSError as error:
             raise refusal(error, "write in", folder) from error
-        return folder
+        return str(folder)
+
+    def save_work(self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        target = self._work_path(key, name)
+        self.work(key)
+        # Renamed when whole: a process killed while it writes leaves the one before.
+        part = target.with_suffix(f".{uuid.uuid4().hex}.part")
+        try:
+            with open(part, "xb") as file:
+                file.writelines(tensors.pieces(arrays))
+            part.replace(target)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise refusal(error, "write", target) from error
+
+    def load_work(self, key: str, name: str) -> dict[str, np.ndarray[Any, Any]] | None:
+        path = self._work_path(key, name)
+        try:
+            return tensors.read(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise refusal(error, "read", path) from error
 
     def discard_work(self, key: str) -> None:
         object_path(key, "work")
@@ -244,19 +270,20 @@ class LocalStore:
         except OSError as error:
             raise refusal(error, "remove", self.root / "work" / key) from error
 
+    def _work_path(self, key: str, name: str) -> Path:
+        return self.root / object_path(key, name).replace("objects/", "work/", 1)
+
     def _manifest_path(self, version: int) -> Path:
         return self.root / "versions" / f"{version:08d}.json"
 
     def _must_be_there(self, manifest: Manifest) -> None:
         for name, ref in manifest.objects.items():
             try:
-                size = (self.root / ref.path).stat().st_size
+                size: int | None = (self.root / ref.path).stat().st_size
             except FileNotFoundError:
-                size = -1
-            if size != ref.bytes:
-                found = "is missing" if size < 0 else f"has {size} bytes instead of {ref.bytes}"
-                mend = "run the same command again; nothing was published"
-                raise StoreError(f"{self.url}/{ref.path} ({name} of version {manifest.version}) {found}", mend)
+                size = None
+            if fault := misfit(self, manifest, name, size):
+                raise fault
 
     def _map(self, ref: ObjectRef) -> Any:
         """Returns the object's bytes as a read-only map, after its sha256 was checked once in this process."""
@@ -283,11 +310,3 @@ class LocalStore:
 def _root(path: str | Path) -> Path:
     text = str(path)
     return Path(text.removeprefix("file://")).expanduser().absolute()
-
-
-def _hash(path: Path) -> Digest:
-    total = Digest()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            total.update(chunk)
-    return total

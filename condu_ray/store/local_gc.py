@@ -9,6 +9,7 @@ from pathlib import Path
 
 from condu_ray.errors import StoreError
 from condu_ray.store.base import GcReport
+from condu_ray.store.files import temporary
 from condu_ray.store.manifest import parse_manifest
 
 
@@ -19,7 +20,7 @@ def collect(root: Path, gone: Mapping[int, Path], named: set[str], *, dry_run: b
     last put or found before its commit, unless a later session has found it again; such a one, and an object that no
     manifest names, stays until `in_use_s` seconds have passed. So do temporary files and work folders.
     """
-    now = time.time()
+    now = _now(root)
     published = _published(gone)
     objects: list[str] = []
     leftovers: list[str] = []
@@ -54,6 +55,15 @@ def collect(root: Path, gone: Mapping[int, Path], named: set[str], *, dry_run: b
     if not dry_run:
         _remove_empty(root)
     return GcReport(sorted(gone), objects, leftovers, freed, in_use, dry_run)
+
+
+def _now(root: Path) -> float:
+    """The clock of the file system (epoch s), which dated the files: that of this machine may be wrong."""
+    try:
+        with temporary(root / "tmp", []) as file:
+            return file.stat().st_mtime
+    except OSError:  # a dry run where nothing may be written
+        return time.time()
 
 
 def _published(gone: Mapping[int, Path]) -> dict[str, float]:

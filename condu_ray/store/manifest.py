@@ -16,10 +16,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from condu_ray.errors import StoreError
 
-FORMAT = 1
+FORMAT = 2
 """The newest format that this release reads, and the one it writes."""
 
-Kind = Literal["learn", "forget", "rollback"]
+Kind = Literal["learn", "forget", "rollback", "fold"]
 OBJECT_PATH = r"^objects/[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors$"
 SHA256 = r"^[0-9a-f]{64}$"
 
@@ -56,6 +56,14 @@ class ObjectRef(_Record):
     path: str = Field(pattern=OBJECT_PATH)
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=SHA256)
+
+    def fault(self, found: ObjectRef) -> str | None:
+        """What is wrong with bytes that turned out to be `found`; None if nothing."""
+        if found.bytes != self.bytes:
+            return f"{found.bytes} bytes instead of {self.bytes}"
+        if found.sha256 != self.sha256:
+            return f"its sha256 is {found.sha256[:12]}..., not {self.sha256[:12]}..."
+        return None
 
 
 class TaskCard(_Record):

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from condu_ray import __version__
 from condu_ray.errors import ConfigError
-from condu_ray.store import Manifest, open_store
+from condu_ray.store import Manifest, absolute_url, open_store
 from condu_ray.store.manifest import dump
 from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.tracking.pictures import draw_matrix
@@ -36,6 +36,7 @@ VERSION_TAG = "condu.version"
 NEWEST = "newest"
 _CHECK_S = 5.0  # how long a server may take to say that it is there
 _PARAMETER_LENGTH = 500  # characters that every MLflow server takes; the manifest has the rest
+_LATER = "`condu-ray track --replay` records later what is missing"
 _BATCH = {"metrics": 1000, "params": 100}  # MLflow's limits for one request
 
 
@@ -51,11 +52,12 @@ class Tracking:
     artifacts: Path | None
     store: str
 
-    def check(self) -> None:
+    def check(self) -> str | None:
         """Asks whether runs can be recorded, before work starts; writes nothing and does not import MLflow.
 
-        Raises ConfigError for a server that does not answer within 5 s, a folder that does not exist, or a kind of URI
-        that MLflow does not take.
+        Returns a sentence of warning for a server that does not answer within 5 s: it is needed only at the end, and
+        not even then (`condu-ray track --replay`). Raises ConfigError for a folder that does not exist, or a kind of
+        URI that MLflow does not take.
         """
         kind = urlsplit(self.uri).scheme
         if kind in ("http", "https"):
@@ -65,8 +67,7 @@ class Tracking:
                 error.close()
             except OSError as error:
                 reason = getattr(error, "reason", error)
-                mend = "start it, or leave out the tracking URI to keep runs beside the store"
-                raise ConfigError(f"the tracking server {self.uri} cannot be reached ({reason})", mend) from error
+                return f"the tracking server {self.uri} cannot be reached ({reason}); {_LATER}."
         elif kind == "sqlite":
             folder = Path(self.uri.removeprefix("sqlite:///")).parent
             if self.artifacts is not None and folder != Path(self.store) and not folder.is_dir():
@@ -74,6 +75,24 @@ class Tracking:
         elif kind in ("", "file"):
             mend = "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT, or leave it out"
             raise ConfigError(f"MLflow does not keep runs in a plain folder any more (tracking URI {self.uri!r})", mend)
+        return None
+
+    def recorded(self) -> set[int]:
+        """Numbers of the store's versions that are recorded. Raises ConfigError where MLflow cannot be asked."""
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        store_id = open_store(self.store).header.id
+        try:
+            client = _client(self.uri)
+            found = [each.experiment_id for each in client.search_experiments(max_results=1000)]
+            runs, token = list[Any](), ""
+            while found and token is not None:
+                page = client.search_runs(found, f"tags.`{STORE_TAG}` = '{store_id}'", page_token=token or None)
+                runs, token = runs + list(page), page.token
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            raise ConfigError(f"the runs at {self.uri} cannot be read ({_reason(error)})", "start it first") from error
+        return {int(run.data.tags[VERSION_TAG]) for run in runs if run.info.status == "FINISHED"}
 
     def record(
         self,
@@ -97,8 +116,8 @@ class Tracking:
             client = _client(self.uri)
             self._record(client, store_id, manifest, losses, matrix, pictures, version_source)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            return f"version {manifest.version} is published, but was not recorded at {self.uri} ({reason})."
+            what = f"version {manifest.version} is published, but was not recorded at {self.uri} ({_reason(error)})"
+            return f"{what}; {_LATER}."
         return None
 
     def _record(
@@ -167,13 +186,20 @@ def open_tracking(uri: str | None, store: str | Path) -> Tracking:
     uri: an MLflow tracking URI, such as http://HOST:PORT; None: `mlflow.db` and `mlruns/` in the folder of the store.
     Files of a sqlite database stay in `mlruns/` beside it; a server decides for itself.
     """
-    place = str(store) if "://" in str(store) else str(Path(store).absolute())
+    place = absolute_url(store)
     if uri is None:
+        if place.startswith("s3://"):
+            mend = "give --tracking URI, or --tracking off (any version can be recorded later)"
+            raise ConfigError(f"MLflow's database cannot be in {place}", mend)
         return Tracking(f"sqlite:///{place}/mlflow.db", Path(place) / "mlruns", place)
     if urlsplit(uri).scheme == "sqlite":
         database = Path(uri.removeprefix("sqlite:///")).absolute()
         return Tracking(f"sqlite:///{database}", database.parent / "mlruns", place)
     return Tracking(uri, None, place)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def model_name(store_id: str) -> str:

@@ -24,7 +24,7 @@ from condu_ray.voting.combine import combine, probabilities, side_by_side
 from condu_ray.voting.domains import Domain
 from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.prototypes import Prototypes
-from condu_ray.voting.router import Calibrated, Routed, Router, router_of
+from condu_ray.voting.router import Calibrated, Prior, Routed, Router, prior_of, router_of
 from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
 
 
@@ -136,6 +136,11 @@ class Classifier:
     def _router(self) -> Router:
         return router_of(self.experts, self._vote, self._calibrated)
 
+    def _prior(self, space: LabelSpace) -> Prior | None:
+        if space.kind == "union" or not self.experts:
+            return None
+        return prior_of([label.name for label in space.labels], [expert.classes for expert in self.experts])
+
     @cached_property
     def _union(self) -> LabelSpace:
         return LabelSpace.of_union(self.experts)
@@ -154,7 +159,8 @@ class Classifier:
             ballots = [_Ballot((Vote(task, None, 1.0),), (0,), ((0,),))] * len(pixels)
         else:
             base, domains = self.clip.images_and_domains(pixels)
-            ballots = self._ballots(self._router.route(base.cpu().numpy(), domains.cpu().numpy()), space)
+            routed = self._router.route(base.cpu().numpy(), domains.cpu().numpy(), self._prior(space))
+            ballots = self._ballots(routed, space)
         spans = [np.arange(block.start, block.stop) for block in space.blocks]
         logits = self._logits(pixels, base, ballots, space)
         scored = []

@@ -9,7 +9,7 @@ Legend: B pictures, T tasks, C classes of a task, K classes of all tasks, W widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from condu_ray.errors import DataError
 SHRINKAGE = 0.1  # of covariances towards their diagonals
 FLOOR = 1e-5  # variance of channels that never moved, in medians of the others
 
-PRIOR = 0.05  # share of pictures that are expected to be of no task
+PRIOR = 0.05  # share of pictures that are expected to be of no task, where nothing else is known
 KNOWN_QUANTILE = 0.01
 TEMPERATURES = np.geomspace(2.0, 2000.0, 31)
 STEPS, RIDGE = 50, 1e-3  # of the logistic regression
@@ -112,7 +112,8 @@ class Calibration:
 class Discriminant:
     """Distances of pictures to what is known of several tasks."""
 
-    def __init__(self, domains: Sequence[Domain]) -> None:
+    def __init__(self, domains: Sequence[Domain], scatter: Doubles | None = None) -> None:
+        """scatter: the sum of all `Domain.scatter`, where the caller has it."""
         self._tasks = len(domains)
         counts = np.concatenate([each.counts for each in domains])
         seen = counts > 0
@@ -120,7 +121,7 @@ class Discriminant:
         counts = counts[seen].astype(np.float64)
         self._task = np.repeat(np.arange(self._tasks), [len(each.counts) for each in domains])[seen]
         total = counts.sum()
-        within = sum((each.scatter() for each in domains), np.zeros((means.shape[1],) * 2))
+        within = sum(each.scatter() for each in domains) if scatter is None else scatter
         center = counts @ means / total
         between = (means - center).T @ ((means - center) * counts[:, None])
         self._white = _whitening(within / max(1.0, total - len(counts)))
@@ -139,6 +140,18 @@ class Discriminant:
         return by_task, far - by_task.min(axis=1)
 
 
+def _scatters_without_each(domains: Sequence[Domain]) -> Iterator[Doubles]:
+    """For every task the scatter of all others, f64[W, W]; by sums alone, since a difference could leave a channel that
+    only one task moves with a variance below zero."""
+    after = [np.zeros((len(domains[0].deviations),) * 2)]
+    for each in reversed(domains[1:]):
+        after.append(after[-1] + each.scatter())
+    before = np.zeros_like(after[0])
+    for each in domains:
+        yield before + after.pop()
+        before += each.scatter()
+
+
 def _whitening(covariance: Doubles) -> Doubles:
     """f64[W, W], L with LLᵀ the inverse of the shrunk covariance."""
     diagonal = np.diag(covariance)
@@ -155,9 +168,17 @@ def probabilities(distances: Doubles, calibration: Calibration) -> Doubles:
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
-def strangeness(relative: Doubles, calibration: Calibration) -> Doubles:
-    """Relative distances f64[B] -> probability that the picture is of no task, f64[B]."""
-    return np.asarray(0.5 * (1 - np.tanh(0.5 * calibration.slope * (relative - calibration.middle))))
+def strangeness(relative: Doubles, calibration: Calibration, prior: float = PRIOR) -> Doubles:
+    """Relative distances f64[B] -> probability that the picture is of no task, f64[B].
+
+    prior: that probability before the picture is looked at.
+    """
+    odds = calibration.slope * (relative - calibration.middle) + _logit(PRIOR) - _logit(prior)
+    return np.asarray(0.5 * (1 - np.tanh(0.5 * odds)))
+
+
+def _logit(probability: float) -> float:
+    return float(np.log(probability / (1 - probability)))
 
 
 def calibrate(domains: Sequence[Domain]) -> Calibration:
@@ -169,7 +190,7 @@ def calibrate(domains: Sequence[Domain]) -> Calibration:
     whole = Discriminant(domains)
     likelihoods = np.zeros(len(TEMPERATURES))
     known, strange = [], []
-    for task, domain in enumerate(domains):
+    for task, (domain, scatter) in enumerate(zip(domains, _scatters_without_each(domains), strict=True)):
         if not len(domain.held_out):
             continue
         by_task, relative = whole.distances(domain.held_out)
@@ -179,7 +200,7 @@ def calibrate(domains: Sequence[Domain]) -> Calibration:
             likelihoods[place] += np.log(np.maximum(share, 1e-12)).mean()
         others = [each for other, each in enumerate(domains) if other != task]
         if others:
-            strange.append(Discriminant(others).distances(domain.held_out)[1])
+            strange.append(Discriminant(others, scatter).distances(domain.held_out)[1])
     if not known:
         return Calibration(float(TEMPERATURES[0]), -np.finfo(np.float32).max.item(), 1.0)
     inside = np.concatenate(known)
@@ -188,7 +209,7 @@ def calibrate(domains: Sequence[Domain]) -> Calibration:
     if not strange:
         return Calibration(temperature, float(np.quantile(inside, KNOWN_QUANTILE)), 4 / scale)
     middle, slope = _logistic(inside, np.concatenate(strange), scale)
-    return Calibration(temperature, middle + float(np.log(PRIOR / (1 - PRIOR))) / slope, slope)
+    return Calibration(temperature, middle + _logit(PRIOR) / slope, slope)
 
 
 def _logistic(known: Doubles, strange: Doubles, scale: float) -> tuple[float, float]:

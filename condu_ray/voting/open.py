@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from condu_ray.config import ModelSpec, SessionConfig, VoteConfig, from_dotted
+from condu_ray.errors import NotFound
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Experts
@@ -89,7 +90,16 @@ def state_of(store: Store, manifest: Manifest) -> TaskState:
     return registry.get(header.method).load(layout_of(header), config_of(header), manifest.state["method"], objects)
 
 
+def check_pictured(manifest: Manifest) -> None:
+    """Raises NotFound for a task that was merged from weights: without pictures there is nothing to route by."""
+    for card in manifest.tasks:
+        if f"prototypes-{card.uid}" not in manifest.objects:
+            raise NotFound(f"task {card.name} was merged from weights, it has no classes", "use `condu-ray export`")
+
+
 def task_experts(store: Store, manifest: Manifest) -> list[TaskExpert]:
+    """Raises NotFound for a task that was merged from weights."""
+    check_pictured(manifest)
     return [
         TaskExpert(
             card.name,

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from condu_ray.config import VoteConfig
 from condu_ray.voting.combine import Scores, weights
-from condu_ray.voting.domains import Calibration, Discriminant, Domain, calibrate, probabilities, strangeness
+from condu_ray.voting.domains import PRIOR, Calibration, Discriminant, Domain, calibrate, probabilities, strangeness
 from condu_ray.voting.prototypes import Prototypes
 from condu_ray.voting.routing import UNCALIBRATED, Thresholds, choose, similarities
 from condu_ray.voting.routing import calibrate as calibrate_cosines
 
 COVERED = 0.99  # adaptive: experts are taken until one of them is right with this probability
 STRANGE = 0.95  # adaptive: from here on θ⁰ answers alone
+DOUBT = 0.1  # share of a prior over tasks that is spread evenly, whatever the labels are
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +74,10 @@ class Router(Protocol):
         """Unit features [B, D] and domain features [B, W] by θ⁰ -> (how near each task is f64[B, T], how surely the
         picture is of one of them f64[B]: higher is surer, without a unit)."""
 
-    def route(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> list[Routed]:
-        """Who answers for each picture."""
+    def route(
+        self, features: NDArray[np.float32], domains: NDArray[np.float32], prior: Prior | None = None
+    ) -> list[Routed]:
+        """Who answers for each picture. prior: what the labels say beforehand, if any were given."""
 
 
 def router_of(tasks: Sequence[Known], vote: VoteConfig, calibrated: Calibrated) -> Router:
@@ -96,8 +99,32 @@ def calibrated(tasks: Sequence[Known], k: int) -> Calibrated:
     )
 
 
+@dataclass(frozen=True)
+class Prior:
+    """What is known before a picture is looked at. tasks f64[T]: probabilities, if it is of one of them. none: that it
+    is of none."""
+
+    tasks: Scores
+    none: float
+
+
+def prior_of(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Prior:
+    """What a caller's labels say, by their words alone (ours): labels that are a task's classes speak for that task,
+    labels that no task has speak for none.
+
+    classes: of each task. Words are compared without regard to case.
+    """
+    asked = {label.casefold() for label in labels}
+    learned = [{name.casefold() for name in names} for names in classes]
+    matches = np.array([len(asked & names) for names in learned], dtype=np.float64)
+    even = np.full(len(classes), 1 / max(1, len(classes)))
+    tasks = matches / matches.sum() if matches.any() else even
+    unknown = len(asked.difference(*learned)) / len(asked)
+    return Prior((1 - DOUBT) * tasks + DOUBT * even, PRIOR + (1 - 2 * PRIOR) * unknown)
+
+
 class CosineRouter:
-    """The largest cosine to a class prototype decides (ConDU, as published)."""
+    """The largest cosine to a class prototype decides (ConDU, as published); what the labels are does not matter."""
 
     def __init__(self, prototypes: Sequence[Prototypes], vote: VoteConfig, thresholds: Thresholds) -> None:
         self._prototypes, self._vote, self._thresholds = tuple(prototypes), vote, thresholds
@@ -106,7 +133,9 @@ class CosineRouter:
         similarity = similarities(features, self._prototypes).astype(np.float64)
         return similarity, similarity.max(axis=1, initial=-1.0)
 
-    def route(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> list[Routed]:
+    def route(
+        self, features: NDArray[np.float32], domains: NDArray[np.float32], prior: Prior | None = None
+    ) -> list[Routed]:
         similarity = similarities(features, self._prototypes)
         routed = []
         for row, chosen in zip(similarity, choose(similarity, self._vote, self._thresholds), strict=True):
@@ -127,10 +156,17 @@ class DomainRouter:
         distances, relative = self._discriminant.distances(domains)
         return probabilities(distances, self._calibration), relative
 
-    def route(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> list[Routed]:
+    def route(
+        self, features: NDArray[np.float32], domains: NDArray[np.float32], prior: Prior | None = None
+    ) -> list[Routed]:
         likely, relative = self.ranked(features, domains)
-        pairs = zip(likely, strangeness(relative, self._calibration), strict=True)
-        return [self._route(*pair) for pair in pairs]
+        if prior is None:
+            strange = strangeness(relative, self._calibration)
+        else:
+            likely = likely * prior.tasks
+            likely /= likely.sum(axis=1, keepdims=True)
+            strange = strangeness(relative, self._calibration, prior.none)
+        return [self._route(*pair) for pair in zip(likely, strange, strict=True)]
 
     def _route(self, likely: Scores, strange: float) -> Routed:
         order = np.argsort(-likely, kind="stable")[: self._vote.k]

@@ -1,13 +1,16 @@
 """Kills a session at chosen calls and runs it again, in forked children, so that a run takes less than a second.
 
 usage: crash_driver.py JSON, with {"model": folder, "tasks": {name: folder}, "out": folder, "settings": {...}, "at":
-"store" (calls of the store and of the crew), "step" (steps of training too) or "file" (changes of files too), "seeds":
-kills at random times besides}. Prints one JSON document: the calls of an undisturbed session, and what each kill led
-to.
+"store" (calls of the store and of the crew), "step" (steps of training too), "file" (changes of files too), "request"
+(requests to the store's server, and steps), "fault" (no kills: the server is told to fail) or "disk" (no kills: the
+disk is full), "every": look at one call of so many, "seeds": kills at random times besides, "bucket": s3:// URL of
+stores instead of folders, "guard": what is taken away (see GUARDS)}. Prints one JSON document: the calls of an
+undisturbed session, and what each kill led to. With "at": "once" it is one session on "store", and what it trained.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -15,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -24,15 +28,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from in_process_crew import InProcessCrew, contents, make_store, opened, settings, silent
+from in_process_crew import InProcessCrew, contents, files_of, make_store, opened, settings, silent
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine import plan, scoring, train
 from condu_ray.engine.keys import train_key
 from condu_ray.engine.session import learn
+from condu_ray.errors import ConduError
 from condu_ray.methods.training import Place
-from condu_ray.store import LocalStore, Store, open_store
+from condu_ray.store import LocalStore, Store, bucket, local, open_store
+from condu_ray.store.header import open_existing
 
 STORE_CALLS = (
     "create",
@@ -43,12 +49,29 @@ STORE_CALLS = (
     "find",
     "get",
     "commit",
-    "work",
+    "save_work",
+    "load_work",
     "discard",
     "discard_work",
 )
 CREW_CALLS = ("train", "features", "text_means", "hold", "rescalers", "fuse", "score")
 FILE_CALLS = ("link", "fsync", "unlink", "replace", "rename", "rmdir", "mkdir")
+FULL_DISK_CALLS = ("fsync", "link", "mkdir")
+REQUESTS = (
+    "put_object",
+    "get_object",
+    "head_object",
+    "list_objects_v2",
+    "delete_object",
+    "upload_file",
+    "create_multipart_upload",
+    "upload_part",
+    "list_parts",
+    "complete_multipart_upload",
+)
+FAULTS = ("500", "503", "slow", "timeout", "lost", "half")
+FAULTS_EACH = 3
+REFUSED = 2
 
 
 class Calls:
@@ -60,8 +83,11 @@ class Calls:
 
     def __call__(self, name: str) -> None:
         if len(self.names) == self.fatal:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.strike()
         self.names.append(name)
+
+    def strike(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def spy(self, owner: Any, name: str, shown: str) -> None:
         """Makes every call of owner.name count, before it does anything."""
@@ -83,16 +109,16 @@ class Session:
         self.asked, self.calls = asked, calls
         self.tasks: list[TaskData] = opened(asked["tasks"], *asked["tasks"])
 
-    def config(self, store: Path) -> SessionConfig:
+    def config(self, store: str) -> SessionConfig:
         return settings(store, self.asked["model"], **self.asked.get("settings", {}))
 
-    def run(self, store: Path) -> None:
+    def run(self, store: str) -> None:
         config = self.config(store)
         opened_store = make_store(config)
         learn(opened_store, config, self.tasks, Steps(opened_store, config, self.calls, self.asked["at"]), silent)
 
-    def keys(self, store: Store, folder: Path) -> dict[str, str]:
-        config = self.config(folder)
+    def keys(self, store: Store) -> dict[str, str]:
+        config = self.config(store.url)
         return {task.name: train_key(store.header.model_sha256, config, task, train.BASE) for task in self.tasks}
 
 
@@ -105,7 +131,7 @@ class Steps(InProcessCrew):
 
     def train(self, jobs: Any, update: Any) -> None:
         def step(done: Any) -> None:
-            if self._at == "step":
+            if self._at in ("step", "file", "request"):
                 self._calls(f"step {done.step} of {done.task}")
 
         train.work_through(self._store, self._config, jobs, Place(), step)
@@ -119,113 +145,219 @@ def in_child(work: Callable[[], None]) -> int:
         try:
             work()
             status = 0
+        except ConduError as refused:
+            print(refused, file=sys.stderr)
+            status = REFUSED
         finally:
             sys.stderr.flush()
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def logged(folder: Path) -> list[str]:
-    log = folder.with_suffix(".trained")
-    return log.read_text().split() if log.exists() else []
+class Places:
+    """Where the stores of the trials are, one after another, and what was trained for them."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        self._out, self._bucket, self._count = Path(asked["out"]), asked.get("bucket"), 0
+        self.log = self._out / "trained"
+
+    def new(self) -> str:
+        self.log.unlink(missing_ok=True)
+        if self._bucket:
+            self._count += 1
+            return f"{self._bucket}/{self._count}"
+        folder = self._out / "store"
+        shutil.rmtree(folder, ignore_errors=True)
+        return str(folder)
+
+    def trained(self) -> list[str]:
+        """Names of the tasks whose training came to its end, since this was last asked."""
+        names = self.log.read_text().split() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return names
 
 
-def state_of_disk(folder: Path) -> tuple[Any, ...]:
-    """Everything that a next run can find there, times aside; files that are being written have random names."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    named = [path for path in files if path.parent.name != "tmp" and path.name != "store.json"]
-    made = (folder / "store.json").exists()
-    return made, len(files) - len(named), tuple((str(p.relative_to(folder)), p.read_bytes()) for p in named)
+def state_of(store: str) -> tuple[Any, ...]:
+    """Everything that a next run can find there, times aside; what is being written has random names."""
+    files = files_of(store)
+    named = {path: body for path, body in files.items() if not path.startswith(("tmp/", "probe/", "gc/", "store.json"))}
+    return "store.json" in files, len(files) - len(named), tuple(named.items())
 
 
-def disturb(session: Session, folder: Path, kill: Callable[[], int], seen: set[Any], expected: Any) -> dict[str, Any]:
+def disturb(session: Session, places: Places, kill: Callable[[str], int], seen: set[Any], expected: Any) -> Any:
     """Kills a session, looks at what is there, runs it again and compares with an undisturbed one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    log = folder.with_suffix(".trained")
-    log.unlink(missing_ok=True)
-    status = kill()
-    trained_before, state = logged(folder), state_of_disk(folder) if folder.exists() else ()
+    store = places.new()
+    status = kill(store)
+    trained_before, state = places.trained(), state_of(store)
     found: dict[str, Any] = {"status": status, "trained_before": trained_before}
     if (*trained_before, state) in seen:
         return found | {"again": None}  # the very same files were found by a run before
     seen.add((*trained_before, state))
     kept = []
-    if (folder / "store.json").exists():
-        store = open_store(folder)
-        keys = session.keys(store, folder)
-        learned = [card.name for card in store.manifest().tasks] if store.versions() else []
-        kept = [name for name, key in keys.items() if store.find(key, "delta") or name in learned]
-    log.unlink(missing_ok=True)
-    again = in_child(lambda: session.run(folder))
-    open_store(folder).gc(in_use_s=0)
-    leftovers = [str(p.relative_to(folder)) for name in ("tmp", "work") for p in (folder / name).glob("*")]
-    same = contents(folder) == expected
-    return found | {"again": again, "kept": kept, "trained_after": logged(folder), "same": same, "leftovers": leftovers}
+    there = open_existing(store)
+    if there:
+        keys = session.keys(there)
+        learned = [card.name for card in there.manifest().tasks] if there.versions() else []
+        kept = [name for name, key in keys.items() if there.find(key, "delta") or name in learned]
+    begun = time.monotonic()
+    again = in_child(lambda: session.run(store))
+    seconds = time.monotonic() - begun
+    trained = places.trained()
+    if again:
+        return found | {"again": again, "kept": kept, "trained_after": trained, "same": False, "seconds": seconds}
+    open_store(store).gc(in_use_s=0)
+    leftovers = [path for path in files_of(store) if path.startswith(("tmp/", "work/", "uploads/", "marks/", "gc/"))]
+    same = contents(store) == expected
+    ended = {"again": again, "kept": kept, "trained_after": trained, "same": same, "leftovers": leftovers}
+    return found | ended | {"seconds": seconds}
+
+
+def replaced(source: Path, target: Path, locked: bool) -> None:
+    """What `files.publish` would be if it did not mind who else wrote that name."""
+    shutil.copyfile(source, target)
+
+
+def half_published(source: Path, target: Path, locked: bool) -> None:
+    """What `files.publish` would be without its care: written where readers look."""
+    body = source.read_bytes()
+    target.write_bytes(body[: len(body) // 2])
+    CALLS("half a file")
+    target.write_bytes(body)
+
+
+class Everything:
+    """A set that holds whatever it is asked for."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
+
+    def add(self, item: object) -> None:
+        pass
+
+
+CALLS = Calls()
+GUARDS: dict[str, tuple[Any, str, Any]] = {
+    "whole-files": (local, "publish", half_published),
+    "exclusive-names": (local, "publish", replaced),
+    "find-before-work": (LocalStore, "find", lambda self, key, name: None),
+    "checksum": (local, "_checked", Everything()),
+    "retries": (bucket, "TRIES", 1),
+}
+"""What can be taken away, to see whether a run notices: (where, name, instead)."""
+
+
+def tell(endpoint: str, fault: str, after: int) -> None:
+    """Asks the proxy in front of the server to do this to one request, `after` others have gone by."""
+    with urllib.request.urlopen(f"{endpoint}/__fault__/{fault}/{after}", timeout=30) as answer:
+        answer.read()
+
+
+def count_requests(calls: Calls) -> None:
+    """Every request to a store's server counts before it is sent."""
+    real = bucket.make_client
+
+    class Counting:
+        def __init__(self) -> None:
+            self._client = real()
+
+        def __getattr__(self, name: str) -> Any:
+            value = getattr(self._client, name)
+            if name in REQUESTS:
+                return lambda *given, **named: (calls(f"s3.{name}"), value(*given, **named))[1]
+            return value
+
+    bucket.make_client = Counting  # type: ignore[assignment]
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    train.CHECKPOINT_SHARE = float("inf")  # after every step that asks for one
+    bucket.LONGEST_WAIT_S, bucket.READ_S = 0.1, 2.0
+    bucket._THREADS = 1  # so that the requests of a session have one order
     for module in (plan, scoring, train):
         module.load = lru_cache(module.load)  # type: ignore[attr-defined]  # the base model is never changed
-    calls = Calls()
-    for name in STORE_CALLS:
-        calls.spy(LocalStore, name, f"store.{name}")
-    for name in CREW_CALLS:
-        calls.spy(Steps if name in Steps.__dict__ else InProcessCrew, name, f"crew.{name}")
-    out = Path(asked["out"])
-    session = Session(asked, calls)
+    at, calls = asked["at"], CALLS
+    if at in ("request", "fault"):
+        count_requests(calls)
+    elif at != "disk":
+        for name in STORE_CALLS:
+            calls.spy(LocalStore, name, f"store.{name}")
+        for name in CREW_CALLS:
+            calls.spy(Steps if name in Steps.__dict__ else InProcessCrew, name, f"crew.{name}")
+    session, places = Session(asked, calls), Places(asked)
     real = train.train_task
 
     def told(*given: Any, **named: Any) -> Any:
         trained = real(*given, **named)
-        with open(Path(given[4].store).with_suffix(".trained"), "a") as log:
+        with open(places.log, "a") as log:
             log.write(f"{given[3].name}\n")
         return trained
 
     train.train_task = told
-    session.run(out / "undisturbed")  # loads everything that children then have
-    if asked["at"] == "file":
-        for name in FILE_CALLS:
-            calls.spy(os, name, f"os.{name}")
+    if at == "once":
+        if guard := asked.get("guard"):
+            setattr(*GUARDS[guard])
+        session.run(asked["store"])
+        print(json.dumps(places.trained()))
+        return
+    session.run(places.new())  # loads everything that children then have
+    for name in {"file": FILE_CALLS, "disk": FULL_DISK_CALLS}.get(at, ()):
+        calls.spy(os, name, f"os.{name}")
+    undisturbed = places.new()
     calls.names.clear()
     begun = time.monotonic()
-    shutil.rmtree(out / "undisturbed")
-    session.run(out / "undisturbed")
+    session.run(undisturbed)
     seconds, names = time.monotonic() - begun, list(calls.names)
-    open_store(out / "undisturbed").gc(in_use_s=0)
-    expected = contents(out / "undisturbed")
+    open_store(undisturbed).gc(in_use_s=0)
+    expected = contents(undisturbed)
+    if guard := asked.get("guard"):
+        setattr(*GUARDS[guard])
     seen: set[Any] = set()
     results = []
 
-    def killed_at(index: int, folder: Path) -> int:
+    def struck_at(index: int, store: str, strike: Callable[[], None] = calls.strike) -> int:
         def work() -> None:
             calls.names.clear()
-            calls.fatal = index
-            session.run(folder)
+            calls.strike, calls.fatal = strike, index  # type: ignore[method-assign]
+            session.run(store)
 
         return in_child(work)
 
-    def killed_after(wait: float, folder: Path) -> int:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def failing(fault: str, index: int, store: str) -> int:
+        tell(os.environ["AWS_ENDPOINT_URL"], fault, index)
+        return in_child(lambda: session.run(store))
+
+    def killed_after(wait: float, store: str) -> int:
         child = os.fork()
         if not child:
             try:
-                session.run(folder)
+                session.run(store)
             finally:
                 os._exit(0)
         time.sleep(wait)
         os.kill(child, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    folder = out / "killed"
-    for index, name in enumerate(names):
-        found = disturb(session, folder, lambda index=index: killed_at(index, folder), seen, expected)
-        results.append({"index": index, "call": name, **found})
+    def trial(index: int | None, name: str, strike: Callable[[str], int]) -> None:
+        results.append({"index": index, "call": name, **disturb(session, places, strike, seen, expected)})
+
+    for index, name in list(enumerate(names))[:: asked.get("every", 1)]:
+        if at == "fault":
+            break
+        kind = {"strike": full} if at == "disk" else {}
+        trial(index, name, lambda store, index=index, kind=kind: struck_at(index, store, **kind))
+    for fault in FAULTS if at == "fault" else ():
+        for index in range(0, len(names), len(names) // FAULTS_EACH):
+            seen.clear()
+            trial(index, f"{fault} for {names[index]}", lambda s, f=fault, i=index: failing(f, i, s))
     random.seed(0)
     for _ in range(asked.get("seeds", 0)):
         wait = random.uniform(0, seconds)
-        found = disturb(session, folder, lambda wait=wait: killed_after(wait, folder), seen, expected)
-        results.append({"index": None, "call": f"after {wait:.3f} s", **found})
+        trial(None, f"after {wait:.3f} s", lambda store, wait=wait: killed_after(wait, store))
     print(json.dumps({"calls": names, "seconds": seconds, "expected": expected, "results": results}))
 
 

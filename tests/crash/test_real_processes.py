@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from command_line import process
 from in_process_crew import contents, learn_here, opened, settings
+from ray_processes import ray_processes
 
 from condu_ray.store import open_store
 
@@ -97,22 +99,45 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def ended(child: subprocess.Popen[str]) -> None:
+    os.killpg(child.pid, signal.SIGTERM)
+    child.wait(60)
+
+
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
+def gcs_port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def head(tmp_path: Path, gcs_port: int, request: pytest.FixtureRequest) -> Iterator[str]:
     """Address of the job server of a cluster that somebody else started. Ended by its own process group."""
-    dashboard = free_port()
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2"]
+    dashboard, cores = free_port(), getattr(request, "param", 2)
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--num-cpus={cores}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
-    ports = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
-    command += [f"--{name}={free_port()}" for name in ports]  # not those of another Ray on this machine
+    ports = ("ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    command += [f"--port={gcs_port}", *(f"--{name}={free_port()}" for name in ports)]  # not those of another Ray here
     with open(tmp_path / "head.log", "w") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, text=True)
         try:
             wait_for(lambda: answers(dashboard), child)
             yield f"http://127.0.0.1:{dashboard}"
         finally:
-            os.killpg(child.pid, signal.SIGTERM)
-            child.wait(60)
+            ended(child)
+
+
+@pytest.fixture
+def second_node(head: str, gcs_port: int, tmp_path: Path) -> Iterator[int]:
+    """Process id of another node of one core that has joined the head's cluster."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", f"--address=127.0.0.1:{gcs_port}", "--block"]
+    command += ["--num-cpus=1", "--disable-usage-stats"]
+    command += [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")]
+    with open(tmp_path / "node.log", "w") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, text=True)
+        try:
+            yield child.pid
+        finally:
+            ended(child)
 
 
 def answers(port: int) -> bool:
@@ -125,19 +150,55 @@ def answers(port: int) -> bool:
     return True
 
 
+def submitted(head: str, *given: str) -> subprocess.CompletedProcess[str]:
+    """What `ray job submit -- python jobs/session.py …` ends with."""
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head, "--"]
+    command += [sys.executable, str(ROOT / "jobs" / "session.py"), *given]
+    end = time.monotonic() + DEADLINE
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * DEADLINE)
+        if "No available agent to submit job" not in done.stderr or time.monotonic() > end:
+            return done  # the dashboard answers before it can take jobs
+
+
 def test_a_job_on_a_cluster_does_what_learn_does(
     head: str, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", head, "--"]
-    command += [sys.executable, str(ROOT / "jobs" / "session.py"), *arguments(tiny_model_dir, picture_tasks, store, 4)]
-    end = time.monotonic() + DEADLINE
-    while True:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE)
-        if "No available agent to submit job" not in done.stderr or time.monotonic() > end:
-            break  # the dashboard answers before it can take jobs
+    done = submitted(head, *arguments(tiny_model_dir, picture_tasks, store, 4))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [card.name for card in open_store(store).manifest().tasks] == ["colours", "stripes"]
     here = settings(tmp_path / "here", tiny_model_dir)
     learn_here(here, opened(picture_tasks, "colours", "stripes"))
     assert open_store(store).manifest().objects == open_store(here.store).manifest().objects
+
+
+@pytest.mark.parametrize("head", [1], indirect=True)
+def test_two_nodes_train_a_task_together_and_one_loses_its_worker(
+    head: str, second_node: int, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    """DDP with a process on each node; the killed one's group goes on from its checkpoint, to the same bits."""
+    given = ["--task", f"colours={picture_tasks['colours']}", "--model", f"local-dir:{tiny_model_dir}"]
+    given += ["--train.steps=200", "--train.batch-size=8", "--train.towers=image", "--train.checkpoint-seconds=0.01"]
+    given += ["--workers=2", "--cpus-per-worker=1", "--parallel=data", "--tracking=off", "--store"]
+    calm, struck = tmp_path / "calm", tmp_path / "struck"
+    done = submitted(head, *given, str(calm))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    killed: list[int] = []
+
+    def strike() -> None:
+        end = time.monotonic() + DEADLINE
+        while not killed and time.monotonic() < end:
+            if list(struck.glob("work/train-*/checkpoint.safetensors")):
+                killed.extend(ray_processes("RayTrainWorker", second_node))
+            time.sleep(0.02)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    striking = threading.Thread(target=strike)
+    striking.start()
+    done = submitted(head, *given, str(struck))
+    striking.join()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(killed) == 1
+    assert open_store(struck).manifest().objects == open_store(calm).manifest().objects

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from command_line import Learned, condu
 from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings, silent
@@ -200,10 +201,19 @@ def test_a_loss_that_is_no_number_is_one_sentence(tiny_model_dir: Path, picture_
 
 
 class Unlucky(RayCrew):
-    """A crew that loses its fusion actor before each fuse and each need of the state, and once all its scorers."""
+    """A crew that loses its fusion actor before each fuse and each need of the state, and once all its scorers.
+
+    Where fusing is shared out it loses the actors that share it, before each fuse.
+    """
 
     def fuse(self, *given: Any) -> Any:
-        self.kill("FusionActor")
+        shards = self._config.fusion.shards
+        if shards > 1:
+            super().fuse(*given)  # its shards are hired by now
+            ray.get(self._fusion.hold.remote(given[1]))
+            assert self.kill("Shard") == shards
+        else:
+            self.kill("FusionActor")
         return super().fuse(*given)
 
     def _with_state(self, *given: Any) -> Any:
@@ -219,7 +229,11 @@ class Unlucky(RayCrew):
         return len(pids)
 
 
-@pytest.mark.parametrize("changes", [{}, {"method": "condu-sign", "fusion__tune_rescalers": 3}], ids=["masks", "signs"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "condu-sign", "fusion__tune_rescalers": 3}, {"fusion__shards": 3}],
+    ids=["masks", "signs", "shards"],
+)
 def test_killed_actors_change_no_result(
     changes: dict[str, Any], tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
 ) -> None:

@@ -20,19 +20,19 @@ def plan(cluster: Cluster, jobs: int, ordered: bool = False, **settings: Any) ->
 
 
 def test_small_tasks_get_a_worker_each() -> None:
-    assert plan(LAPTOP, 3) == Group(3, 2, gpu=False, shared=False)
-    assert plan(LAPTOP, 20) == Group(8, 1, gpu=False, shared=False)
-    assert plan(LAPTOP, 3, workers=2) == Group(2, 4, gpu=False, shared=False)
+    assert plan(LAPTOP, 3) == Group(3, 2, gpus_each=0, shared=False)
+    assert plan(LAPTOP, 20) == Group(8, 1, gpus_each=0, shared=False)
+    assert plan(LAPTOP, 3, workers=2) == Group(2, 4, gpus_each=0, shared=False)
 
 
 def test_tasks_that_start_from_one_another_share_one_worker() -> None:
-    assert plan(LAPTOP, 3, ordered=True) == Group(1, 8, gpu=False, shared=False)
+    assert plan(LAPTOP, 3, ordered=True) == Group(1, 8, gpus_each=0, shared=False)
 
 
 def test_a_single_task_is_shared_by_all_gpus() -> None:
-    assert plan(BOX, 1) == Group(4, 4, gpu=True, shared=True)
-    assert plan(BOX, 2) == Group(2, 8, gpu=True, shared=False)
-    assert plan(BOX, 1, gpu="no") == Group(1, 16, gpu=False, shared=False)
+    assert plan(BOX, 1) == Group(4, 4, gpus_each=1, shared=True)
+    assert plan(BOX, 2) == Group(2, 8, gpus_each=1, shared=False)
+    assert plan(BOX, 1, gpu="no") == Group(1, 16, gpus_each=0, shared=False)
 
 
 def test_more_workers_than_places_are_refused() -> None:
@@ -45,12 +45,31 @@ def test_more_workers_than_places_are_refused() -> None:
 def test_a_worker_never_needs_more_cores_than_its_node_has() -> None:
     """16 cores for 3 workers would be 5 each, but a node of 8 holds only one such."""
     two_nodes = Cluster(((8, 0), (8, 0)), joined=True)
-    assert plan(two_nodes, 1, workers=3, parallel="data") == Group(3, 4, gpu=False, shared=True)
+    assert plan(two_nodes, 1, workers=3, parallel="data") == Group(3, 4, gpus_each=0, shared=True)
 
 
 def test_a_gpu_without_a_core_beside_it_is_refused() -> None:
     with pytest.raises(TrainingError, match="CPU core beside each"):
         plan(Cluster(((0, 2), (8, 0)), joined=True), 1)
+
+
+def test_cores_of_a_worker_are_as_asked() -> None:
+    assert plan(LAPTOP, 3, cpus_per_worker=4) == Group(2, 4, gpus_each=0, shared=False)
+    assert plan(BOX, 1, cpus_per_worker=8) == Group(2, 8, gpus_each=1, shared=True)
+    with pytest.raises(TrainingError, match=r"3 workers need 4 CPU cores each, the cluster has 2 such places"):
+        plan(LAPTOP, 3, workers=3, cpus_per_worker=4)
+
+
+def test_small_tasks_may_share_a_gpu() -> None:
+    assert plan(BOX, 8, gpus_per_worker=0.5) == Group(8, 2, gpus_each=0.5, shared=False)
+    with pytest.raises(TrainingError, match=r"a whole GPU each, not 0.5"):
+        plan(BOX, 1, gpus_per_worker=0.5)
+    assert plan(LAPTOP, 2, gpus_per_worker=0.5).gpus_each == 0
+
+
+def test_more_tasks_than_workers_queue() -> None:
+    """A worker takes task after task (see test_dealing_tasks.py)."""
+    assert plan(Cluster(((2, 0),), joined=True), 7) == Group(2, 1, gpus_each=0, shared=False)
 
 
 def test_what_does_not_train_needs_no_workers() -> None:

@@ -14,7 +14,7 @@ from in_process_crew import learn_here, opened
 
 from condu_ray.config import resolve
 from condu_ray.engine.forget import forget
-from condu_ray.errors import DamagedObject
+from condu_ray.errors import DamagedObject, StoreError
 from condu_ray.store import open_store
 from condu_ray.store.header import fixed_settings
 from condu_ray.voting.open import load_classifier
@@ -126,3 +126,33 @@ def test_a_damaged_object_is_named_and_an_older_version_still_answers(store: Pat
         load_classifier(store)
     then = next(each for each in ANSWERS if each["version"] == 1)
     assert ask(store, then["picture"], 1, None)["label"] == then["answer"]["label"]
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "removed"])
+def test_each_damaged_file_of_an_old_store_is_named(store: Path, how: str) -> None:
+    """Whichever file it is: header, manifest or object. The others are still read."""
+    versions = open_store(store).versions()
+    names = ["store.json", *(f"versions/{number:08d}.json" for number in versions)]
+    names += sorted({ref.path for n in versions for ref in open_store(store).manifest(n).objects.values()})
+    assert len(names) > 10
+    for name in names:
+        path, body = store / name, (store / name).read_bytes()
+        path.unlink()
+        if how != "removed":
+            middle = len(body) // 2
+            path.write_bytes(
+                body[:middle] if how == "cut" else body[:middle] + bytes([body[middle] ^ 255]) + body[middle + 1 :]
+            )
+        if how == "removed" and name.startswith("versions/"):
+            assert len(open_store(store).versions()) == len(versions) - 1
+        else:
+            faults = []
+            with pytest.raises(StoreError, match=path.name if name != "store.json" or how != "removed" else "no store"):
+                opened_store = open_store(store)
+                for number in versions:
+                    for ref in opened_store.manifest(number).objects.values():
+                        if opened_store.fault(ref):
+                            faults.append(ref.path)
+                            opened_store.get(ref)
+            assert faults in ([], [name])
+        path.write_bytes(body)

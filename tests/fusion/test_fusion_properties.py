@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from condu_ray.config import Granularity
 from condu_ray.fusion import reference
 from condu_ray.fusion.forget import forget
-from condu_ray.fusion.groups import blocks, combine, group_of
-from condu_ray.fusion.kernels import fuse_block
+from condu_ray.fusion.groups import group_of, spans
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.reconstruct import reconstruct
 from condu_ray.fusion.state import FusionState
-from condu_ray.fusion.unify import rescale, unify
+from condu_ray.fusion.unify import Part, fuse, joined, unify
 
 pytestmark = pytest.mark.filterwarnings("ignore::condu_ray.fusion.unify.EmptyTrigger")
 
@@ -322,6 +321,7 @@ def test_18_untouched_coordinates_change_nothing_elsewhere(seed: int) -> None:
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.usefixtures("vehicle")
 def test_19_shards_in_any_order_give_the_same_bits(granularity: Granularity) -> None:
     rng = np.random.default_rng(5)
     shapes = {"long": (140_001,), "matrix": (300, 301), "wide": (2, 70_001), "bias": (11,)}
@@ -331,30 +331,23 @@ def test_19_shards_in_any_order_give_the_same_bits(granularity: Granularity) -> 
     before = last(layout, granularity, first)
     whole = unify(before, "new", delta)
 
-    order = list(blocks(layout, granularity))
-    assert len(order) > 4
-    done: dict[int, Any] = {}
-    old = rescalers(before)
-    u, packed = np.zeros(layout.total, np.float32), np.zeros((1, layout.total), np.uint8)
-    for index in rng.permutation(len(order)):
-        block = order[index]
-        here = slice(block.start, block.stop)
-        done[int(index)] = fuse_block(
-            block,
-            before.u[here].copy(),
-            delta[here].copy(),
-            before.packed[:, here].copy(),
-            old[:, block.rescalers : block.rescalers + block.rows],
-            u[here],
-            packed[:, here],
-        )
-    sums = combine(layout, granularity, [(block, done[index].sums) for index, block in enumerate(order)])
-    norms = np.vstack([*(task.norms for task in before.tasks), sums[-1]])
-    assert np.array_equal(bits(u), bits(whole.u))
-    assert np.array_equal(packed, whole.packed)
-    assert np.array_equal(bits(rescale(norms, sums[:-1])), bits(rescalers(whole)))
-    assert np.array_equal(norms[-1], whole.tasks[-1].norms)
-    assert np.array_equal(whole.tasks[-1].birth, whole.mask_plane("new"))
+    pieces = [(span,) for span in spans(layout, granularity, 1)]
+    assert len(pieces) > 3
+    done: dict[int, Part] = {}
+    for index in rng.permutation(len(pieces)):
+        done[int(index)] = fuse(before, "new", delta, pieces[index], threads=1)
+    joint = joined(before, "new", [done[index] for index in range(len(pieces))])
+    every = tuple(spans(layout, granularity, 1))
+    threaded = [joined(before, "new", [fuse(before, "new", delta, every, threads=count)]) for count in (1, 3)]
+    for several in (joint, *threaded):
+        assert np.array_equal(bits(several.u), bits(whole.u))
+        assert np.array_equal(masks(several), masks(whole))
+        assert np.array_equal(bits(rescalers(several)), bits(rescalers(whole)))
+        assert np.array_equal(several.tasks[-1].norms, whole.tasks[-1].norms)
+        assert np.array_equal(several.tasks[-1].birth, whole.mask_plane("new"))
+    used_up = replace(before, u=before.u.copy())
+    assert unify(used_up, "new", delta, out=used_up.u).u is used_up.u
+    assert np.array_equal(bits(used_up.u), bits(whole.u))
 
 
 @given_cases(most=11)

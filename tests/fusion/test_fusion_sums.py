@@ -7,11 +7,12 @@ import pytest
 from numpy.typing import NDArray
 
 from condu_ray.config import Granularity
-from condu_ray.fusion.groups import blocks, combine
-from condu_ray.fusion.kernels import fuse_block
+from condu_ray.fusion import signs
+from condu_ray.fusion.groups import combine, spans
 from condu_ray.fusion.layout import Layout
+from condu_ray.fusion.planes import packed
 from condu_ray.fusion.state import FusionState
-from condu_ray.fusion.unify import unify
+from condu_ray.fusion.unify import fuse, unify
 
 F64 = NDArray[np.float64]
 TASKS = 10
@@ -67,6 +68,7 @@ def segments(granularity: Granularity) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("granularity", ["l1", "tensor_mean", "tensor", "row"])
+@pytest.mark.usefixtures("vehicle")
 def test_sums_are_taken_in_the_written_order(granularity: Granularity) -> None:
     before = FusionState.empty(LAYOUT, granularity)
     for seed in range(TASKS - 1):
@@ -74,22 +76,27 @@ def test_sums_are_taken_in_the_written_order(granularity: Granularity) -> None:
     delta = wild(99)
     after = unify(before, "new", delta)
 
+    codes = packed(after.planes.masks(slice(0, LAYOUT.total // 8)), 0, LAYOUT.total)
     expected = np.zeros((TASKS + 1, {"l1": 1, "row": 22}.get(granularity, 2)))
     for group, start, stop in segments(granularity):
         values = np.abs(after.u[start:stop]).astype(np.float64)
-        part = masses(values, after.packed[:, start:stop], 4 if granularity == "row" else 8)
+        part = masses(values, codes[:, start:stop], 4 if granularity == "row" else 8)
         expected[:, group] += [*part, eight_lanes(np.abs(delta[start:stop]).astype(np.float64))]
     if granularity == "tensor_mean":
         expected = expected[:, :1] / 140_001 + expected[:, 1:] / (21 * 37)
 
     assert np.array_equal(after.tasks[-1].norms, expected[-1])
-    old = np.array([task.rescalers for task in before.tasks])
-    u, packed = np.zeros_like(after.u), np.zeros_like(after.packed)
-    parts = []
-    for block in blocks(LAYOUT, granularity):
-        here, own = slice(block.start, block.stop), slice(block.rescalers, block.rescalers + block.rows)
-        fused = fuse_block(
-            block, before.u[here], delta[here], before.packed[:, here], old[:, own], u[here], packed[:, here]
-        )
-        parts.append((block, fused.sums))
-    assert np.array_equal(combine(LAYOUT, granularity, parts), expected)
+    part = fuse(before, "new", delta, tuple(spans(LAYOUT, granularity)))
+    assert np.array_equal(combine(LAYOUT, granularity, part.sums_of_blocks()), expected)
+
+
+@pytest.mark.parametrize("granularity", ["l1", "tensor", "row"])
+@pytest.mark.usefixtures("vehicle")
+def test_means_of_signs_are_taken_in_the_written_order(granularity: Granularity) -> None:
+    delta, groups = wild(7), {"l1": 1, "row": 22}.get(granularity, 2)
+    sums, sizes = np.zeros(groups), np.zeros(groups)
+    for group, start, stop in segments(granularity):
+        sums[group] += eight_lanes(np.abs(delta[start:stop]).astype(np.float64))
+        sizes[group] += stop - start
+    part = signs.fuse(signs.SignState.empty(LAYOUT, granularity), "t", delta, tuple(spans(LAYOUT, granularity)))
+    assert np.array_equal(part.means, sums / sizes)

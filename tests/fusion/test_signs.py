@@ -72,7 +72,7 @@ def test_it_is_the_formula_to_the_fixed_point(case: Case) -> None:
         # A summand is rounded to 1 / 65536 and cut at 255 times its row's mean, which these deltas do not reach often.
         cut = any(np.abs(d[there]).max(initial=0) > 200 * np.abs(d[there]).mean() for d in case.deltas)
         if not cut:
-            assert np.allclose(found, wanted, rtol=1e-4, atol=scale * 1e-4)
+            assert np.allclose(found, wanted, rtol=6e-4, atol=scale * 1e-4), "rescalers have 11 bits"
 
 
 @given(cases(kinds=("heavy",), of=("row",), most=8))
@@ -95,7 +95,7 @@ def test_a_single_task_comes_back_and_a_row_of_zeros_is_exact(case: Case) -> Non
     mean = (np.bincount(group, np.abs(delta[there])) / np.bincount(group))[group]
     inside = np.abs(delta[there]) < 250 * mean
     assert (
-        np.abs(found[there] - delta[there])[inside] <= 2e-5 * mean[inside] + 1e-6 * np.abs(delta[there][inside])
+        np.abs(found[there] - delta[there])[inside] <= 2e-5 * mean[inside] + 5e-4 * np.abs(delta[there][inside])
     ).all()
     assert not found[there][mean == 0].any()
     assert not np.delete(found, there).any(), "padding stays 0"
@@ -188,14 +188,15 @@ def test_values_at_some_coordinates_are_those_of_the_whole(case: Case) -> None:
             assert found == Fidelity(0.0, 1.0, 1.0)
 
 
-def test_one_bit_a_parameter_and_a_float_a_row_is_all_that_a_task_adds() -> None:
+def test_one_bit_a_parameter_and_two_bytes_a_row_are_all_that_a_task_adds() -> None:
     layout = Layout.of({"w": np.zeros((64, 768), np.float32)})
     rng = np.random.default_rng(0)
     state = SignState.empty(layout, "row")
     for task in range(3):
         state = signs.unify(state, f"task{task}", rng.normal(size=layout.total).astype(np.float32))
     own = signs.objects(state)["signs-1"]
-    assert sum(array.nbytes for array in own.values()) == layout.total // 8 + 4 * 64
+    small = 8 + 8 + 4 + 8  # which rows have bits, which have two, the power of two, the tensor's levels
+    assert sum(array.nbytes for array in own.values()) == layout.total // 8 + 2 * 64 + small
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_fidelity_of_a_large_model_is_a_sample_of_fixed_size() -> None:
     wide = Layout.of({"weight": np.zeros((500, 400), np.float32)})
     random = np.random.default_rng(0)
     deltas = [random.standard_normal(wide.total).astype(np.float32) for _ in range(2)]
-    state = registry.get("condu").empty(wide, SessionConfig()).add("a", deltas[0]).add("b", deltas[1])
+    state = registry.get("condu").empty(wide, SessionConfig(method="condu")).add("a", deltas[0]).add("b", deltas[1])
     assert isinstance(state, FusedState)
     assert {len(probe) for probe in state.probes.values()} == {PROBE_COUNT}
     exact = fidelity(state.fused, "a", deltas[0])

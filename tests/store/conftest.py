@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from in_memory_s3 import InMemoryS3
 
-from condu_ray.store import Manifest, ObjectRef, Store, StoreHeader, TaskCard, create_store
+from condu_ray.store import Manifest, ObjectRef, Store, StoreHeader, TaskCard, bucket, create_store
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +78,24 @@ def publish(make_manifest: Callable[..., Manifest]) -> Callable[[Store, int], Ob
     return put_and_commit
 
 
-@pytest.fixture(params=["local"])
+@pytest.fixture(params=["local", "s3", "s3-in-memory"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a store of this kind can be made; a further kind joins the contract tests here."""
-    return str({"local": tmp_path / "store"}[request.param])
+    if request.param == "s3":
+        return f"s3://{request.getfixturevalue('s3_bucket')}/some/store"
+    if request.param == "s3-in-memory":
+        request.getfixturevalue("s3_in_memory")
+        return "s3://memory/store"
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def s3_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> InMemoryS3:
+    """Every S3 client that is made from now on speaks to this server, which is in this process."""
+    server = InMemoryS3()
+    monkeypatch.setattr(bucket, "make_client", lambda: server)
+    monkeypatch.setenv("CONDU_CACHE", str(tmp_path / "cache"))
+    return server
 
 
 @pytest.fixture
@@ -88,10 +104,20 @@ def store(url: str, make_header: Callable[..., StoreHeader]) -> Store:
 
 
 @pytest.fixture
-def damage(store: Store) -> Callable[[ObjectRef, Callable[[bytes], bytes] | None], None]:
-    """Changes an object's bytes behind the store's back; None removes it."""
+def damage(store: Store, tmp_path: Path) -> Callable[[ObjectRef, Callable[[bytes], bytes] | None], None]:
+    """Changes an object's bytes behind the store's back; None removes it. What this machine has cached of it goes."""
 
     def change(ref: ObjectRef, how: Callable[[bytes], bytes] | None) -> None:
+        if store.url.startswith("s3://"):
+            place, _, folder = store.url.removeprefix("s3://").partition("/")
+            client, key = bucket.make_client(), f"{folder}/{ref.path}"
+            there = client.get_object(Bucket=place, Key=key)
+            body, meta = there["Body"].read(), there["Metadata"]
+            client.delete_object(Bucket=place, Key=key)
+            if how is not None:
+                client.put_object(Bucket=place, Key=key, Body=how(body), Metadata=meta)
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+            return
         path = Path(store.url) / ref.path
         body = path.read_bytes()
         path.unlink()

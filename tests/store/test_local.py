@@ -30,6 +30,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, number: int)
 
 
 @pytest.fixture
+def url(tmp_path: Path) -> str:
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
 def root(store: Store) -> Path:
     return Path(store.url)
 
@@ -211,8 +216,8 @@ class TestOtherFileSystems:
 def test_an_object_is_hashed_once_a_process(store: Store, publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ref = publish(store, 1)
     hashed: list[Path] = []
-    real = local._hash
-    monkeypatch.setattr(local, "_hash", lambda path: hashed.append(path) or real(path))
+    real = local.hash_file
+    monkeypatch.setattr(local, "hash_file", lambda path: hashed.append(path) or real(path))
     for _ in range(3):
         open_store(store.url).get(ref)
     assert len(hashed) == 1

@@ -138,3 +138,16 @@ def test_features_that_are_not_finite_are_refused() -> None:
     features[3, 2] = np.nan
     with pytest.raises(DataError, match="not finite"):
         make_domain(features, labels, CLASSES, features[:0])
+
+
+def test_a_channel_that_one_task_alone_moves_calibrates_like_the_others() -> None:
+    """Left out, its task must leave nothing of it behind."""
+    domains = []
+    for seed in range(3):
+        seen, labels = pictures(4.0 * seed, 120, seed)
+        seen[:, -1] = np.random.default_rng(seed).normal(size=len(seen)) if seed == 1 else 0.0
+        domains.append(make_domain(seen[:100], labels[:100], 3, seen[100:]))
+    found = calibrate(domains)
+    assert np.isfinite([found.temperature, found.middle, found.slope]).all() and found.slope > 0
+    whole = Discriminant([domains[0], domains[2]]).distances(domains[1].held_out)
+    assert np.isfinite(whole[0]).all()

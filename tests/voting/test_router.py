@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from condu_ray.config import VoteConfig
 from condu_ray.voting.domains import Calibration, Domain, make_domain
 from condu_ray.voting.prototypes import FeatureSums, Prototypes, make_prototypes
-from condu_ray.voting.router import Calibrated, CosineRouter, DomainRouter, calibrated, router_of
+from condu_ray.voting.router import Calibrated, CosineRouter, DomainRouter, calibrated, prior_of, router_of
 from condu_ray.voting.routing import Thresholds
 
 
@@ -97,3 +97,45 @@ def test_what_is_calibrated_comes_back_from_a_manifest() -> None:
     assert Calibrated.from_state(limits.to_state()) == limits
     assert Calibrated.from_state({"thresholds": None}) == Calibrated()
     assert Calibrated.from_state(Calibrated().to_state()) == Calibrated()
+
+
+CLASSES = [("cat", "dog"), ("stop", "Cat", "give way"), ("apple", "pear")]
+
+
+def test_labels_speak_for_the_tasks_that_learned_them() -> None:
+    all_of_one = prior_of(["Apple", "pear"], CLASSES)
+    assert all_of_one.none == pytest.approx(0.05)
+    assert int(all_of_one.tasks.argmax()) == 2 and all_of_one.tasks[2] > 0.9
+    shared = prior_of(["cat", "wolf"], CLASSES)
+    assert shared.none == pytest.approx(0.5)
+    assert shared.tasks[0] == shared.tasks[1] > shared.tasks[2] > 0
+    foreign = prior_of(["lighthouse", "bridge"], CLASSES)
+    assert foreign.none == pytest.approx(0.95) and foreign.tasks.tolist() == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("labels", [["cat"], ["lighthouse"], ["cat", "apple", "stop", "ship"]])
+def test_what_labels_say_are_probabilities_that_leave_nothing_out(labels: list[str]) -> None:
+    prior = prior_of(labels, CLASSES)
+    assert prior.tasks.sum() == pytest.approx(1) and (prior.tasks > 0).all() and 0 < prior.none < 1
+
+
+def test_a_picture_between_two_domains_goes_where_its_labels_are_known() -> None:
+    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, 4))
+    between = np.array([[3.0, -3.0, 0, 0]], np.float32)
+    for number, names in enumerate(CLASSES[:2]):
+        (one,) = router.route(UNIT, between, prior_of(names[1:], CLASSES))
+        assert one.experts[0] == number
+
+
+def test_labels_that_nothing_has_learned_bring_the_base_model_in() -> None:
+    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, 4))
+    edge = np.array([[-3.0, 3.0, 0, 0]], np.float32)
+    shares = [router.route(UNIT, edge, prior_of(names, CLASSES))[0].base for names in (CLASSES[0], ["a", "b"])]
+    assert shares[0] < router.route(UNIT, edge)[0].base + 1e-9 < shares[1]
+
+
+def test_without_labels_the_prior_is_the_calibrated_one() -> None:
+    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, 4))
+    place = np.array([[2.0, -2.0, 0, 0]], np.float32)
+    given, none = router.route(UNIT, place, prior_of(["cat", "stop", "apple"], [("cat",), ("stop",), ("apple",)])), None
+    assert given[0].base == pytest.approx(router.route(UNIT, place, none)[0].base)

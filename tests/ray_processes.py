@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 
-def ray_processes(name: str) -> list[int]:
-    """Process ids of the actors of class `name`, among those that descend from this process."""
+def ray_processes(name: str, root: int | None = None) -> list[int]:
+    """Process ids of the actors of class `name`, among those that descend from process `root` (None: this one)."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and _title(int(entry.name)).startswith(f"ray::{name}"):
             found.append(int(entry.name))
-    return [pid for pid in found if _is_ours(pid)]
+    return [pid for pid in found if _descends(pid, root or os.getpid())]
 
 
 def _title(pid: int) -> str:
@@ -22,9 +22,9 @@ def _title(pid: int) -> str:
         return ""
 
 
-def _is_ours(pid: int) -> bool:
+def _descends(pid: int, root: int) -> bool:
     while pid > 1:
-        if pid == os.getpid():
+        if pid == root:
             return True
         try:
             pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])

@@ -1,0 +1,68 @@
+"""One task's expert as plain weights: a safetensors file that needs nothing of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from condu_ray.config import ModelSpec
+from condu_ray.engine.merge import WEIGHTS, Weights
+from condu_ray.errors import ConfigError, ModelError, NotFound, nearest
+from condu_ray.methods import registry
+from condu_ray.methods.experts import Experts
+from condu_ray.methods.states import FusedState
+from condu_ray.models.load import load
+from condu_ray.store import Manifest, Store
+from condu_ray.voting.open import buffers_of, config_of, layout_of, state_of
+
+
+def export(store: Store, manifest: Manifest, task: str, out: Path) -> int:
+    """Writes the expert's weights to `out`, all tensors of the base model by their names; returns the bytes written.
+
+    open_clip loads the file as the checkpoint of the model that the store was made with. Raises NotFound for an
+    unknown task, ModelError for another base, ConfigError where the file cannot be written.
+    """
+    if manifest.task(task) is None:
+        known = [card.name for card in manifest.tasks]
+        raise NotFound(f"no task {task} in version {manifest.version}", nearest(task, known))
+    weights = _of_weights if str(store.header.model["name"]).startswith(WEIGHTS) else _of_model
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights(store, manifest, task).items()}
+    part = out.with_name(f"{out.name}.part")
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(out)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(
+            f"--output {out} cannot be written ({error})", "give a file in a folder that can be written"
+        ) from None
+    return out.stat().st_size
+
+
+def _of_model(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:
+    """open_clip's own state dict, with the expert's tensors in it."""
+    header = store.header
+    clip = load(ModelSpec(**header.model), expect_sha256=header.model_sha256)
+    state = state_of(store, manifest)
+    method, layout = registry.get(header.method), layout_of(header)
+    overrides = Experts(clip, method, layout, config_of(header), state, buffers_of(store, manifest))(task)
+    own = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
+    return own | dict(overrides or {})
+
+
+def _of_weights(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:
+    """The base's own tensors, those that are fused moved by the task's delta and rounded once to their dtype."""
+    header, layout = store.header, layout_of(store.header)
+    base = Weights(Path(str(header.model["name"]).removeprefix(WEIGHTS)))
+    if base.sha256() != header.model_sha256:
+        raise ModelError(f"{base.path} has changed since the store was made", "put the base back from a copy")
+    state = state_of(store, manifest)
+    assert isinstance(state, FusedState), "merged weights are fused"
+    moved = layout.flatten({entry.name: base[entry.name] for entry in layout.entries})
+    state.add_to(task, moved)
+    views = layout.views(moved)
+    return {name: torch.from_numpy(views[name]).to(base[name].dtype) if name in views else base[name] for name in base}

@@ -1,0 +1,185 @@
+"""Fuses fine-tuned weights that are there already: any state dicts with a base's names and shapes, no pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from condu_ray.config import SessionConfig, check_task_name, fixed_by_store, resolve
+from condu_ray.engine.fusing import Fuser
+from condu_ray.engine.keys import state_key
+from condu_ray.engine.progress import Update
+from condu_ray.errors import ConfigError, DataError, FusionError
+from condu_ray.fusion.layout import Layout, as_f32
+from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
+
+WEIGHTS = "weights:"
+"""Before the path of the base in the header of such a store, where others have the name of a model."""
+
+_CHUNK = 1 << 22
+
+Stage = Callable[[str], AbstractContextManager[Update]]
+
+
+class Weights(Mapping[str, Any]):
+    """The tensors of a safetensors file, or of all those in a folder (shards); mapped, and read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files or not all(file.is_file() for file in files):
+            raise DataError(f"{path}: no safetensors file there", "give a .safetensors file, or a folder of shards")
+        self._files, self._stack = files, ExitStack()
+        self._where: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{file} is no safetensors file ({error})", "convert it with safetensors") from None
+            self._where |= dict.fromkeys(opened.keys(), opened)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._where[name].get_tensor(name)
+
+    def __iter__(self) -> Any:
+        return iter(sorted(self._where))
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def sha256(self) -> str:
+        """Of all bytes of its files, in the order of their names."""
+        total = hashlib.sha256()
+        for file in self._files:
+            with open(file, "rb") as opened:
+                while chunk := opened.read(_CHUNK):
+                    total.update(chunk)
+        return total.hexdigest()
+
+    def layout(self) -> Layout:
+        """Its floating tensors that have elements."""
+        shapes = {name: self[name] for name in self}
+        return Layout.of({name: t for name, t in shapes.items() if t.is_floating_point() and t.numel()})
+
+
+def named(given: Sequence[str]) -> dict[str, Path]:
+    """'[NAME=]PATH' -> task name and path; without a name, that of the file. Raises ConfigError."""
+    found = dict[str, Path]()
+    for text in given:
+        name, equals, path = text.rpartition("=")
+        name = name if equals else Path(path).stem
+        try:
+            check_task_name(name)
+        except ValueError as error:
+            raise ConfigError(f"{text}: {error}", "write NAME=PATH") from None
+        if name in found:
+            raise ConfigError(f"two files are called {name} ({found[name]}, {path})", "write NAME=PATH")
+        found[name] = Path(path)
+    return found
+
+
+def merge(
+    base: Path, tuned: Mapping[str, Path], url: str, granularity: str, triggers: str, stage: Stage
+) -> list[Manifest]:
+    """Adds each of `tuned` (task name -> weights) to the store at `url`, one version a task; returns the new ones.
+
+    What the store holds already is not added again. Raises DataError for a file that is none, FusionError for one that
+    does not fit the base, StoreError where the store was made from another base or otherwise.
+    """
+    start = Weights(base)
+    settings = {"granularity": granularity, "triggers": triggers}
+    given = {f"fusion.{name}": value for name, value in settings.items()}
+    config, _ = resolve({"store": url, "model": f"{WEIGHTS}{base.absolute()}", "tracking": "off", **given})
+    opened = {name: Weights(path) for name, path in tuned.items()}
+    layout = start.layout()
+    for name, weights in opened.items():
+        _check_fits(layout, name, weights)
+    store = create_store(
+        url,
+        StoreHeader(
+            method=config.method,
+            model={"name": config.model, "pretrained": None},
+            model_sha256=start.sha256(),
+            layout=json.loads(layout.to_json()),
+            settings=fixed_by_store(config),
+        ),
+    )
+    fuser, made = Fuser(url), list[Manifest]()
+    for name, weights in opened.items():
+        parent = store.manifest() if store.versions() else None
+        fingerprint = weights.sha256()
+        known = parent.task(name) if parent else None
+        if known is not None:
+            if known.fingerprint != fingerprint:
+                raise DataError(f"task {name} was merged from other weights ({known.source})", "choose another name")
+            continue
+        with stage(f"fusing {name}"):
+            made.append(_add(store, config, fuser, parent, name, weights, fingerprint, start, layout))
+    return made
+
+
+def _check_fits(layout: Layout, name: str, weights: Weights) -> None:
+    for entry in layout.entries:
+        if entry.name not in weights:
+            raise FusionError(f"{name}: tensor {entry.name!r} of the base is missing in {weights.path}")
+        shape = tuple(weights[entry.name].shape)
+        if shape != entry.shape:
+            raise FusionError(f"{name}: tensor {entry.name!r} has shape {shape}, the base has {entry.shape}")
+
+
+def _add(
+    store: Store,
+    config: SessionConfig,
+    fuser: Fuser,
+    parent: Manifest | None,
+    name: str,
+    weights: Weights,
+    fingerprint: str,
+    start: Weights,
+    layout: Layout,
+) -> Manifest:
+    version = parent.version + 1 if parent else 1
+    train = f"merge-{fingerprint[:24]}"
+    delta = store.find(train, "delta") or store.put(train, "delta", {"delta": _delta(layout, weights, start)})
+    fused = fuser.add(state_key(parent, config, name, train), parent, name, delta, None)
+    old = list(parent.tasks) if parent else []
+    card = TaskCard(
+        name=name,
+        uid=version,
+        classes=[],
+        templates=[],
+        source=str(weights.path.absolute()),
+        fingerprint=fingerprint,
+        method=config.method,
+        train_key=train,
+        learned_in=version,
+        pictures={"train": 0, "test": 0},
+    )
+    manifest = Manifest(
+        version=version,
+        parent=parent.version if parent else None,
+        kind="learn",
+        tasks=[c.model_copy(update={"figures": dict(fused.fidelity[c.name])}) for c in [*old, card]],
+        objects=fused.objects,
+        state={"method": fused.meta, "trained": train},
+        settings=config.model_dump(exclude={"store", "tasks", "tracking", "workers", "parallel", "gpu"}),
+        message=f"merged {name}",
+    )
+    store.commit(manifest)
+    store.discard(train, "delta")
+    return manifest
+
+
+def _delta(layout: Layout, weights: Weights, start: Weights) -> Any:
+    """f32[total]: tuned minus base in float32, one tensor at a time."""
+    vector = np.zeros(layout.total, np.float32)
+    for name, view in layout.views(vector).items():
+        np.subtract(as_f32(weights[name]), as_f32(start[name]), out=view)
+    return vector

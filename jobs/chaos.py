@@ -1,0 +1,434 @@
+"""Tries the promises of docs/reliability.md with real kills, and counts what went wrong.
+
+    python jobs/chaos.py --json
+    python jobs/chaos.py --drop-guard whole-files      # one protection is taken away: the run has to notice
+
+Each trial disturbs a session of two tiny tasks, gives the same command again, and compares the store with that of an
+undisturbed session. Most trials run in forked processes without Ray (tests/crash/crash_driver.py); some on a real Ray
+cluster, where workers, actors and nodes are killed. Exit code 1 if anything is lost, wrong, done twice or hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "jobs")]
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from conftest import TINY, write_model, write_pictures  # noqa: E402  (after the paths)
+from faulty_proxy import FaultyProxy  # noqa: E402
+
+PARTS = ("processes", "s3", "ray")
+GUARDS = ("whole-files", "exclusive-names", "find-before-work", "checksum", "retries")
+SESSIONS, HANGS_S = 8, 300.0
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "flipped": lambda body: body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 0xFF]) + body[len(body) // 2 + 1 :],
+    "cut": lambda body: body[:-7],
+    "removed": lambda body: None,
+}
+
+
+@dataclass
+class Count:
+    """What one kind of disturbance came to. seconds: of the session that was given again, where there was one."""
+
+    trials: int = 0
+    lost_versions: int = 0
+    wrong_bytes: int = 0
+    trained_twice: int = 0
+    hung: int = 0
+    leaked: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    def bad(self) -> int:
+        return self.lost_versions + self.wrong_bytes + self.trained_twice + self.hung + self.leaked
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Where a run takes place: a model, picture folders by task, a folder for stores."""
+
+    model: Path
+    tasks: dict[str, Path]
+    out: Path
+    guard: str | None
+
+    def asked(self, at: str, **more: Any) -> dict[str, Any]:
+        two = {name: str(self.tasks[name]) for name in ("colours", "stripes")}
+        fixed = {"model": str(self.model), "tasks": two, "settings": {"train__checkpoint_seconds": 1e-6}}
+        return {**fixed, "out": str(self.out), "at": at, "guard": self.guard, **more}
+
+
+def driver(asked: dict[str, Any]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "tests" / "crash" / "crash_driver.py"), json.dumps(asked)]
+    Path(asked["out"]).mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def output(child: subprocess.Popen[str]) -> Any:
+    out, err = child.communicate()
+    if child.returncode:
+        raise RuntimeError(err[-3000:])
+    return json.loads(out)
+
+
+def kills(asked: dict[str, Any]) -> Count:
+    """Disturbs a session at each of its calls; see crash_driver.py."""
+    count, found = Count(), output(driver(asked))
+    for each in found["results"]:
+        count.trials += 1
+        if each["again"] is None:
+            continue  # left the very same files as a trial before
+        count.seconds.append(each["seconds"])
+        if each["again"]:
+            count.hung += 1
+            continue
+        count.wrong_bytes += not each["same"] or bool(each["leftovers"])
+        done = [*each["kept"], *each["trained_after"]]
+        count.trained_twice += len(done) > len(set(done)) or len(each["trained_before"]) > len(
+            set(each["trained_before"])
+        )
+        count.lost_versions += set(done) != {"colours", "stripes"}
+    return count
+
+
+def eight_at_once(ground: Ground) -> Count:
+    """Eight processes learn a task each into one store; one after another, in the order found, gives the same bytes."""
+    from in_process_crew import contents
+
+    from condu_ray.errors import ConduError
+    from condu_ray.store import open_store
+
+    store = str(ground.out / "eight" / "store")
+    asked, names, children = {}, [], []
+    for number in range(SESSIONS):
+        folder = list(ground.tasks.values())[number % len(ground.tasks)]
+        name = f"task-{number}"
+        more = {"tasks": {name: str(folder)}, "store": store, "out": str(ground.out / "eight" / name)}
+        asked[name], names = ground.asked("once") | more, [*names, name]
+        children.append(driver(asked[name]))
+    count, trained = Count(trials=1), []
+    for child in children:
+        try:
+            trained += output(child)
+        except RuntimeError:
+            count.hung = 1
+    try:
+        opened = open_store(store)
+        order = [manifest.message.split()[-1] for manifest in map(opened.manifest, opened.versions())]
+        count.lost_versions = len(set(names) - {card.name for card in opened.manifest().tasks})
+        count.trained_twice = len(trained) - len(set(trained))
+        opened.gc(in_use_s=0)
+        serial = str(ground.out / "eight" / "serial")
+        for name in order:
+            output(driver(asked[name] | {"store": serial, "guard": None}))
+        open_store(serial).gc(in_use_s=0)
+        count.wrong_bytes = int(contents(store) != contents(serial))
+    except ConduError:
+        count.wrong_bytes = 1
+    return count
+
+
+def damaged(ground: Ground) -> Count:
+    """Each object of the newest version is damaged in three ways: it is named, never used, and version 1 serves."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import crash_driver\n"
+        "if sys.argv[4]: setattr(*crash_driver.GUARDS[sys.argv[4]])\n"
+        "from condu_ray.errors import DamagedObject, StoreError\n"
+        "from condu_ray.store import open_store\n"
+        "store, bad = open_store(sys.argv[3]), []\n"
+        "for version in (1, 2):\n"
+        "    for ref in store.manifest(version).objects.values():\n"
+        "        try: store.get(ref)\n"
+        "        except StoreError: bad.append((version, ref.path))\n"
+        "print(*sorted(bad), sep='\\n')\n"
+    )
+    from condu_ray.store import open_store
+
+    count, whole = Count(), ground.out / "whole"
+    output(driver(ground.asked("once", store=str(whole), guard=None)))
+    store = open_store(whole)
+    mine = {ref.path for ref in store.manifest(1).objects.values()}
+    for ref in store.manifest(2).objects.values():
+        if ref.path in mine:
+            continue
+        for how in DAMAGES.values():
+            folder = Path(shutil.copytree(whole, ground.out / "damaged", dirs_exist_ok=True))
+            body = how((folder / ref.path).read_bytes())
+            (folder / ref.path).unlink()
+            if body is not None:
+                (folder / ref.path).write_bytes(body)
+            command = [sys.executable, "-c", code, str(ROOT / "tests"), str(ROOT / "tests" / "crash"), str(folder)]
+            done = subprocess.run([*command, ground.guard or ""], capture_output=True, text=True, check=True)
+            count.trials += 1
+            count.wrong_bytes += str((2, ref.path)) not in done.stdout.splitlines()
+            count.lost_versions += "(1, " in done.stdout
+    return count
+
+
+def wrong_clock(ground: Ground) -> Count:
+    """Killed, then a gc on a machine whose clock is days off, then given again: nothing is trained a second time."""
+    from in_process_crew import contents
+
+    from condu_ray.store import open_store
+
+    code = (
+        "import sys, time; real = time.time\n"
+        "time.time = lambda: real() + float(sys.argv[2])\n"
+        "from condu_ray.store import open_store; open_store(sys.argv[1]).gc()\n"
+    )
+    count, store = Count(), ground.out / "clock"
+    undisturbed = str(ground.out / "clock-undisturbed")
+    output(driver(ground.asked("once", store=undisturbed, guard=None)))
+    open_store(undisturbed).gc(in_use_s=0)
+    for days in (-3, 3):
+        shutil.rmtree(store, ignore_errors=True)
+        first = driver(ground.asked("once", store=str(store)))
+        wait_for(lambda: list(store.glob("objects/train-*/delta.safetensors")), first)
+        first.kill()
+        first.communicate()
+        kept = [path.parent.name for path in store.glob("objects/train-*/delta.safetensors")]
+        (ground.out / "trained").unlink(missing_ok=True)
+        subprocess.run([sys.executable, "-c", code, str(store), str(days * 86400)], check=True)
+        begun = time.monotonic()
+        again = output(driver(ground.asked("once", store=str(store))))
+        count.seconds.append(time.monotonic() - begun)
+        count.trials += 1
+        count.trained_twice += len(again) + len(kept) > 2
+        open_store(store).gc(in_use_s=0)
+        count.wrong_bytes += contents(store) != contents(undisturbed)
+    return count
+
+
+def wait_for(what: Callable[[], object], child: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + HANGS_S
+    while not what() and child.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def killed_commands(ground: Ground) -> Count:
+    """`condu-ray learn` on a Ray cluster of its own, its whole process group killed at three moments."""
+    from in_process_crew import contents, learn_here, opened, settings
+
+    from condu_ray.store import open_store
+
+    count, store = Count(), ground.out / "command"
+    given = [f"--task={name}={ground.tasks[name]}" for name in ("colours", "stripes")]
+    given += ["--model", f"local-dir:{ground.model}", "--store", str(store), "--tracking=off", "--workers=2"]
+    given += ["--train.steps=60", "--train.batch-size=8", "--train.towers=image", "--train.checkpoint-seconds=0.01"]
+    here = settings(ground.out / "here", ground.model, train__steps=60, train__checkpoint_seconds=0.01)
+    learn_here(here, opened(ground.tasks, "colours", "stripes"), threads=max(1, (os.cpu_count() or 1) // 2))
+    open_store(here.store).gc(in_use_s=0)
+    moments = ("work/train-*/checkpoint.safetensors", "objects/train-*/delta.safetensors", "versions/00000001.json")
+    code = [sys.executable, "-c", "from condu_ray.cli import main; main()", "learn", *given]
+    for moment in moments:
+        shutil.rmtree(store, ignore_errors=True)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "text": True, "start_new_session": True}
+        child = subprocess.Popen(code, **quiet)
+        wait_for(lambda moment=moment: list(store.glob(moment)), child)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        before = open_store(store).versions()
+        count.trials += 1
+        begun = time.monotonic()
+        try:
+            again = subprocess.run(code, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=HANGS_S)
+        except subprocess.TimeoutExpired:
+            count.hung += 1
+            continue
+        count.seconds.append(time.monotonic() - begun)
+        count.hung += again.returncode != 0
+        count.lost_versions += not set(before) <= set(open_store(store).versions())
+        open_store(store).gc(in_use_s=0)
+        count.wrong_bytes += contents(store) != contents(here.store)
+    return count
+
+
+def killed_on_a_cluster(ground: Ground) -> Count:
+    """A cluster of two nodes of one core: the worker, the actors, then a whole node are killed in the middle."""
+    import ray
+    from in_process_crew import contents, learn_here, opened, settings, silent
+    from ray.cluster_utils import Cluster as Nodes
+    from ray_processes import ray_processes
+
+    from condu_ray.engine import session
+    from condu_ray.engine.cluster import connect
+    from condu_ray.engine.crew import RayCrew
+    from condu_ray.engine.plan import header_of
+    from condu_ray.store import create_store, open_store
+
+    count = Count()
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    spare = [nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1)]
+    ray.init(address=nodes.address, namespace="condu-ray", log_to_driver=False, logging_level="ERROR")
+    here = settings(ground.out / "calm", ground.model, train__steps=100, train__checkpoint_seconds=0.01)
+    tasks = opened(ground.tasks, "colours", "stripes")
+    learn_here(here, tasks)
+    open_store(here.store).gc(in_use_s=0)
+
+    def kill(name: str) -> None:
+        for pid in ray_processes(name):
+            os.kill(pid, signal.SIGKILL)
+
+    def lose_a_node() -> None:
+        nodes.remove_node(spare.pop(), allow_graceful=False)
+        spare.append(nodes.add_node(num_cpus=1))
+
+    strikes = {
+        "worker": ("train", lambda: kill("RayTrainWorker")),
+        "fusion": ("fuse", lambda: kill("FusionActor")),
+        "scorers": ("score", lambda: kill("Scorer")),
+        "node": ("train", lose_a_node),
+    }
+    try:
+        for name, (step, strike) in strikes.items():
+            config = here.model_copy(update={"store": str(ground.out / f"struck-{name}"), "workers": 2})
+            store = create_store(config.store, header_of(config)[0])
+            crew, struck = RayCrew(store, config, connect()), []
+
+            def once(done: int, total: int, note: str, strike: Any = strike, struck: Any = struck) -> None:
+                if not struck and 0 < done < total:
+                    struck.append(done)
+                    strike()
+
+            wrapped = getattr(crew, step)
+
+            def struck_step(*args: Any, wrapped: Any = wrapped, step: str = step, once: Any = once) -> Any:
+                if step == "train":
+                    return wrapped(args[0], once)
+                once(1, 2, "")
+                return wrapped(*args)
+
+            setattr(crew, step, struck_step)
+            begun = time.monotonic()
+            count.trials += 1
+            try:
+                session.learn(store, config, tasks, crew, silent)
+                store.gc(in_use_s=0)
+                count.wrong_bytes += contents(store.url) != contents(here.store)
+            except Exception as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                count.hung += 1
+            finally:
+                crew.close()
+            count.seconds.append(time.monotonic() - begun)
+        groups = ray.util.placement_group_table().values()
+        count.leaked += sum(group["state"] not in ("REMOVED",) for group in groups)
+        time.sleep(5)
+        count.leaked += len(ray_processes("RayTrainWorker")) + len(ray_processes("Scorer"))
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    return count
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """An S3 server in a process of its own behind the faulty proxy; the environment points to it. Yields a bucket."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+        with FaultyProxy(f"http://127.0.0.1:{port}") as proxy:
+            os.environ.update(
+                AWS_ENDPOINT_URL=proxy.url,
+                AWS_ACCESS_KEY_ID="key",
+                AWS_SECRET_ACCESS_KEY="secret",
+                AWS_DEFAULT_REGION="us-east-1",
+                CONDU_CACHE=str(folder / "cache"),
+            )
+            import boto3
+
+            boto3.client("s3").create_bucket(Bucket="condu-chaos")
+            yield "s3://condu-chaos"
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drop-guard", choices=GUARDS, help="take one protection away; the run has to notice")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run (guards are not taken away on Ray)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="condu-chaos-") as name:
+        out = Path(name)
+        (out / "model").mkdir()
+        ground = Ground(write_model(out / "model", TINY), write_pictures(out / "pictures"), out, asked.drop_guard)
+        table: dict[str, Count] = {}
+
+        def run(what: str, part: Callable[[], Count]) -> None:
+            begun = time.monotonic()
+            table[what] = part()
+            said = f"{what}: {table[what].trials} trials, {table[what].bad()} bad, {time.monotonic() - begun:.0f} s"
+            print(said, file=sys.stderr, flush=True)
+
+        if "processes" in asked.parts:
+            run("killed at every call, step and change of a file", lambda: kills(ground.asked("file")))
+            run("disk full", lambda: kills(ground.asked("disk", every=3)))
+            run("an object damaged on disk", lambda: damaged(ground))
+            run("eight sessions at once", lambda: eight_at_once(ground))
+            run("a gc by a wrong clock", lambda: wrong_clock(ground))
+        if "s3" in asked.parts:
+            with s3_server(out) as bucket:
+                requests = ground.asked("request", bucket=f"{bucket}/kills", every=4)
+                faults = ground.asked("fault", bucket=f"{bucket}/faults")
+                run("S3: killed at a request", lambda: kills(requests))
+                run("S3: 500, 503, slow, silent, lost, half", lambda: kills(faults))
+        if "ray" in asked.parts and not asked.drop_guard:
+            run("the command and all its processes killed", lambda: killed_commands(ground))
+            run("worker, actors, a node killed", lambda: killed_on_a_cluster(ground))
+    report(table, asked.json)
+    sys.exit(any(count.bad() for count in table.values()))
+
+
+def report(table: dict[str, Count], as_json: bool) -> None:
+    keys = ("trials", "lost_versions", "wrong_bytes", "trained_twice", "hung", "leaked")
+    seconds = [each for count in table.values() for each in count.seconds]
+    rows = {what: {key: getattr(count, key) for key in keys} for what, count in table.items()}
+    total: dict[str, Any] = {key: sum(row[key] for row in rows.values()) for key in keys}
+    total["median_recovery_s"] = round(statistics.median(seconds), 2) if seconds else None
+    if as_json:
+        print(json.dumps({**total, "by_disturbance": rows}, indent=1))
+        return
+    print("| disturbance | " + " | ".join(keys) + " |")
+    print("|---|" + "---|" * len(keys))
+    for what, row in [*rows.items(), ("all", total)]:
+        print(f"| {what} | " + " | ".join(str(row[key]) for key in keys) + " |")
+    print(f"median recovery: {total['median_recovery_s']} s")
+
+
+if __name__ == "__main__":
+    main()

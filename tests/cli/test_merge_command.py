@@ -1,0 +1,163 @@
+"""merge, export and gc --fold: the algebra alone, on weights of any PyTorch model; and experts of learned tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from command_line import condu
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from condu_ray.config import SessionConfig
+from condu_ray.store import open_store
+from condu_ray.voting.open import config_of, load_classifier, state_of
+
+Files = dict[str, Path]
+
+
+def weights(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    base = {
+        "block.weight": torch.randn(12, 30, generator=generator),
+        "block.bias": torch.randn(12, generator=generator),
+    }
+    half = torch.randn(6, 8, generator=generator).to(torch.bfloat16)
+    return {**base, "head.weight": half, "steps": torch.tensor(7), "empty": torch.zeros(0)}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    base = weights(0)
+    found = {"base": tmp_path / "base.safetensors"}
+    save_file(base, found["base"])
+    for seed, name in enumerate(("birds", "cars", "signs"), 1):
+        drawn = weights(seed)
+        tuned = {n: (t + 0.05 * drawn[n]).to(t.dtype) if t.is_floating_point() else t for n, t in base.items()}
+        found[name] = tmp_path / f"{name}.safetensors"
+        save_file(tuned, found[name])
+    return found
+
+
+def export(store: Path, task: str, out: Path, *more: str) -> dict[str, Tensor]:
+    said = condu("export", store, "--task", task, "-o", out, "--json", *more)
+    assert said.code == 0, said.err
+    assert said.document["bytes"] == out.stat().st_size
+    return load_file(out)
+
+
+def test_one_task_comes_back_as_it_was_tuned(files: Files, tmp_path: Path) -> None:
+    store = tmp_path / "merged"
+    assert condu("merge", files["base"], files["birds"], "-o", store).code == 0
+    found, tuned = export(store, "birds", tmp_path / "out.safetensors"), load_file(files["birds"])
+    assert found.keys() == tuned.keys()
+    for name, tensor in tuned.items():
+        assert found[name].dtype == tensor.dtype
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("triggers", ["mask", "sign"])
+def test_three_tasks_share_one_vector(files: Files, tmp_path: Path, triggers: str) -> None:
+    store = tmp_path / "merged"
+    given = [files["birds"], f"autos={files['cars']}", files["signs"]]
+    said = condu("merge", files["base"], *given, "-o", store, "--triggers", triggers, "--json").document
+    assert said["made"] == [1, 2, 3]
+    assert [row["name"] for row in said["tasks"]] == ["birds", "autos", "signs"]
+    assert all(0 < row["figures"]["relative_l2"] < 1 for row in said["tasks"])
+    base, tuned = load_file(files["base"]), load_file(files["cars"])
+    found = export(store, "autos", tmp_path / "out.safetensors")
+    own, left = (torch.cat([(w[n].float() - base[n].float()).flatten() for n in base]) for w in (tuned, found))
+    assert torch.norm(own - left) < 0.8 * torch.norm(own)
+    again = condu("merge", files["base"], *given, "-o", store, "--triggers", triggers, "--json").document
+    assert (again["made"], again["version"]) == ([], 3)
+
+
+def test_shards_in_a_folder_are_one_model(files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for index, (name, tensor) in enumerate(load_file(files["base"]).items()):
+        save_file({name: tensor}, folder / f"model-{index}.safetensors")
+    assert condu("merge", folder, files["birds"], "-o", tmp_path / "merged").code == 0
+    found, tuned = export(tmp_path / "merged", "birds", tmp_path / "out.safetensors"), load_file(files["birds"])
+    torch.testing.assert_close(found["block.weight"], tuned["block.weight"], rtol=1e-6, atol=1e-7)
+
+
+def test_a_merged_store_is_a_store(files: Files, tmp_path: Path) -> None:
+    store = tmp_path / "merged"
+    condu("merge", files["base"], files["birds"], files["cars"], files["signs"], "-o", store)
+    before = export(store, "cars", tmp_path / "before.safetensors")
+    for command in (["tasks"], ["versions"], ["show"], ["diff", "1", "3"], ["doctor"]):
+        assert condu(*command, "--store", store).code == 0, command
+    assert condu("forget", "birds", "--store", store).code == 0
+    assert condu("gc", "--fold", "--keep", "1", "--store", store, "--json").document["versions"] == [1, 2, 3, 4]
+    objects = condu("show", "--store", store, "--json").document["objects"]
+    assert not [name for name in objects if name.startswith("flips-")]
+    after = export(store, "cars", tmp_path / "after.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert condu("merge", files["base"], files["birds"], "-o", store).code == 0
+    assert condu("gc", "--fold", "--store", store).code == 0
+    for words in (["predict", files["base"]], ["evaluate"]):
+        said = condu(*words, "--store", store)
+        assert (said.code, "Traceback" in said.err) == (2, False), said.err
+
+
+def test_what_does_not_fit_is_one_sentence(files: Files, tmp_path: Path) -> None:
+    store = tmp_path / "merged"
+
+    def says(text: str, *arguments: Any) -> None:
+        said = condu(*arguments)
+        assert said.code == 2, said.err
+        assert text in said.err
+        assert "Traceback" not in said.err
+
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({**weights(1), "block.bias": torch.zeros(3)}, wrong)
+    says("tensor 'block.bias' has shape (3,)", "merge", files["base"], wrong, "-o", store)
+    save_file({"block.bias": torch.zeros(12)}, wrong)
+    says("of the base is missing", "merge", files["base"], wrong, "-o", store)
+    wrong.write_bytes(b"no")
+    says("is no safetensors file", "merge", files["base"], wrong, "-o", store)
+    says("no safetensors file there", "merge", files["base"], tmp_path / "none.safetensors", "-o", store)
+    says("two files are called birds", "merge", files["base"], files["birds"], files["birds"], "-o", store)
+    says("granularity", "merge", files["base"], files["birds"], "-o", store, "--granularity", "rows")
+    assert not store.exists(), "nothing is written"
+    assert condu("merge", files["base"], files["birds"], "-o", store).code == 0
+    says("another", "merge", files["cars"], files["birds"], "-o", store)
+    says("other weights", "merge", files["base"], f"birds={files['cars']}", "-o", store)
+    says("no task cars", "export", store, "--task", "cars", "-o", tmp_path / "x")
+    says("--output", "export", store, "--task", "birds", "-o", tmp_path / "no" / "x")
+    save_file(weights(9), files["base"])
+    says("has changed", "export", store, "--task", "birds", "-o", tmp_path / "x")
+
+
+def test_open_clip_loads_the_expert_of_a_learned_task(store: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    found = export(store, "colours", tmp_path / "expert.safetensors")
+    classifier = load_classifier(store)
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = open_clip.create_model(f"local-dir:{tiny_model_dir}")
+    model.load_state_dict(found)
+    model.eval()
+    with torch.no_grad():
+        alone = model.encode_image(pixels, normalize=True)
+        ours = classifier.clip.images(pixels, classifier._overrides("colours"))
+    torch.testing.assert_close(alone, ours)
+
+
+def test_folding_changes_no_answer(copy: Path, picture: Path) -> None:
+    before = condu("predict", picture, "--task", "colours", "--store", copy, "--json").document
+    assert condu("gc", "--fold", "--store", copy).code == 0
+    newest = open_store(copy).manifest()
+    assert (newest.version, newest.kind, newest.parent) == (3, "fold", 2)
+    after = condu("predict", picture, "--task", "colours", "--store", copy, "--json").document
+    for said in (*before, *after):
+        said.pop("version")
+    assert after == before
+    assert condu("gc", "--fold", "--store", copy).code == 0
+    assert open_store(copy).versions() == [1, 2, 3], "there is nothing left to fold"
+    state = state_of(open_store(copy), newest)
+    assert isinstance(config_of(open_store(copy).header), SessionConfig)
+    assert np.isfinite(state.delta("stripes")).all()

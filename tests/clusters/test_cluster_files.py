@@ -1,0 +1,130 @@
+"""The files in clusters/ are what Ray's launcher takes, by its own schema, and KubeRay, by its published fields."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.autoscaler
+import yaml
+
+from condu_ray import __version__
+
+CLUSTERS = Path(__file__).parents[2] / "clusters"
+KINDS = {"raycluster.yaml": "RayCluster", "rayjob.yaml": "RayJob", "rayservice.yaml": "RayService"}
+
+# Of KubeRay's API reference (ray.io/v1, release 1.6): the fields that are used here, by type.
+FIELDS: dict[str, set[str]] = {
+    "RayClusterSpec": {
+        "authOptions",
+        "autoscalerOptions",
+        "enableInTreeAutoscaling",
+        "headGroupSpec",
+        "rayVersion",
+        "workerGroupSpecs",
+    },
+    "RayJobSpec": {
+        "backoffLimit",
+        "entrypoint",
+        "rayClusterSpec",
+        "shutdownAfterJobFinishes",
+        "submissionMode",
+        "ttlSecondsAfterFinished",
+    },
+    "RayServiceSpec": {"rayClusterConfig", "serveConfigV2"},
+    "HeadGroupSpec": {"rayStartParams", "template"},
+    "WorkerGroupSpec": {"groupName", "maxReplicas", "minReplicas", "rayStartParams", "replicas", "template"},
+    "AuthOptions": {"mode", "secretName"},
+    "AutoscalerOptions": {"idleTimeoutSeconds"},
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((CLUSTERS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_launcher_s_file_fits_ray_s_schema() -> None:
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
+    file = load("aws.yaml")
+    jsonschema.validate(file, schema)
+    types = file["available_node_types"]
+    assert file["head_node_type"] in types
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert types["gpu-spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert "--env RAY_AUTH_MODE=token" in file["docker"]["run_options"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(file | {"head_node": {}}, schema)
+
+
+def cluster_of(file: dict[str, Any]) -> dict[str, Any]:
+    spec = file["spec"]
+    found: dict[str, Any] = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_manifest_has_only_published_fields(name: str) -> None:
+    file = load(f"kuberay/{name}")
+    assert (file["apiVersion"], file["kind"]) == ("ray.io/v1", KINDS[name])
+    spec, cluster = file["spec"], cluster_of(file)
+    assert set(spec) <= FIELDS[f"{KINDS[name]}Spec"]
+    assert set(cluster) <= FIELDS["RayClusterSpec"]
+    assert set(cluster["authOptions"]) <= FIELDS["AuthOptions"]
+    assert cluster["authOptions"]["mode"] == "token"
+    assert set(cluster.get("autoscalerOptions", {})) <= FIELDS["AutoscalerOptions"]
+    assert set(cluster["headGroupSpec"]) <= FIELDS["HeadGroupSpec"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group in cluster["workerGroupSpecs"]:
+        assert set(group) <= FIELDS["WorkerGroupSpec"]
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod.get("volumes", [])}
+        for container in pod["containers"]:
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} == volumes
+
+
+def test_ray_start_s_values_are_text() -> None:
+    """KubeRay takes no numbers there."""
+    for name in KINDS:
+        cluster = cluster_of(load(f"kuberay/{name}"))
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_one_image_and_one_release_everywhere() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sorted(CLUSTERS.rglob("*")) if path.is_file()]
+    images = {image for text in texts for image in re.findall(r"REGISTRY/condu-ray:([\w.]+)", text)}
+    assert images == {__version__}
+    releases = {cluster_of(load(f"kuberay/{name}"))["rayVersion"] for name in KINDS}
+    assert len(releases) == 1
+    assert int(releases.pop().split(".")[1]) >= 52  # tokens
+    assert version("ray")
+
+
+def test_a_job_s_command_is_one_that_learn_takes() -> None:
+    import shlex
+
+    import typer
+
+    from condu_ray.cli import app
+
+    words = shlex.split(load("kuberay/rayjob.yaml")["spec"]["entrypoint"])
+    assert words[:2] == ["python", "/opt/condu-ray/jobs/session.py"]
+    learn = typer.main.get_command(app).commands["learn"]  # type: ignore[attr-defined]  # it is a group
+    assert learn.make_context("learn", words[2:]).params["name"] == "birds"
+
+
+def test_the_container_holds_what_the_files_name() -> None:
+    text = (CLUSTERS / "Containerfile").read_text(encoding="utf-8")
+    for source in re.findall(r"^COPY (.+) /opt", text, re.MULTILINE):
+        for name in source.split():
+            assert (CLUSTERS.parent / name).exists(), name
+    assert re.search(r"^USER ray$", text, re.MULTILINE)

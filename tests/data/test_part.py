@@ -1,0 +1,40 @@
+"""A part of a set's classes as a task of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from condu_ray.data import open_task
+from condu_ray.errors import DataError
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
+
+
+@pytest.fixture
+def folder(make, tmp_path):
+    return make.image_folder(tmp_path / "animals", CLASSES)
+
+
+def test_the_parts_hold_every_class_once_and_in_order(folder):
+    parts = [open_task("t", f"{folder}#{number}/3") for number in (1, 2, 3)]
+    assert [part.classes for part in parts] == [("ant", "bee"), ("cat", "dog"), ("elk", "fox", "gnu")]
+    assert [len(part.train) + len(part.test) for part in parts] == [10, 10, 15]
+    for part in parts:
+        for picture, label in zip(part.train.pictures, part.train.labels, strict=True):
+            assert f"/{part.classes[label]}/" in picture.path
+    assert len({part.fingerprint for part in parts}) == 3
+
+
+def test_one_part_is_the_whole(folder):
+    assert open_task("t", f"{folder}#1/1").fingerprint == open_task("t", folder).fingerprint
+
+
+@pytest.mark.parametrize("part", ["#0/2", "#3/2", "#1/4", "#1/0"])
+def test_a_part_that_is_not_there_is_refused(folder, part):
+    with pytest.raises(DataError, match="there is no part"):
+        open_task("t", f"{folder}{part}")
+
+
+def test_a_folder_of_that_name_is_meant_where_there_is_one(make, tmp_path):
+    folder = make.image_folder(tmp_path / "animals#1" / "3", CLASSES)
+    assert open_task("t", folder).classes == CLASSES

@@ -49,7 +49,7 @@ def _of_model(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:
     clip = load(ModelSpec(**header.model), expect_sha256=header.model_sha256)
     state = state_of(store, manifest)
     method, layout = registry.get(header.method), layout_of(header)
-    overrides = Experts(clip, method, layout, config_of(header), state, buffers_of(store, manifest))(task)
+    overrides = Experts(clip, method, layout, config_of(header), state, buffers_of(store, manifest)).merged(task)
     own = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
     return own | dict(overrides or {})
 

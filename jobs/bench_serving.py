@@ -89,6 +89,14 @@ def settings_of(model: str, work: Path) -> dict[str, Any]:
     return settings
 
 
+def store_of(model: str, method: str, work: Path) -> str:
+    """A store of 11 drawn tasks; made if it is not there."""
+    settings = settings_of(model, work)
+    clip = load_model(resolve({name: value for name, value in settings.items() if "__" not in name})[0].model_spec)
+    pixels = torch.stack([pixels_of(body, clip.eval_transform, 10**6) for body in drawn(4 * MODELS[model]["batch"])])
+    return fabricate(work / f"{model}-{method}", TASKS, pixels, method=method, **settings).url
+
+
 def seconds(call: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     call()
@@ -102,11 +110,9 @@ def passes(model: str, work: Path, rounds: int) -> dict[str, Any]:
 
 def passes_of(kind: str, method: str, model: str, work: Path, rounds: int) -> dict[str, Any]:
     batch, settings = MODELS[model]["batch"], settings_of(model, work)
-    clip = load_model(resolve({name: value for name, value in settings.items() if "__" not in name})[0].model_spec)
-    pixels = torch.stack([pixels_of(body, clip.eval_transform, 10**6) for body in drawn(batch * 4)])
-    store = fabricate(work / f"{model}-{method}", TASKS, pixels, method=method, **settings)
-    classifier = load_classifier(store.url, clip=clip, cache=TASKS)
-    part = pixels[:batch]
+    classifier = load_classifier(store_of(model, method, work), cache=TASKS)
+    clip = classifier.clip
+    part = torch.stack([pixels_of(body, clip.eval_transform, 10**6) for body in drawn(batch)])
     warm_all(classifier, part)
     plain, answered = [], []
     with torch.no_grad():
@@ -242,7 +248,7 @@ def over_http(model: str, work: Path, duration: float) -> dict[str, Any]:
     for place, body in enumerate(drawn(batch * 4)):
         files.append(folder / f"{place:03d}.png")
         files[-1].write_bytes(body)
-    store = str(work / f"{model}-condu-lora" if model != "default" else work / "default-condu")
+    store = store_of(model, "condu" if model == "default" else "condu-lora", work)
     inside = [one_process(store, files, batch, duration / 2)]
     config = ServeConfig(store=store, port=free_port(), experts=TASKS, batch=batch, timeout_seconds=300)
     with serving(config) as url:
@@ -372,7 +378,7 @@ def png_of(width: int, height: int) -> bytes:
 def malformed(work: Path, count: int) -> dict[str, Any]:
     """So many requests that cannot be answered, and schemathesis; what they did to the server."""
     token = "a-token-of-the-benchmark"
-    config = ServeConfig(store=str(work / "default-condu"), port=free_port(), token=token)
+    config = ServeConfig(store=store_of("default", "condu", work), port=free_port(), token=token)
     with serving(config) as url, httpx.Client(base_url=url, timeout=120) as client:
         good = {"authorization": f"Bearer {token}"}
 

@@ -16,7 +16,6 @@ from condu_ray.methods import registry
 from condu_ray.methods.experts import Experts
 from condu_ray.methods.states import FusedState
 from condu_ray.models.load import load
-from condu_ray.models.lora import LowRank, adapted_weights
 from condu_ray.store import Manifest, Store
 from condu_ray.voting.open import buffers_of, config_of, layout_of, state_of
 
@@ -50,9 +49,9 @@ def _of_model(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:
     clip = load(ModelSpec(**header.model), expect_sha256=header.model_sha256)
     state = state_of(store, manifest)
     method, layout = registry.get(header.method), layout_of(header)
-    expert = Experts(clip, method, layout, config_of(header), state, buffers_of(store, manifest))(task)
+    overrides = Experts(clip, method, layout, config_of(header), state, buffers_of(store, manifest)).merged(task)
     own = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
-    return own | dict(adapted_weights(clip.model, expert) if isinstance(expert, LowRank) else expert or {})
+    return own | dict(overrides or {})
 
 
 def _of_weights(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:

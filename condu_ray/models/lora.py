@@ -138,15 +138,6 @@ class LowRank:
         return sum(part.nbytes for part in parts)
 
 
-def adapted_weights(model: nn.Module, expert: LowRank) -> dict[str, Tensor]:
-    """The adapted layers' weights with the expert's adapters in them, by parameter name; `model` is not touched."""
-    weights = {f"{name}.weight": weight for name, weight in expert.merged.items()}
-    for name, (a, b) in expert.factors.items():
-        own = model.get_parameter(f"{name}.weight").detach()
-        weights[f"{name}.weight"] = (own.float() + (b @ a).view_as(own)).to(own.dtype)
-    return weights
-
-
 def can_run_in_rows(model: nn.Module, adapters: Adapters) -> bool:
     """Whether every adapted layer is called as a module, with the pictures in its first dimension.
 

@@ -17,7 +17,6 @@ from condu_ray.models.lora import (
     Adapters,
     Factors,
     LowRank,
-    adapted_weights,
     can_run_in_rows,
     inject,
     low_rank,
@@ -230,13 +229,3 @@ def test_an_expert_beside_the_base_model_takes_no_more_than_its_factors(tiny_cli
 
 def test_projections_that_attention_reads_itself_cannot_run_in_rows(tiny_clip: Clip) -> None:
     assert not can_run_in_rows(tiny_clip.model, plan_adapters(tiny_clip.model, 2, "linear", seed=0))
-
-
-def test_an_expert_beside_the_base_model_can_be_written_as_whole_weights(tiny_clip: Clip) -> None:
-    adapters = plan_adapters(tiny_clip.model, 8, "mlp", seed=0)
-    factors = moved(tiny_clip, adapters, 3)
-    found = adapted_weights(tiny_clip.model, low_rank(tiny_clip.model, adapters, factors))
-    expected = merged_weights(tiny_clip.model, adapters, factors)
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=1e-5)

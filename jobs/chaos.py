@@ -38,11 +38,6 @@ from faulty_proxy import FaultyProxy  # noqa: E402
 PARTS = ("processes", "s3", "ray")
 GUARDS = ("whole-files", "exclusive-names", "find-before-work", "checksum", "retries")
 SESSIONS, HANGS_S = 8, 300.0
-DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
-    "flipped": lambda body: body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 0xFF]) + body[len(body) // 2 + 1 :],
-    "cut": lambda body: body[:-7],
-    "removed": lambda body: None,
-}
 
 
 @dataclass
@@ -137,8 +132,9 @@ def eight_at_once(ground: Ground) -> Count:
         count.trained_twice = len(trained) - len(set(trained))
         opened.gc(in_use_s=0)
         serial = str(ground.out / "eight" / "serial")
-        for name in order:
-            output(driver(asked[name] | {"store": serial, "guard": None}))
+        ordered = {name: asked[name]["tasks"][name] for name in order}
+        alone = str(ground.out / "eight" / "alone")
+        output(driver(ground.asked("serial") | {"tasks": ordered, "store": serial, "out": alone, "guard": None}))
         open_store(serial).gc(in_use_s=0)
         count.wrong_bytes = int(contents(store) != contents(serial))
     except ConduError:
@@ -148,39 +144,13 @@ def eight_at_once(ground: Ground) -> Count:
 
 def damaged(ground: Ground) -> Count:
     """Each object of the newest version is damaged in three ways: it is named, never used, and version 1 serves."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]\n"
-        "import crash_driver\n"
-        "if sys.argv[4]: setattr(*crash_driver.GUARDS[sys.argv[4]])\n"
-        "from condu_ray.errors import DamagedObject, StoreError\n"
-        "from condu_ray.store import open_store\n"
-        "store, bad = open_store(sys.argv[3]), []\n"
-        "for version in (1, 2):\n"
-        "    for ref in store.manifest(version).objects.values():\n"
-        "        try: store.get(ref)\n"
-        "        except StoreError: bad.append((version, ref.path))\n"
-        "print(*sorted(bad), sep='\\n')\n"
-    )
-    from condu_ray.store import open_store
-
-    count, whole = Count(), ground.out / "whole"
-    output(driver(ground.asked("once", store=str(whole), guard=None)))
-    store = open_store(whole)
-    mine = {ref.path for ref in store.manifest(1).objects.values()}
-    for ref in store.manifest(2).objects.values():
-        if ref.path in mine:
-            continue
-        for how in DAMAGES.values():
-            folder = Path(shutil.copytree(whole, ground.out / "damaged", dirs_exist_ok=True))
-            body = how((folder / ref.path).read_bytes())
-            (folder / ref.path).unlink()
-            if body is not None:
-                (folder / ref.path).write_bytes(body)
-            command = [sys.executable, "-c", code, str(ROOT / "tests"), str(ROOT / "tests" / "crash"), str(folder)]
-            done = subprocess.run([*command, ground.guard or ""], capture_output=True, text=True, check=True)
-            count.trials += 1
-            count.wrong_bytes += str((2, ref.path)) not in done.stdout.splitlines()
-            count.lost_versions += "(1, " in done.stdout
+    count, whole = Count(), str(ground.out / "whole")
+    output(driver(ground.asked("once", store=whole) | {"guard": None}))
+    for each in output(driver(ground.asked("damage", store=whole))):
+        before, now = each["refused"]
+        count.trials += 1
+        count.wrong_bytes += now != [each["object"]]
+        count.lost_versions += before != []
     return count
 
 
@@ -197,7 +167,7 @@ def wrong_clock(ground: Ground) -> Count:
     )
     count, store = Count(), ground.out / "clock"
     undisturbed = str(ground.out / "clock-undisturbed")
-    output(driver(ground.asked("once", store=undisturbed, guard=None)))
+    output(driver(ground.asked("once", store=undisturbed)))
     open_store(undisturbed).gc(in_use_s=0)
     for days in (-3, 3):
         shutil.rmtree(store, ignore_errors=True)

@@ -5,7 +5,8 @@ usage: crash_driver.py JSON, with {"model": folder, "tasks": {name: folder}, "ou
 (requests to the store's server, and steps), "fault" (no kills: the server is told to fail) or "disk" (no kills: the
 disk is full), "every": look at one call of so many, "seeds": kills at random times besides, "bucket": s3:// URL of
 stores instead of folders, "guard": what is taken away (see GUARDS)}. Prints one JSON document: the calls of an
-undisturbed session, and what each kill led to. With "at": "once" it is one session on "store", and what it trained.
+undisturbed session, and what each kill led to. With "at": "once" it is one session on "store", and what it trained;
+with "serial" a session for each task, one after another; with "damage" each object of version 2 of "store" is damaged.
 """
 
 from __future__ import annotations
@@ -217,6 +218,37 @@ def replaced(source: Path, target: Path, locked: bool) -> None:
     shutil.copyfile(source, target)
 
 
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "flipped": lambda body: body[: len(body) // 2] + bytes([body[len(body) // 2] ^ 0xFF]) + body[len(body) // 2 + 1 :],
+    "cut": lambda body: body[:-7],
+    "removed": lambda body: None,
+}
+
+
+def damage(whole: Path, folder: Path) -> list[dict[str, Any]]:
+    """Damages each object that version 2 alone has in each way; which objects of versions 1 and 2 are then refused."""
+    store, found = open_store(whole), []
+    versions = [store.manifest(number).objects.values() for number in (1, 2)]
+    first = {ref.path for ref in versions[0]}
+    for path in sorted({ref.path for ref in versions[1]} - first):
+        for how, change in DAMAGES.items():
+            shutil.copytree(whole, folder)
+            body = change((folder / path).read_bytes())
+            (folder / path).unlink()
+            if body is not None:
+                (folder / path).write_bytes(body)
+            refused = [list[str](), list[str]()]
+            for refs, names in zip(versions, refused, strict=True):
+                for ref in refs:
+                    try:
+                        open_store(folder).get(ref)
+                    except ConduError:
+                        names.append(ref.path)
+            found.append({"object": path, "how": how, "refused": refused})
+            shutil.rmtree(folder)
+    return found
+
+
 def half_published(source: Path, target: Path, locked: bool) -> None:
     """What `files.publish` would be without its care: written where readers look."""
     body = source.read_bytes()
@@ -295,10 +327,16 @@ def main() -> None:
         return trained
 
     train.train_task = told
-    if at == "once":
+    if at in ("once", "serial", "damage"):
         if guard := asked.get("guard"):
             setattr(*GUARDS[guard])
-        session.run(asked["store"])
+        if at == "damage":
+            print(json.dumps(damage(Path(asked["store"]), Path(asked["out"]) / "damaged")))
+            return
+        whole = session.tasks
+        for tasks in [[task] for task in whole] if at == "serial" else [whole]:
+            session.tasks = tasks
+            session.run(asked["store"])
         print(json.dumps(places.trained()))
         return
     session.run(places.new())  # loads everything that children then have

@@ -73,7 +73,7 @@ def show_tasks(manifest: Manifest) -> None:
     """The table of a version: what each task was, is, and how much of its own fine-tuning is left."""
     show_table(
         f"version {manifest.version}: accuracy in percent on each task's test pictures",
-        ("task", "classes", "zero-shot", "before", "alone", "now", "kept %", "L2 error", "cosine"),
+        ("task", "classes", "zero-shot", "before", "alone", "now", "kept %", "L2 error", "cosine", "alive"),
         [
             (
                 card.name,
@@ -85,6 +85,7 @@ def show_tasks(manifest: Manifest) -> None:
                 card.figures.get("gain_kept"),
                 _two(card.figures.get("relative_l2")),
                 _two(card.figures.get("cosine")),
+                _two(card.figures.get("bits_alive")),
             )
             for card in manifest.tasks
         ],
@@ -92,7 +93,7 @@ def show_tasks(manifest: Manifest) -> None:
     say(
         "zero-shot: the base model. before: the vote of the version before it was learned (zero-shot kept).\n"
         "alone: fine-tuned for this task only. now: its expert. kept: of what fine-tuning alone gains.\n"
-        "L2 error, cosine: the expert's delta against the one trained (fidelity)."
+        "L2 error, cosine: the expert's delta against the one trained (fidelity). alive: share of its bits left."
     )
 
 

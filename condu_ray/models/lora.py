@@ -124,18 +124,12 @@ def merged_weights(
 class LowRank:
     """One expert's adapters beside θ⁰: as many bytes as its factors, and several experts run in one pass (`in_rows`).
 
-    factors: layer -> (A f32[rank, in], B f32[out, rank], times the scale). merged: layer -> weight, for layers that are
-    no larger than their factors.
+    factors: layer -> (A f32[rank, in], B f32[out, rank], times the scale). merged: layer -> weight, for the smaller
+    layers. What belongs to this expert alone takes no more than its factors would.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     merged: Mapping[str, Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what belongs to this expert alone; A that several share counts for each of them."""
-        parts = [*self.merged.values(), *(part for pair in self.factors.values() for part in pair)]
-        return sum(part.nbytes for part in parts)
 
 
 def can_run_in_rows(model: nn.Module, adapters: Adapters) -> bool:
@@ -152,17 +146,33 @@ def can_run_in_rows(model: nn.Module, adapters: Adapters) -> bool:
 
 def low_rank(model: nn.Module, adapters: Adapters, factors: Mapping[str, NDArray[np.float32]]) -> LowRank:
     """The expert with these factors. Arrays of `factors` are used in place where they lie on the model's device."""
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    small: list[str] = []
-    for name in adapters.layers:
-        weight = model.get_parameter(f"{name}.weight")
-        if weight.numel() <= sum(factors[f"{name}.lora_{side}"].size for side in "AB"):
-            small.append(name)
-            continue
-        a, b = (torch.as_tensor(factors[f"{name}.lora_{side}"], device=weight.device) for side in "AB")
-        pairs[name] = (a, adapters.scale * b)
+    small = _worth_merging(model, adapters, factors)
     merged = merged_weights(model, Adapters(tuple(small), adapters.rank, adapters.start), factors)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in adapters.layers:
+        if name not in small:
+            device = model.get_parameter(f"{name}.weight").device
+            a, b = (torch.as_tensor(factors[f"{name}.lora_{side}"], device=device) for side in "AB")
+            pairs[name] = (a, adapters.scale * b)
     return LowRank(pairs, {name.removesuffix(".weight"): weight for name, weight in merged.items()})
+
+
+def _worth_merging(model: nn.Module, adapters: Adapters, factors: Mapping[str, NDArray[np.float32]]) -> list[str]:
+    """The smallest layers, as many as may be merged without more memory than all factors: merged they are faster.
+
+    A factor A that is still the common start is shared by all experts, which leaves room.
+    """
+    sizes = {name: {side: factors[f"{name}.lora_{side}"].size for side in "AB"} for name in adapters.layers}
+    shared = {name for name in adapters.layers if factors[f"{name}.lora_A"] is adapters.start[f"{name}.lora_A"]}
+    room = sum(sizes[name]["A"] for name in shared)
+    weights = {name: model.get_parameter(f"{name}.weight").numel() for name in adapters.layers}
+    chosen = []
+    for name in sorted(adapters.layers, key=weights.__getitem__):
+        room -= weights[name] - sizes[name]["B"] - (0 if name in shared else sizes[name]["A"])
+        if room < 0:
+            break
+        chosen.append(name)
+    return chosen
 
 
 @contextmanager
@@ -193,23 +203,26 @@ def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]
     bias = layer._parameters["bias"]
     total = sum(rows for _, rows in segments)
 
+    def one(values: Tensor, expert: LowRank) -> Tensor:
+        if name in expert.merged:
+            return _apply(layer, values, expert.merged[name], bias)
+        a, b = expert.factors[name]
+        added: Tensor = plain(values) + _apply(layer, _apply(layer, values, a, None), b, None)
+        return added
+
     def forward(values: Tensor) -> Tensor:
-        sizes = [rows * (len(values) // total) for _, rows in segments]
-        experts = [expert for expert, _ in segments]
-        if all(name in expert.merged for expert in experts):
-            parts = zip(torch.split(values, sizes), experts, strict=True)
-            return torch.cat([_apply(layer, part, expert.merged[name], bias) for part, expert in parts])
+        parts = torch.split(values, [rows * (len(values) // total) for _, rows in segments])
+        pairs = [expert.factors.get(name) for expert, _ in segments]
+        if None in pairs or len({a.data_ptr() for a, _ in filter(None, pairs)}) > 1:
+            return torch.cat([one(part, expert) for part, (expert, _) in zip(parts, segments, strict=True)])
+        # All share A: one product for all rows, and one by θ⁰.
         output: Tensor = plain(values)
-        if len({expert.factors[name][0].data_ptr() for expert in experts}) == 1:  # all share A: one product for all
-            inner = _apply(layer, values, experts[0].factors[name][0], None)
-            inners = torch.split(inner, sizes)
-        else:
-            inners = tuple(
-                _apply(layer, part, expert.factors[name][0], None)
-                for part, expert in zip(torch.split(values, sizes), experts, strict=True)
-            )
-        for part, inner, expert in zip(torch.split(output, sizes), inners, experts, strict=True):
-            part += _apply(layer, inner, expert.factors[name][1], None)
+        inner = _apply(layer, values, pairs[0][0], None)
+        sizes = [len(part) for part in parts]
+        for own, into, (_, b) in zip(
+            torch.split(inner, sizes), torch.split(output, sizes), filter(None, pairs), strict=True
+        ):
+            into += _apply(layer, own, b, None)
         return output
 
     return forward

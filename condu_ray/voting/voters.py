@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +21,9 @@ from condu_ray.models.clip import Clip
 from condu_ray.models.lora import LowRank
 from condu_ray.voting.labels import Block
 from condu_ray.voting.tables import Expert, Tables
+
+ROWS = 64
+"""Pictures in one pass of several adapters. What a pass of 256 holds of a small model no longer fits a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class ExpertCache:
             return self._kept[task]
         self.misses += 1
         large = [name for name, kept in self._kept.items() if kept and not isinstance(kept, LowRank)]
-        for name in large[: len(large) - self._limit + 1]:  # room first: two large experts are not held for one
+        for name in large[: max(0, len(large) + 1 - self._limit)]:  # room first: two large experts are not held for one
             del self._kept[name]
         self._kept[task] = self._expert_of(task)
         return self._kept[task]
@@ -86,13 +90,17 @@ class LocalVoters:
             features = base[pictures] if seen and base is not None else self.clip.images(pixels[pictures], expert)
             found[place] = self._by_block(one, expert, features)
         if together:
-            segments = [(expert, len(asked[place].pictures)) for place, expert in together]
-            rows = [picture for place, _ in together for picture in asked[place].pictures]
-            features = self.clip.images_in_rows(pixels[rows], segments)
-            parts = torch.split(features, [size for _, size in segments])
+            rows = [(expert, picture) for place, expert in together for picture in asked[place].pictures]
+            features = torch.cat([self._in_rows(pixels, rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)])
+            parts = torch.split(features, [len(asked[place].pictures) for place, _ in together])
             for (place, expert), part in zip(together, parts, strict=True):
                 found[place] = self._by_block(asked[place], expert, part)
         return [found[place] for place in range(len(asked))]
+
+    def _in_rows(self, pixels: Tensor, rows: Sequence[tuple[LowRank, int]]) -> Tensor:
+        pictures = [picture for _, picture in rows]
+        segments = [(expert, len(list(group))) for expert, group in groupby(expert for expert, _ in rows)]
+        return self.clip.images_in_rows(pixels[pictures], segments)
 
     def _by_block(self, one: Asked, expert: models.Expert | None, features: Tensor) -> list[NDArray[np.float32]]:
         name = None if expert is None else one.voter

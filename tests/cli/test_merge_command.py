@@ -143,7 +143,7 @@ def test_open_clip_loads_the_expert_of_a_learned_task(store: Path, tiny_model_di
     model.eval()
     with torch.no_grad():
         alone = model.encode_image(pixels, normalize=True)
-        ours = classifier.clip.images(pixels, classifier._overrides("colours"))
+        ours = classifier.clip.images(pixels, classifier.cached("colours"))
     torch.testing.assert_close(alone, ours)
 
 

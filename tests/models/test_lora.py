@@ -16,7 +16,6 @@ from condu_ray.models.load import weights_sha256
 from condu_ray.models.lora import (
     Adapters,
     Factors,
-    LowRank,
     can_run_in_rows,
     inject,
     low_rank,
@@ -187,7 +186,7 @@ def moved(clip: Clip, adapters: Adapters, seed: int) -> Factors:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("rank", [2, 16])
 def test_experts_in_one_pass_answer_as_one_at_a_time(clip: Clip, pixels: Tensor, shared: bool, rank: int) -> None:
-    """Some layers keep their factors, others (rank 16) are merged since that is smaller."""
+    """Some layers keep their factors, others are merged."""
     adapters = plan_adapters(clip.model, rank, "mlp", seed=0)
     every = [moved(clip, adapters, seed) for seed in range(3)]
     if not shared:
@@ -220,11 +219,21 @@ def test_the_base_model_is_itself_again_after_an_expert_that_fails(tiny_clip: Cl
     assert torch.equal(tiny_clip.images(pixels), base)
 
 
-def test_an_expert_beside_the_base_model_takes_no_more_than_its_factors(tiny_clip: Clip) -> None:
-    for rank in (2, 16, 64):
-        adapters = plan_adapters(tiny_clip.model, rank, "mlp", seed=0)
-        expert: LowRank = low_rank(tiny_clip.model, adapters, adapters.start)
-        assert expert.nbytes <= sum(factor.nbytes for factor in adapters.start.values())
+@pytest.mark.parametrize("rank", [2, 16, 64])
+@pytest.mark.parametrize("shared", [True, False])
+def test_an_expert_beside_the_base_model_takes_no_more_than_its_factors(
+    tiny_clip: Clip, rank: int, shared: bool
+) -> None:
+    adapters = plan_adapters(tiny_clip.model, rank, "mlp", seed=0)
+    factors = adapters.start if shared else {name: factor.copy() for name, factor in adapters.start.items()}
+    expert = low_rank(tiny_clip.model, adapters, factors)
+    own = [*expert.merged.values(), *(b for _, b in expert.factors.values())]
+    own += [] if shared else [a for a, _ in expert.factors.values()]
+    assert sum(tensor.nbytes for tensor in own) <= sum(factor.nbytes for factor in factors.values())
+    assert set(expert.merged) | set(expert.factors) == set(adapters.layers)
+    if shared:
+        for name, (a, _) in expert.factors.items():
+            assert a.data_ptr() == adapters.start[f"{name}.lora_A"].ctypes.data, "A is copied"
 
 
 def test_projections_that_attention_reads_itself_cannot_run_in_rows(tiny_clip: Clip) -> None:

@@ -115,6 +115,7 @@ def test_all_of_it_works_by_keyboard(page: Page, served: Served) -> None:
             break
     page.wait_for_selector("#matrix td.own")
     page.goto(f"{served.url}/#ask")
+    expect(page.locator("#ask")).to_be_visible()
     page.locator("#files").focus()
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")

@@ -19,11 +19,10 @@ import ray
 from command_line import condu
 from PIL import Image
 from served import Served, free_port
-from serving_load import differs, load, offline, wait_until_served
+from serving_load import damaged, differs, load, offline, wait_until_served
 
 from condu_ray.client import AsyncClient, Client
 from condu_ray.errors import DataError, ServiceError
-from condu_ray.store import ObjectRef
 from condu_ray.store.history import rollback
 from condu_ray.voting.open import load_classifier
 from condu_ray.voting.pictures import classify_paths
@@ -83,9 +82,7 @@ def test_versions_come_and_go_without_a_wrong_answer_or_a_lost_request(served: S
         wait_until_served(served.url, good)
 
         manifest = served.store.manifest(good)
-        name, ref = next((name, ref) for name, ref in manifest.objects.items() if name.startswith("u-"))
-        damaged = ObjectRef(path=ref.path, bytes=ref.bytes, sha256="0" * 64)
-        changed = {"version": good + 1, "parent": good, "objects": {**manifest.objects, name: damaged}}
+        changed = {"version": good + 1, "parent": good, "objects": damaged(manifest)}
         served.store.commit(manifest.model_copy(update=changed))
         said = until(lambda: httpx.get(f"{served.url}/readyz").json(), lambda found: all(faults(found)))
         assert said["status"] == "fault"

@@ -20,6 +20,7 @@ from condu_ray.voting.combine import combine, probabilities, weights
 from condu_ray.voting.labels import Label, LabelSpace
 from condu_ray.voting.router import Calibrated
 from condu_ray.voting.routing import Thresholds, similarities
+from condu_ray.voting.voters import ExpertCache
 
 CLASSES = {"pets": ("cat", "dog"), "signs": ("stop", "cat", "give way"), "fruit": ("apple", "pear")}
 Make = Callable[..., Classifier]
@@ -194,6 +195,22 @@ def test_the_cache_keeps_the_experts_used_last(make: Make, pixels: Tensor, overr
     for task in ("pets", "signs", "pets", "fruit", "pets", "signs"):
         classifier.classify(pixels[:1], task=task)
     assert loaded == ["pets", "signs", "fruit", "signs"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 8, 20])
+def test_a_cache_keeps_as_many_experts_as_it_may(limit: int, overrides: dict[str, Overrides]) -> None:
+    built: list[str] = []
+
+    def expert_of(task: str) -> Overrides:
+        built.append(task)
+        return overrides["pets"]
+
+    cache = ExpertCache(expert_of, limit)
+    tasks = [f"task-{number}" for number in range(8)]
+    for task in [*tasks, *reversed(tasks)]:
+        cache(task)
+    assert len(built) == 8 + max(0, 8 - limit)
+    assert (cache.misses, cache.hits) == (len(built), 16 - len(built))
 
 
 def test_class_names_are_embedded_once_an_expert(make: Make, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

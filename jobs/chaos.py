@@ -64,11 +64,12 @@ class Ground:
     tasks: dict[str, Path]
     out: Path
     guard: str | None
+    limit_s: float
 
     def asked(self, at: str, **more: Any) -> dict[str, Any]:
         two = {name: str(self.tasks[name]) for name in ("colours", "stripes")}
         fixed = {"model": str(self.model), "tasks": two, "settings": {"train__checkpoint_seconds": 1e-6}}
-        return {**fixed, "out": str(self.out), "at": at, "guard": self.guard, **more}
+        return {**fixed, "out": str(self.out), "at": at, "guard": self.guard, "limit_s": self.limit_s, **more}
 
 
 def driver(asked: dict[str, Any]) -> subprocess.Popen[str]:
@@ -351,12 +352,14 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run (guards are not taken away on Ray)"
     )
+    parser.add_argument("--seconds", type=float, default=900.0, help="longest time for one kind of kills [900]")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="condu-chaos-") as name:
         out = Path(name)
         (out / "model").mkdir()
-        ground = Ground(write_model(out / "model", TINY), write_pictures(out / "pictures"), out, asked.drop_guard)
+        model, tasks = write_model(out / "model", TINY), write_pictures(out / "pictures")
+        ground = Ground(model, tasks, out, asked.drop_guard, asked.seconds)
         table: dict[str, Count] = {}
 
         def run(what: str, part: Callable[[], Count]) -> None:

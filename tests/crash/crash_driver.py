@@ -74,6 +74,7 @@ REQUESTS = (
 FAULTS = ("500", "503", "slow", "timeout", "lost", "half")
 FAULTS_EACH = 3
 REFUSED = 2
+HANGS_S = 300
 
 
 class Calls:
@@ -144,6 +145,7 @@ def in_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if not child:
         status = 1
+        signal.alarm(HANGS_S)  # ends it, as a signal
         try:
             work()
             status = 0

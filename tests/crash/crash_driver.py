@@ -3,10 +3,11 @@
 usage: crash_driver.py JSON, with {"model": folder, "tasks": {name: folder}, "out": folder, "settings": {...}, "at":
 "store" (calls of the store and of the crew), "step" (steps of training too), "file" (changes of files too), "request"
 (requests to the store's server, and steps), "fault" (no kills: the server is told to fail) or "disk" (no kills: the
-disk is full), "every": look at one call of so many, "seeds": kills at random times besides, "bucket": s3:// URL of
-stores instead of folders, "guard": what is taken away (see GUARDS)}. Prints one JSON document: the calls of an
-undisturbed session, and what each kill led to. With "at": "once" it is one session on "store", and what it trained;
-with "serial" a session for each task, one after another; with "damage" each object of version 2 of "store" is damaged.
+disk is full), "every": look at one call of so many, "limit_s": begin no trial later than that (in random order,
+then), "seeds": kills at random times besides, "bucket": s3:// URL of stores instead of folders, "guard": what is taken
+away (see GUARDS)}. Prints one JSON document: the calls of an undisturbed session, and what each kill led to. With "at":
+"once" it is one session on "store", and what it trained; with "serial" a session for each task, one after another; with
+"damage" each object of version 2 of "store" is damaged.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ REQUESTS = (
 FAULTS = ("500", "503", "slow", "timeout", "lost", "half")
 FAULTS_EACH = 3
 REFUSED = 2
+HANGS_S = 300
 
 
 class Calls:
@@ -143,6 +145,7 @@ def in_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if not child:
         status = 1
+        signal.alarm(HANGS_S)  # ends it, as a signal
         try:
             work()
             status = 0
@@ -380,10 +383,17 @@ def main() -> None:
         os.kill(child, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+    begun = time.monotonic()
+
     def trial(index: int | None, name: str, strike: Callable[[str], int]) -> None:
+        if time.monotonic() - begun > asked.get("limit_s", float("inf")):
+            return
         results.append({"index": index, "call": name, **disturb(session, places, strike, seen, expected)})
 
-    for index, name in list(enumerate(names))[:: asked.get("every", 1)]:
+    order = list(enumerate(names))[:: asked.get("every", 1)]
+    if "limit_s" in asked:
+        random.Random(0).shuffle(order)
+    for index, name in order:
         if at == "fault":
             break
         kind = {"strike": full} if at == "disk" else {}

@@ -34,6 +34,7 @@ from condu_ray.fusion.groups import group_count
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.reconstruct import add_to
 from condu_ray.fusion.signs import SignedTask, SignState
+from condu_ray.fusion.sizes import Sizes
 from condu_ray.fusion.state import FusionState, Task, load, objects
 from condu_ray.fusion.unify import EmptyTrigger, unify
 from condu_ray.store import open_store
@@ -138,7 +139,7 @@ def mask_figures(layout: Layout, tasks: int, granularity: Any) -> dict[str, floa
 
 def sign_figures(layout: Layout) -> dict[str, float]:
     rng, groups = np.random.default_rng(0), group_count(layout, "row")
-    held = SignedTask("t0", 0, np.ones(groups, np.float32), rare(layout, rng, 1))
+    held = SignedTask("t0", 0, np.ones(groups, np.float32), rare(layout, rng, 1), Sizes.none(layout, "row"))
     magnitudes = rng.integers(0, 1 << 17, layout.total, np.uint32)
     state = SignState(layout, "row", magnitudes, np.ones(groups, np.int64), (held,), 1)
     delta = normal(layout, rng)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion import signs
+from condu_ray.fusion import signs, signs_stored
 from condu_ray.fusion import state as masks
 from condu_ray.fusion.forget import forget as forget_mask
 from condu_ray.fusion.groups import Span
@@ -103,12 +103,12 @@ def fidelity_at(state: State, task: str, coordinates: NDArray[np.int64], values:
 
 def meta(state: State) -> dict[str, Any]:
     """What is small in a state, as JSON."""
-    return signs.meta(state) if isinstance(state, SignState) else masks.meta(state)
+    return signs_stored.meta(state) if isinstance(state, SignState) else masks.meta(state)
 
 
 def objects(state: State) -> Objects:
     """What a store has to hold: object name -> array name -> array."""
-    return signs.objects(state) if isinstance(state, SignState) else masks.objects(state)
+    return signs_stored.objects(state) if isinstance(state, SignState) else masks.objects(state)
 
 
 def load(
@@ -116,5 +116,5 @@ def load(
 ) -> State:
     """The state that `objects` describes, equal to the bit."""
     if triggers == "sign":
-        return signs.load(layout, granularity, objects)
+        return signs_stored.load(layout, granularity, objects)
     return masks.load(layout, granularity, objects)

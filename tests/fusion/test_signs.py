@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from test_fusion_properties import Case, cases
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion import signs, triggers
+from condu_ray.fusion import signs, signs_stored, triggers
 from condu_ray.fusion.groups import group_of, groups_of_tensors
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.reconstruct import Fidelity
@@ -132,7 +132,9 @@ def test_other_rescalers_change_one_task_alone(case: Case, data: Any) -> None:
             assert np.allclose(now[there], was[there] * factors[group], rtol=1e-6, atol=1e-36)
         else:
             assert now.tobytes() == was.tobytes()
-    back = signs.unify(signs.load(case.layout, case.granularity, signs.objects(other)), "more", case.deltas[0])
+    back = signs.unify(
+        signs_stored.load(case.layout, case.granularity, signs_stored.objects(other)), "more", case.deltas[0]
+    )
     more = signs.unify(other, "more", case.deltas[0])
     assert signs.reconstruct(back, changed).tobytes() == signs.reconstruct(more, changed).tobytes()
     for own_groups, entry in zip(groups_of_tensors(case.layout, case.granularity), case.layout.entries, strict=True):
@@ -162,8 +164,8 @@ def test_what_is_stored_comes_back_equal(case: Case, drop: bool) -> None:
     state = _all(case)
     if drop and len(state.tasks) > 1:
         state = signs.forget(state, state.names[0])
-    back = signs.load(case.layout, case.granularity, signs.objects(state))
-    assert json.loads(json.dumps(signs.meta(back))) == signs.meta(state)
+    back = signs_stored.load(case.layout, case.granularity, signs_stored.objects(state))
+    assert json.loads(json.dumps(signs_stored.meta(back))) == signs_stored.meta(state)
     for name in state.names:
         assert signs.reconstruct(back, name).tobytes() == signs.reconstruct(state, name).tobytes()
     more = case.deltas[0] * np.float32(0.5)
@@ -194,7 +196,7 @@ def test_one_bit_a_parameter_and_two_bytes_a_row_are_all_that_a_task_adds() -> N
     state = SignState.empty(layout, "row")
     for task in range(3):
         state = signs.unify(state, f"task{task}", rng.normal(size=layout.total).astype(np.float32))
-    own = signs.objects(state)["signs-1"]
+    own = signs_stored.objects(state)["signs-1"]
     small = 8 + 8 + 4 + 8  # which rows have bits, which have two, the power of two, the tensor's levels
     assert sum(array.nbytes for array in own.values()) == layout.total // 8 + 2 * 64 + small
 
@@ -228,9 +230,9 @@ def test_names_granularities_and_the_number_of_tasks_are_checked() -> None:
 
 def test_a_state_made_otherwise_is_refused() -> None:
     layout = Layout.of({"w": np.zeros((2, 2), np.float32)})
-    stored = signs.objects(signs.unify(SignState.empty(layout, "row"), "one", np.ones(layout.total, np.float32)))
+    stored = signs_stored.objects(signs.unify(SignState.empty(layout, "row"), "one", np.ones(layout.total, np.float32)))
     with pytest.raises(FusionError, match="granularity"):
-        signs.load(layout, "tensor", stored)
+        signs_stored.load(layout, "tensor", stored)
     del stored["signs-0"]
     with pytest.raises(FusionError, match="signs-0"):
-        signs.load(layout, "row", stored)
+        signs_stored.load(layout, "row", stored)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from test_fusion_properties import Case, cases
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion import signs
+from condu_ray.fusion import signs, signs_stored
 from condu_ray.fusion.groups import group_of
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.signs import SignState
@@ -63,7 +63,7 @@ def test_a_task_never_takes_more_than_a_bit_a_parameter(case: Case, seed: int) -
         touched = task.rescalers != 0
         assert size[touched].sum() + size[task.sizes.groups].sum() <= case.layout.parameters
         assert not (task.sizes.groups & ~touched).any(), "a row of zeros needs no bit at all"
-        stored = signs.objects(state)[f"signs-{task.uid}"]
+        stored = signs_stored.objects(state)[f"signs-{task.uid}"]
         bits = stored["signs"].nbytes + stored["large"].nbytes
         assert bits <= case.layout.parameters // 8 + 2 * len(case.layout.entries), "each tensor from a byte on"
 
@@ -75,7 +75,7 @@ def test_what_is_stored_comes_back_equal(case: Case, seed: int, rescaled: bool) 
     if rescaled:
         own = state.tasks[0].rescalers
         state = signs.with_rescalers(state, "task0", own * np.random.default_rng(seed).uniform(0.5, 2, own.shape))
-    back = signs.load(case.layout, case.granularity, signs.objects(state))
+    back = signs_stored.load(case.layout, case.granularity, signs_stored.objects(state))
     there = np.concatenate([np.arange(entry.offset, entry.stop) for entry in case.layout.entries])
     for name in state.names:
         whole = signs.reconstruct(state, name)
@@ -139,7 +139,7 @@ def test_without_rows_of_zeros_nothing_changes() -> None:
     state = signs.unify(SignState.empty(layout, "row"), "own", delta)
     same = signs.with_sizes(state, "own", delta)
     assert signs.reconstruct(same, "own").tobytes() == signs.reconstruct(state, "own").tobytes()
-    assert signs.objects(same)["signs-0"]["large"].size == 0
+    assert signs_stored.objects(same)["signs-0"]["large"].size == 0
 
 
 def test_values_of_equal_size_come_back_exactly() -> None:
@@ -153,10 +153,10 @@ def test_values_of_equal_size_come_back_exactly() -> None:
 def test_objects_that_do_not_fit_are_refused_by_name(array: str) -> None:
     layout, delta = _example()
     state = signs.with_sizes(signs.unify(SignState.empty(layout, "row"), "own", delta), "own", delta)
-    stored = signs.objects(state)
+    stored = signs_stored.objects(state)
     stored["signs-0"][array] = stored["signs-0"][array][:-1]
     with pytest.raises(FusionError, match="signs-0"):
-        signs.load(layout, "row", stored)
+        signs_stored.load(layout, "row", stored)
 
 
 def test_a_delta_of_another_length_is_refused() -> None:

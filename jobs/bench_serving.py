@@ -37,7 +37,7 @@ import ray
 import torch
 from fabricated import fabricate
 from PIL import Image
-from serving_load import load, offline, wait_until_served
+from serving_load import damaged, load, offline, wait_until_served
 from torch import Tensor
 
 from condu_ray import reports
@@ -292,9 +292,8 @@ def under_load(work: Path) -> dict[str, Any]:
             killer.join()
             swap(2)
             manifest = store.manifest(2)
-            name, ref = next((n, r) for n, r in manifest.objects.items() if n.startswith("u-"))
-            bad = {**manifest.objects, name: ObjectRef(path=ref.path, bytes=ref.bytes, sha256="0" * 64)}
-            store.commit(manifest.model_copy(update={"version": 3, "parent": 2, "objects": bad}))
+            bad = {"version": 3, "parent": 2, "objects": damaged(manifest)}
+            store.commit(manifest.model_copy(update=bad))
             while not all(each["fault"] for each in httpx.get(f"{server}/readyz").json()["replicas"]):
                 time.sleep(0.2)
             for target in (1, 2, 1):

@@ -393,7 +393,7 @@ def malformed(work: Path, count: int) -> dict[str, Any]:
         after = server_mb()
         (whole,) = drawn(1)
         answered = client.post("/v1/predict", files={"image": whole}, headers=good).status_code
-        checked = schemathesis(url, token)
+        checked = schemathesis(url, token, work)
         return {
             "malformed_requests": len(statuses),
             "malformed_500": sum(status >= 500 for status in statuses) + checked["failures"],
@@ -416,12 +416,15 @@ def server_mb() -> float:
     return total * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def schemathesis(url: str, token: str) -> dict[str, Any]:
+def schemathesis(url: str, token: str, work: Path) -> dict[str, Any]:
     """Requests made from the OpenAPI document, valid and not; failures are responses of 500 or more."""
     tool = Path(sys.executable).with_name("schemathesis")
     asked = ["run", f"{url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "60", "--seed", "1"]
     done = subprocess.run(
-        [tool, *asked, "-H", f"Authorization: Bearer {token}", "--no-color"], capture_output=True, text=True
+        [tool, *asked, "-H", f"Authorization: Bearer {token}", "--no-color"],
+        capture_output=True,
+        text=True,
+        cwd=work,  # it leaves a cache there
     )
     (generated,) = [line.strip() for line in done.stdout.splitlines() if "generated" in line][-1:] or [""]
     return {"failures": int(done.returncode != 0), "said": generated}

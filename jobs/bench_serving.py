@@ -37,7 +37,7 @@ import ray
 import torch
 from fabricated import fabricate
 from PIL import Image
-from serving_load import load, offline, wait_until_served
+from serving_load import damaged, load, offline, wait_until_served
 from torch import Tensor
 
 from condu_ray import reports
@@ -292,9 +292,8 @@ def under_load(work: Path) -> dict[str, Any]:
             killer.join()
             swap(2)
             manifest = store.manifest(2)
-            name, ref = next((n, r) for n, r in manifest.objects.items() if n.startswith("u-"))
-            bad = {**manifest.objects, name: ObjectRef(path=ref.path, bytes=ref.bytes, sha256="0" * 64)}
-            store.commit(manifest.model_copy(update={"version": 3, "parent": 2, "objects": bad}))
+            bad = {"version": 3, "parent": 2, "objects": damaged(manifest)}
+            store.commit(manifest.model_copy(update=bad))
             while not all(each["fault"] for each in httpx.get(f"{server}/readyz").json()["replicas"]):
                 time.sleep(0.2)
             for target in (1, 2, 1):
@@ -394,7 +393,7 @@ def malformed(work: Path, count: int) -> dict[str, Any]:
         after = server_mb()
         (whole,) = drawn(1)
         answered = client.post("/v1/predict", files={"image": whole}, headers=good).status_code
-        checked = schemathesis(url, token)
+        checked = schemathesis(url, token, work)
         return {
             "malformed_requests": len(statuses),
             "malformed_500": sum(status >= 500 for status in statuses) + checked["failures"],
@@ -417,12 +416,15 @@ def server_mb() -> float:
     return total * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def schemathesis(url: str, token: str) -> dict[str, Any]:
+def schemathesis(url: str, token: str, work: Path) -> dict[str, Any]:
     """Requests made from the OpenAPI document, valid and not; failures are responses of 500 or more."""
     tool = Path(sys.executable).with_name("schemathesis")
     asked = ["run", f"{url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "60", "--seed", "1"]
     done = subprocess.run(
-        [tool, *asked, "-H", f"Authorization: Bearer {token}", "--no-color"], capture_output=True, text=True
+        [tool, *asked, "-H", f"Authorization: Bearer {token}", "--no-color"],
+        capture_output=True,
+        text=True,
+        cwd=work,  # it leaves a cache there
     )
     (generated,) = [line.strip() for line in done.stdout.splitlines() if "generated" in line][-1:] or [""]
     return {"failures": int(done.returncode != 0), "said": generated}

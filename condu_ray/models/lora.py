@@ -8,7 +8,7 @@ so fusing B is fusing weights in a fixed basis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -94,7 +94,7 @@ class _Adapted(nn.Module):
 
 def inject(model: nn.Module, adapters: Adapters, factors: Factors) -> dict[str, nn.Parameter]:
     """Adds adapters to `model` (in place), starting at `factors`; returns them by factor name."""
-    owners = {name: _owners(model, name) for name in adapters.layers}
+    owners = _owners(model, adapters.layers)
     parameters: dict[str, nn.Parameter] = {}
     for name in adapters.layers:
         weight = model.get_parameter(f"{name}.weight")
@@ -140,7 +140,7 @@ def can_run_in_rows(model: nn.Module, adapters: Adapters) -> bool:
     inside = {
         id(child) for each in model.modules() if isinstance(each, nn.MultiheadAttention) for child in each.modules()
     }
-    called = all(id(layer) not in inside for name in adapters.layers for layer in _owners(model, name))
+    called = all(id(layer) not in inside for users in _owners(model, adapters.layers).values() for layer in users)
     return called and all(getattr(each, "batch_first", True) for each in model.modules())
 
 
@@ -182,7 +182,7 @@ def in_rows(model: nn.Module, segments: Sequence[tuple[LowRank, int]]) -> Iterat
     segments: experts with the number of their rows, which together are the batch.
     """
     layers = dict.fromkeys(name for expert, _ in segments for name in (*expert.factors, *expert.merged))
-    owners = [(name, layer) for name in layers for layer in _owners(model, name)]
+    owners = [(name, layer) for name, users in _owners(model, layers).items() for layer in users]
     try:
         for name, layer in owners:
             layer.forward = _forward(layer, name, segments)
@@ -192,10 +192,12 @@ def in_rows(model: nn.Module, segments: Sequence[tuple[LowRank, int]]) -> Iterat
             layer.__dict__.pop("forward", None)
 
 
-def _owners(model: nn.Module, name: str) -> list[nn.Module]:
-    """The layers that use this layer's weight."""
-    weight = model.get_submodule(name)._parameters["weight"]
-    return [layer for layer in model.modules() if layer._parameters.get("weight") is weight]
+def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Module]]:
+    """For each layer all that use its weight."""
+    by_weight: dict[int, list[nn.Module]] = {}
+    for layer in model.modules():
+        by_weight.setdefault(id(layer._parameters.get("weight")), []).append(layer)
+    return {name: by_weight[id(model.get_submodule(name)._parameters["weight"])] for name in names}
 
 
 def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]]) -> Callable[[Tensor], Tensor]:
@@ -212,16 +214,15 @@ def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]
 
     def forward(values: Tensor) -> Tensor:
         parts = torch.split(values, [rows * (len(values) // total) for _, rows in segments])
-        pairs = [expert.factors.get(name) for expert, _ in segments]
-        if None in pairs or len({a.data_ptr() for a, _ in filter(None, pairs)}) > 1:
-            return torch.cat([one(part, expert) for part, (expert, _) in zip(parts, segments, strict=True)])
+        pairs = [expert.factors[name] for expert, _ in segments if name in expert.factors]
+        if len(pairs) < len(segments) or len({a.data_ptr() for a, _ in pairs}) > 1:
+            done = [one(part, expert) for part, (expert, _) in zip(parts, segments, strict=True)]
+            return done[0] if len(done) == 1 else torch.cat(done)
         # All share A: one product for all rows, and one by θ⁰.
         output: Tensor = plain(values)
         inner = _apply(layer, values, pairs[0][0], None)
         sizes = [len(part) for part in parts]
-        for own, into, (_, b) in zip(
-            torch.split(inner, sizes), torch.split(output, sizes), filter(None, pairs), strict=True
-        ):
+        for own, into, (_, b) in zip(torch.split(inner, sizes), torch.split(output, sizes), pairs, strict=True):
             into += _apply(layer, own, b, None)
         return output
 

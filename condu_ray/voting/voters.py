@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +21,11 @@ from condu_ray.models.lora import LowRank
 from condu_ray.voting.labels import Block
 from condu_ray.voting.tables import Expert, Tables
 
-ROWS = 64
-"""Pictures in one pass of several adapters. What a pass of 256 holds of a small model no longer fits a core's cache."""
+ROWS = 16
+"""Experts that are adapters share a pass until it has so many rows; one with as many pictures of its own fills a pass.
+
+Larger passes gain nothing on a core: what they hold no longer fits its cache.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,19 @@ class ExpertCache:
         return expert is None or isinstance(expert, LowRank)
 
 
+def _passes(together: Sequence[tuple[int, LowRank]], sizes: Sequence[int]) -> list[list[tuple[int, LowRank]]]:
+    """Experts (with their place in `sizes`, numbers of pictures) dealt out to passes."""
+    passes: list[list[tuple[int, LowRank]]] = []
+    room = 0
+    for place, expert in sorted(together, key=lambda one: -sizes[one[0]]):
+        if room <= 0:
+            passes.append([])
+            room = ROWS
+        passes[-1].append((place, expert))
+        room -= sizes[place]
+    return passes
+
+
 class LocalVoters:
     """All voters in this process, which share θ⁰."""
 
@@ -86,21 +101,18 @@ class LocalVoters:
                 together.append((place, expert))
                 continue
             pictures = list(one.pictures)
-            seen = expert is None and base is not None
-            features = base[pictures] if seen and base is not None else self.clip.images(pixels[pictures], expert)
+            if expert is None and base is not None:
+                features = base[pictures]
+            else:
+                features = self.clip.images(pixels[pictures], expert)
             found[place] = self._by_block(one, expert, features)
-        if together:
-            rows = [(expert, picture) for place, expert in together for picture in asked[place].pictures]
-            features = torch.cat([self._in_rows(pixels, rows[i : i + ROWS]) for i in range(0, len(rows), ROWS)])
-            parts = torch.split(features, [len(asked[place].pictures) for place, _ in together])
-            for (place, expert), part in zip(together, parts, strict=True):
-                found[place] = self._by_block(asked[place], expert, part)
+        for part in _passes(together, [len(one.pictures) for one in asked]):
+            segments = [(expert, len(asked[place].pictures)) for place, expert in part]
+            rows = [picture for place, _ in part for picture in asked[place].pictures]
+            parts = torch.split(self.clip.images_in_rows(pixels[rows], segments), [size for _, size in segments])
+            for (place, expert), own in zip(part, parts, strict=True):
+                found[place] = self._by_block(asked[place], expert, own)
         return [found[place] for place in range(len(asked))]
-
-    def _in_rows(self, pixels: Tensor, rows: Sequence[tuple[LowRank, int]]) -> Tensor:
-        pictures = [picture for _, picture in rows]
-        segments = [(expert, len(list(group))) for expert, group in groupby(expert for expert, _ in rows)]
-        return self.clip.images_in_rows(pixels[pictures], segments)
 
     def _by_block(self, one: Asked, expert: models.Expert | None, features: Tensor) -> list[NDArray[np.float32]]:
         name = None if expert is None else one.voter

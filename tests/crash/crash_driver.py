@@ -388,20 +388,24 @@ def main() -> None:
     def trial(index: int | None, name: str, strike: Callable[[str], int]) -> None:
         if time.monotonic() - begun > asked.get("limit_s", float("inf")):
             return
+        if at == "fault":
+            seen.clear()  # each is looked at to its end
         results.append({"index": index, "call": name, **disturb(session, places, strike, seen, expected)})
 
-    order = list(enumerate(names))[:: asked.get("every", 1)]
-    if "limit_s" in asked:
-        random.Random(0).shuffle(order)
-    for index, name in order:
-        if at == "fault":
-            break
-        kind = {"strike": full} if at == "disk" else {}
-        trial(index, name, lambda store, index=index, kind=kind: struck_at(index, store, **kind))
-    for fault in FAULTS if at == "fault" else ():
+    trials: list[tuple[int, str, Callable[[str], int]]] = []
+    if at == "fault":
         for index in range(0, len(names), len(names) // FAULTS_EACH):
-            seen.clear()
-            trial(index, f"{fault} for {names[index]}", lambda s, f=fault, i=index: failing(f, i, s))
+            for fault in FAULTS:
+                spoil = lambda store, f=fault, i=index: failing(f, i, store)  # noqa: E731
+                trials.append((index, f"{fault} for {names[index]}", spoil))
+    else:
+        kind = {"strike": full} if at == "disk" else {}
+        for index, name in list(enumerate(names))[:: asked.get("every", 1)]:
+            trials.append((index, name, lambda store, i=index: struck_at(i, store, **kind)))
+    if "limit_s" in asked:
+        random.Random(0).shuffle(trials)
+    for index, name, strike in trials:
+        trial(index, name, strike)
     random.seed(0)
     for _ in range(asked.get("seeds", 0)):
         wait = random.uniform(0, seconds)

@@ -39,12 +39,14 @@ def post() -> Any:
 
 
 def reporter(board: Any) -> Callable[[Step], None]:
-    """Writes steps up, not more often than somebody could read them."""
+    """Writes steps up, not more often than somebody could read them; none is on its way once the last is written."""
     last = [0.0]
 
     def report(step: Step) -> None:
         now = time.monotonic()
-        if now - last[0] >= REPORT_SECONDS or step.step == step.steps:
+        if step.step == step.steps:
+            ray.get(board.step.remote(step))  # a board that is taken down under way makes Ray print about it
+        elif now - last[0] >= REPORT_SECONDS:
             last[0] = now
             board.step.remote(step)
 

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 from command_line import condu
+from in_process_crew import learn_here, opened, settings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -147,7 +148,11 @@ def test_open_clip_loads_the_expert_of_a_learned_task(store: Path, tiny_model_di
     torch.testing.assert_close(alone, ours)
 
 
-def test_folding_changes_no_answer(copy: Path, picture: Path) -> None:
+def test_folding_changes_no_answer(
+    tiny_model_dir: Path, picture_tasks: dict[str, Path], tmp_path: Path, picture: Path
+) -> None:
+    copy = tmp_path / "masks"
+    learn_here(settings(copy, tiny_model_dir, method="condu"), opened(picture_tasks, "colours", "stripes"))
     before = condu("predict", picture, "--task", "colours", "--store", copy, "--json").document
     assert condu("gc", "--fold", "--store", copy).code == 0
     newest = open_store(copy).manifest()

@@ -231,8 +231,11 @@ class Unlucky(RayCrew):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "condu-sign", "fusion__tune_rescalers": 3}, {"fusion__shards": 3}],
-    ids=["masks", "signs", "shards"],
+    [
+        pytest.param({"method": "condu"}, id="masks", marks=pytest.mark.slow),
+        pytest.param({"method": "condu-sign", "fusion__tune_rescalers": 3}, id="signs"),
+        pytest.param({"fusion__shards": 3}, id="shards", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_actors_change_no_result(
     changes: dict[str, Any], tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path

@@ -85,8 +85,13 @@ def test_every_version_says_what_is_left_of_each_task(two: SessionConfig) -> Non
             assert all(value is not None and 0 <= value <= 100 for value in shares.values()), shares
             assert 0 <= card.figures["relative_l2"] < 1
             assert 0 < card.figures["cosine"] <= 1
-    alone = open_store(two.store).manifest(1).tasks[0].figures
-    assert alone["relative_l2"] == pytest.approx(0, abs=1e-3)  # a task alone is kept whole
+
+
+def test_a_task_alone_is_kept_whole_by_masks(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir, method="condu")
+    (made,) = learn_here(config, opened(picture_tasks, "colours"))
+    alone = made.task("colours").figures
+    assert alone["relative_l2"] == pytest.approx(0, abs=1e-3)
     assert alone["expert"] == alone["own"]
 
 
@@ -171,7 +176,7 @@ def test_all_tasks_can_be_forgotten_and_learned_anew(copy: SessionConfig, pictur
     assert empty.tasks == []
     (made,) = learn_here(copy, opened(picture_tasks, "colours"))
     assert [card.name for card in made.tasks] == ["colours"]
-    assert made.task("colours").figures["relative_l2"] == pytest.approx(0, abs=1e-3)
+    assert made.task("colours").figures["relative_l2"] < 0.5
 
 
 def test_forgetting_what_is_not_there_offers_the_nearest_name(copy: SessionConfig) -> None:

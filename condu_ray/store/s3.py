@@ -195,7 +195,7 @@ class S3Store:
 
     def work(self, key: str) -> str:
         object_path(key, "work")
-        return f"{self.url}/work/{key}"
+        return "/".join((self.url, "work", key))
 
     def save_work(self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         path = _work_path(key, name)

@@ -319,4 +319,4 @@ class TestWork:
         assert store.load_work("train-pets", "checkpoint") is None
 
     def test_the_place_for_other_programs_is_part_of_the_work(self, store: Store) -> None:
-        assert store.work("train-pets") == f"{store.url}/work/train-pets"
+        assert store.work("train-pets") == "/".join((store.url, "work", "train-pets"))

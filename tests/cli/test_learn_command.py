@@ -63,7 +63,7 @@ def test_each_version_is_a_run_and_a_model(learned: Learned) -> None:
     last = runs["2"]
     assert last.info.status == "FINISHED"
     assert last.data.params["train.steps"] == "4"
-    assert last.data.params["method"] == "condu"
+    assert last.data.params["method"] == "condu-sign"
     assert last.data.metrics["expert/stripes"] == learned.said["tasks"][1]["figures"]["expert"]
     assert {"average", "last", "seconds/fuse"} <= set(last.data.metrics)
     assert len(client.get_metric_history(last.info.run_id, "loss/stripes")) == 4

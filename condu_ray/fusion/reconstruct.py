@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion.groups import Span, blank_gaps, blocks, group_of, spans
+from condu_ray.fusion.blockwise import added, written
+from condu_ray.fusion.groups import Span, blocks, group_of, spans
 from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.fusion.planes import read_bits
-from condu_ray.fusion.state import FusionState, checked
+from condu_ray.fusion.state import FusionState
 from condu_ray.fusion.threads import each
 
 
@@ -39,9 +40,7 @@ def reconstruct(
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    out = np.empty(state.layout.total, np.float32) if out is None else checked(out, state.layout.total)
-    _each_block(state, task, out.__setitem__, threads)
-    return blank_gaps(state.layout, out)
+    return written(state.layout, lambda use: _each_block(state, task, use, threads), out)
 
 
 def add_to(state: FusionState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
@@ -49,12 +48,7 @@ def add_to(state: FusionState, task: str, start: NDArray[np.float32], threads: i
 
     Raises FusionError for an unknown task or another shape or dtype of `start`.
     """
-    checked(start, state.layout.total)
-
-    def add(here: slice, value: NDArray[np.float32]) -> None:
-        start[here] += value
-
-    _each_block(state, task, add, threads)
+    added(state.layout, lambda use: _each_block(state, task, use, threads), start)
 
 
 def _each_block(

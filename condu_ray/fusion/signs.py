@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion.groups import Block, Span, blank_gaps, check_finite, group_count, group_of, spans, whole
+from condu_ray.fusion.blockwise import added, written
+from condu_ray.fusion.groups import Block, Span, check_finite, group_count, group_of, spans, whole
 from condu_ray.fusion.kernels import add_span, norm_span
 from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.fusion.planes import Plane, read_bits
@@ -187,12 +188,12 @@ def joined(state: SignState, task: str, parts: Sequence[Part]) -> SignState:
         means = parts[0].means
     signs = whole([part.signs for part in parts])
     none = Sizes.none(state.layout, state.granularity)
-    added = SignedTask(task, state.next_uid, _rounded(means.astype(np.float32)), signs, none)
+    trigger = SignedTask(task, state.next_uid, _rounded(means.astype(np.float32)), signs, none)
     return replace(
         state,
         magnitudes=whole([part.magnitudes for part in parts]),
         counts=state.counts + (means > 0),
-        tasks=(*state.tasks, added),
+        tasks=(*state.tasks, trigger),
         next_uid=state.next_uid + 1,
     )
 
@@ -254,9 +255,7 @@ def reconstruct(
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    out = np.empty(state.layout.total, np.float32) if out is None else checked(out, state.layout.total)
-    _each_block(state, task, out.__setitem__, threads)
-    return blank_gaps(state.layout, out)
+    return written(state.layout, lambda use: _each_block(state, task, use, threads), out)
 
 
 def add_to(state: SignState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
@@ -264,12 +263,7 @@ def add_to(state: SignState, task: str, start: NDArray[np.float32], threads: int
 
     Raises FusionError for an unknown task or another shape or dtype of `start`.
     """
-    checked(start, state.layout.total)
-
-    def add(here: slice, value: NDArray[np.float32]) -> None:
-        start[here] += value
-
-    _each_block(state, task, add, threads)
+    added(state.layout, lambda use: _each_block(state, task, use, threads), start)
 
 
 def _each_block(

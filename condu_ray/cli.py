@@ -148,6 +148,27 @@ def _flat(config: SessionConfig) -> dict[str, Any]:
     return flatten(config.model_dump())
 
 
+@app.command(epilog="Try: condu-ray sweep sweep.yaml, then condu-ray learn --config sweep/best.yaml")
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="what to search for; see docs/sweeps.md")],
+    work: Annotated[
+        Path | None, typer.Option(help="folder that holds all of it [default: as the file, without .yaml]")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Searches for settings: of training (each trial trains) or of the vote (cached answers are scored again)."""
+    from condu_ray.tuning.command import run
+    from condu_ray.tuning.settings import read_sweep
+
+    read_sweep(file)  # a mistake in it is said before Ray and Optuna are loaded
+    from condu_ray.engine.progress import stage
+
+    found = run(file, work or file.with_suffix(""), stage)
+    for warning in found["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    reports.emit(found) if json else reports.show_sweep(found)
+
+
 @app.command(epilog="Try: condu-ray predict cat.jpg --labels cat,dog,car")
 def predict(
     image: Annotated[list[str], typer.Argument(help="pictures, or folders of pictures")],

@@ -147,6 +147,18 @@ class VoteConfig(_Section):
         description="share of the base model; unset: how strange a picture is (cosine: 1 / (experts + 1))",
     )
     adaptive: bool = Field(default=True, description="run fewer experts where the similarities decide")
+    coverage: float = Field(
+        default=0.99, gt=0, lt=1, description="adaptive, lda: experts until one of them is right with this probability"
+    )
+    gap: float | None = Field(
+        default=None,
+        ge=0,
+        le=3,
+        description="adaptive, cosine: drop of similarity that ends the list; unset: calibrated",
+    )
+    prototypes: Literal["both", "image", "text"] = Field(
+        default="both", description="what a class's prototype is made of, for router cosine; published: both"
+    )
     union: Literal["own", "routed", "joint"] = Field(
         default="own",
         description="own: each chosen expert scores its task's classes; routed: all chosen tasks' classes; joint: all",
@@ -455,6 +467,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def _from_file(path: Path) -> dict[str, Any]:
+    return flatten(read_yaml(path, "write settings as 'name: value' lines"))
+
+
+def read_yaml(path: Path, form: str) -> dict[str, Any]:
+    """The mapping in a YAML file, {} for an empty one. form: what to write where it holds something else.
+
+    Raises ConfigError for what cannot be read, is no YAML, or gives a name twice.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -467,8 +487,8 @@ def _from_file(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}", "write settings as 'name: value' lines")
-    return flatten(content)
+        raise ConfigError(f"{path}: holds a {type(content).__name__}", form)
+    return content
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

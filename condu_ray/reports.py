@@ -343,3 +343,42 @@ def show_demo(found: dict[str, Any]) -> None:
     say("next:")
     for command in found["next"]:
         say(f"  {command}")
+
+
+def show_sweep(found: dict[str, Any]) -> None:
+    """The best trials, what matters, what does not, what to try."""
+    trials = found["trials"]
+    say(
+        f"{trials['finished']} trials finished"
+        + (f", {trials['stopped']} stopped early" if trials["stopped"] else "")
+        + (f", {trials['failed']} failed" if trials["failed"] else "")
+        + (f"; {found['steps']:,} steps trained" if found["steps"] else "")
+    )
+    for failed in found["failed"][:SKIPPED_SHOWN]:
+        say(f"  trial {failed['number']} failed: {failed['reason']}")
+    best = found["front"]
+    names = list(best[0]["settings"])
+    show_table(
+        "the best" if len(best) == 1 else "Pareto front: none of these is better than another in everything",
+        ("trial", *names, *found["objectives"]),
+        [
+            (
+                row["number"],
+                *(_short(row["settings"][name]) for name in names),
+                *(_two(v) for v in row["values"].values()),
+            )
+            for row in best
+        ],
+    )
+    share = {name: f"{name} ({100 * value:.0f} %)" for name, value in found["importance"].items()}
+    say("matters: " + (", ".join(share[name] for name in found["matters"]) or "nothing stands out"))
+    say("hardly matters: " + (", ".join(share[name] for name in found["hardly"]) or "nothing"))
+    for sentence in found["try"]:
+        say(f"try: {sentence}")
+    for picture in found["pictures"]:
+        say(f"picture: {picture}")
+    say(f"next: condu-ray learn --config {found['config']}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "unset" if value is None else str(value)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 COMMANDS = [
     "learn",
+    "sweep",
     "predict",
     "serve",
     "tasks",
@@ -73,6 +74,9 @@ SETTINGS = [
     "vote.temperature",
     "vote.base_weight",
     "vote.adaptive",
+    "vote.coverage",
+    "vote.gap",
+    "vote.prototypes",
     "vote.union",
     "workers",
     "cpus_per_worker",

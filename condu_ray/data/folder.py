@@ -30,14 +30,14 @@ _TEST = ("test", "testing")
 _VALIDATION = ("val", "valid", "validation")
 
 
-def list_folder(root: Path, classes: Sequence[str] | None) -> Listing:
-    """Lists an image folder.
+def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -> Listing:
+    """Lists an image folder; without its test split, which is not looked into, where `tests` is false.
 
     With train/ and test/, val/ joins train; with train/ and val/ only, val/ is the test split. classnames.txt gives one
     display name for each class folder in sorted order, or the folders' own names in label order. `classes` gives
     the label order of the names.
     """
-    parts = _parts(root)
+    parts = [(part, folder) for part, folder in _parts(root) if tests or part != "test"]
     folders = {part_folder: _class_folders(part_folder) for _, part_folder in parts}
     names = sorted({name for found in folders.values() for name in found})
     if not names:

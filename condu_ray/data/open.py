@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ def open_task(
     skip_limit: float = 0.05,
     classes: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
+    validation: float | None = None,
     progress: Progress | None = None,
 ) -> TaskData:
     """Opens an image folder, a webdataset folder, a CSV (path,label[,split]) or a torchvision data set by name.
@@ -38,11 +40,13 @@ def open_task(
     source: with #K/N at its end only the K-th of N equal parts of the class list (data/part.py).
     seed, test_share: which pictures become the test split, where the source has none. skip_limit: the largest share of
     pictures that may be left out because they cannot be read. classes: the class list, in label order.
-    templates: prompt templates instead of the source's own. progress: called with (done, total).
+    templates: prompt templates instead of the source's own. validation: this share of the training pictures (stratified,
+    seeded; none of a class with one picture) is what `test` holds, and the pictures to test on are left out: those of
+    the source's own test split are not even opened. progress: called with (done, total).
     Raises DataError for everything that is wrong with the data; nothing but the cache is written.
     """
     try:
-        listing = _list(str(source), classes)
+        listing = _list(str(source), classes, tests=validation is None)
         seen = scan([entry.picture for entry in listing.entries], progress)
     except OSError as error:
         raise DataError(f"{name}: {error.filename or source} cannot be read ({error.strerror or error})") from error
@@ -50,9 +54,12 @@ def open_task(
     unread = [Skipped(e.shown, one) for e, one in zip(listing.entries, seen, strict=True) if isinstance(one, str)]
     skipped = listing.skipped + unread
     _check_skipped(str(source), skipped, len(listing.entries) + len(listing.skipped), skip_limit)
-    _check_counts(str(source), listing, [entry for entry, _ in kept])
+    _check_counts(str(source), listing, [entry for entry, _ in kept], tests=validation is None)
     split_made = all(entry.part == "" for entry, _ in kept)
     rows = _rows(kept, listing.classes, test_share, seed) if split_made else [(e, one, e.part) for e, one in kept]
+    if validation is not None:
+        to_train = [(entry, one) for entry, one, part in rows if part == "train"]
+        rows = _rows(to_train, listing.classes, validation, seed, every_class=False)
     # Content order: whatever the files are called, training sees the same pictures in the same order.
     rows.sort(key=lambda row: (row[1].digest, row[0].label, row[0].shown))
     chosen = check_templates(templates, "the template list") if templates is not None else listing.templates
@@ -96,19 +103,21 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
     return found
 
 
-def _list(source: str, classes: Sequence[str] | None) -> Listing:
+def _list(source: str, classes: Sequence[str] | None, tests: bool) -> Listing:
     place, part = split_part(source)
-    listing = _list_all(place, classes)
+    listing = _list_all(place, classes, tests)
+    if not tests:
+        listing = replace(listing, entries=[entry for entry in listing.entries if entry.part != "test"])
     return part.of(listing, place) if part else listing
 
 
-def _list_all(source: str, classes: Sequence[str] | None) -> Listing:
+def _list_all(source: str, classes: Sequence[str] | None, tests: bool) -> Listing:
     if source.startswith(PREFIX):
-        return list_torchvision(source.removeprefix(PREFIX), classes)
+        return list_torchvision(source.removeprefix(PREFIX), classes, tests)
     # Absolute: workers that read the pictures have another working folder.
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        return list_tars(path, classes) if holds_tars(path) else list_folder(path, classes)
+        return list_tars(path, classes, tests) if holds_tars(path) else list_folder(path, classes, tests)
     if path.is_file() and path.suffix.lower() == ".csv":
         return list_table(path, classes)
     if path.is_file():
@@ -116,7 +125,7 @@ def _list_all(source: str, classes: Sequence[str] | None) -> Listing:
             f"{source} is neither a folder nor a .csv file", "give a folder of pictures, or a CSV: path,label"
         )
     if source in KNOWN:
-        return list_torchvision(source, classes)
+        return list_torchvision(source, classes, tests)
     mend = "give a folder of pictures, a webdataset folder, a .csv file, or a torchvision name such as CIFAR10"
     raise DataError(
         f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(Path(source).expanduser())) else mend
@@ -140,13 +149,13 @@ def _check_skipped(source: str, skipped: list[Skipped], total: int, limit: float
         )
 
 
-def _check_counts(source: str, listing: Listing, kept: list[Entry]) -> None:
+def _check_counts(source: str, listing: Listing, kept: list[Entry], tests: bool) -> None:
     """Every class must have pictures to learn from."""
     check_names(listing.classes, source)
     size = len(listing.classes)
     listed = np.bincount([entry.label for entry in listing.entries], minlength=size)
     usable = np.bincount([entry.label for entry in kept], minlength=size)
-    tests = np.bincount([entry.label for entry in kept if entry.part == "test"], minlength=size)
+    to_test = np.bincount([entry.label for entry in kept if entry.part == "test"], minlength=size)
     for label, name in enumerate(listing.classes):
         if not listed[label]:
             raise DataError(
@@ -156,21 +165,23 @@ def _check_counts(source: str, listing: Listing, kept: list[Entry]) -> None:
             raise DataError(
                 f"{source}: none of the {listed[label]} pictures of class {name!r} can be read", "replace them"
             )
-        if usable[label] == tests[label]:
+        if usable[label] == to_test[label]:
             raise DataError(
-                f"{source}: the class {name!r} has {tests[label]} test pictures, but none to train on",
+                f"{source}: the class {name!r} has {to_test[label]} test pictures, but none to train on",
                 "add training pictures or remove the class from the test split",
             )
-    if any(entry.part for entry in kept) and not tests.any():
+    if tests and any(entry.part for entry in kept) and not to_test.any():
         raise DataError(f"{source}: no picture of the test split can be used", "replace them, or remove the test split")
 
 
 _Row = tuple[Entry, Seen, Part]
 
 
-def _rows(kept: list[tuple[Entry, Seen]], classes: Sequence[str], share: float, seed: int) -> list[_Row]:
+def _rows(
+    kept: list[tuple[Entry, Seen]], classes: Sequence[str], share: float, seed: int, every_class: bool = True
+) -> list[_Row]:
     labels = np.array([entry.label for entry, _ in kept], dtype=np.int64)
-    test = choose_test(labels, [one.digest for _, one in kept], classes, share, seed)
+    test = choose_test(labels, [one.digest for _, one in kept], classes, share, seed, every_class)
     return [(entry, one, "test" if aside else "train") for (entry, one), aside in zip(kept, test.tolist(), strict=True)]
 
 

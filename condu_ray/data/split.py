@@ -14,11 +14,17 @@ from condu_ray.errors import DataError
 
 
 def choose_test(
-    labels: Labels, digests: Sequence[bytes], classes: Sequence[str], share: float, seed: int
+    labels: Labels,
+    digests: Sequence[bytes],
+    classes: Sequence[str],
+    share: float,
+    seed: int,
+    every_class: bool = True,
 ) -> npt.NDArray[np.bool_]:
     """Returns for each picture whether it goes to the test split: `share` of each class, one or more on each side.
 
-    Equal pictures of a class stay on one side. Raises DataError for a class with fewer than two different pictures.
+    Equal pictures of a class stay on one side. For a class with fewer than two different pictures raises DataError, or
+    (`every_class` false) sets none aside.
     """
     test = np.zeros(len(labels), dtype=np.bool_)
     for label, name in enumerate(classes):
@@ -26,6 +32,8 @@ def choose_test(
         ranked = sorted((_rank(digests[i], seed), i) for i in members.tolist())
         groups = [[i for _, i in group] for _, group in groupby(ranked, key=lambda pair: pair[0])]
         if len(groups) < 2:
+            if not every_class:
+                continue
             what = "one picture" if len(members) == 1 else f"{len(members)} equal pictures"
             raise DataError(
                 f"the class {name!r} has only {what}, too few to set one aside as a test",

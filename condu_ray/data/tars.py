@@ -22,10 +22,11 @@ def holds_tars(root: Path) -> bool:
     return bool(_tars(root / "train") or _tars(root / "test"))
 
 
-def list_tars(root: Path, classes: Sequence[str] | None) -> Listing:
+def list_tars(root: Path, classes: Sequence[str] | None, tests: bool = True) -> Listing:
     """Lists a webdataset folder; nothing is unpacked under a member's name. `classes` replaces classnames.txt.
 
-    Plain tars are read where they lie; compressed ones are unpacked once into the cache.
+    tests: false leaves the test split out, whose tars are then not opened. Plain tars are read where they lie;
+    compressed ones are unpacked once into the cache.
     """
     train, test = _tars(root / "train"), _tars(root / "test")
     if not train:
@@ -40,7 +41,7 @@ def list_tars(root: Path, classes: Sequence[str] | None) -> Listing:
     checked = check_names(names, where)
     entries: list[Entry] = []
     skipped: list[Skipped] = []
-    parts: list[tuple[Part, list[Path]]] = [("train" if test else "", train), ("test", test)]
+    parts: list[tuple[Part, list[Path]]] = [("train" if test else "", train), ("test", test if tests else [])]
     for part, tars in parts:
         for tar in tars:
             shown = f"{tar.parent.name}/{tar.name}"

@@ -61,7 +61,7 @@ KNOWN: dict[str, tuple[_Arguments, _Arguments]] = {
 _LARGEST_PNG = 128
 
 
-def list_torchvision(name: str, classes: Sequence[str] | None) -> Listing:
+def list_torchvision(name: str, classes: Sequence[str] | None, tests: bool = True) -> Listing:
     """Lists a data set of torchvision; the first time it is downloaded and written as pictures into the cache.
 
     Class names are the data set's own, or the label numbers where it has none. Raises DataError if the name is not
@@ -70,7 +70,7 @@ def list_torchvision(name: str, classes: Sequence[str] | None) -> Listing:
     if name not in KNOWN:
         raise DataError(f"{name!r} is not a data set of torchvision with one label a picture", nearest(name, KNOWN))
     folder = fill(cache_folder("torchvision") / name, lambda partial: _write(name, partial))
-    return list_folder(folder, classes)
+    return list_folder(folder, classes, tests)
 
 
 def _write(name: str, folder: Path) -> None:

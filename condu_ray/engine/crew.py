@@ -25,6 +25,7 @@ from condu_ray.errors import ConduError, TrainingError
 from condu_ray.fusion.triggers import Part
 from condu_ray.methods.rescaling import steps_of
 from condu_ray.store import Manifest, ObjectRef, Store
+from condu_ray.voting.labels import LabelSpace
 
 CHUNK = 256  # pictures a call; fixed, so that sums do not depend on the number of actors
 TRIES = 3
@@ -63,6 +64,11 @@ class Crew(Protocol):
 
     def score(self, questions: Sequence[Question], snapshot: Snapshot | None, update: Update) -> list[float]:
         """Accuracy in percent for each question."""
+
+    def logits(
+        self, pictures: Split, voter: str | None, space: LabelSpace, snapshot: Snapshot, update: Update
+    ) -> NDArray[np.float32]:
+        """What one voter (None: θ⁰) of the version held says of every label, f32[N, C]."""
 
     def route(
         self, pictures: Split, snapshot: Snapshot, update: Update
@@ -135,7 +141,7 @@ class RayCrew:
         train(self._store, self._config, jobs, self._cluster, update)
 
     def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        parts = self._spread([("features", (chunk,)) for chunk in _chunks(pictures)], update)
+        parts = self._spread([("features", (chunk,)) for chunk in chunks(pictures)], update)
         features, domains = (np.concatenate(each) for each in zip(*parts, strict=True))
         return features, domains
 
@@ -181,23 +187,35 @@ class RayCrew:
         return cast(Fused, fused)
 
     def score(self, questions: Sequence[Question], snapshot: Snapshot | None, update: Update) -> list[float]:
-        asked = [replace(each, pictures=part) for each in questions for part in _chunks(each.pictures)]
+        asked = [replace(each, pictures=part) for each in questions for part in chunks(each.pictures)]
         shared = ray.put(snapshot)
         right = self._with_state(
             lambda: self._spread([("right", (each, shared, self._state)) for each in asked], update)
         )
         counts: dict[int, int] = dict.fromkeys(range(len(questions)), 0)
-        owner = [index for index, each in enumerate(questions) for _ in _chunks(each.pictures)]
+        owner = [index for index, each in enumerate(questions) for _ in chunks(each.pictures)]
         for index, count in zip(owner, right, strict=True):
             counts[index] += count
         return [100 * counts[index] / max(1, len(each.pictures)) for index, each in enumerate(questions)]
+
+    def logits(
+        self, pictures: Split, voter: str | None, space: LabelSpace, snapshot: Snapshot, update: Update
+    ) -> NDArray[np.float32]:
+        shared = ray.put(snapshot)
+        return np.concatenate(
+            self._with_state(
+                lambda: self._spread(
+                    [("logits", (chunk, voter, space, shared, self._state)) for chunk in chunks(pictures)], update
+                )
+            )
+        )
 
     def route(
         self, pictures: Split, snapshot: Snapshot, update: Update
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         shared = ray.put(snapshot)
         orders, scores = zip(
-            *self._spread([("routed", (chunk, shared)) for chunk in _chunks(pictures)], update), strict=True
+            *self._spread([("routed", (chunk, shared)) for chunk in chunks(pictures)], update), strict=True
         )
         return np.concatenate(orders), np.concatenate(scores)
 
@@ -284,7 +302,7 @@ def _fusion_name(store: Store, shards: int) -> str:
     return f"fusion-{store.header.id}-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}-{shards}"
 
 
-def _chunks(pictures: Split) -> list[Split]:
+def chunks(pictures: Split) -> list[Split]:
     return [pictures.take(range(start, min(start + CHUNK, len(pictures)))) for start in range(0, len(pictures), CHUNK)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from condu_ray.config import VoteConfig
 from condu_ray.engine.keys import state_key
 from condu_ray.errors import NotFound, VersionTaken, nearest
 from condu_ray.store import Manifest, Store
@@ -53,7 +54,9 @@ def _without(store: Store, name: str) -> Manifest:
         }
     )
     pictured = all(card.classes for card in draft.tasks)  # merged weights come without pictures, and nothing routes
-    routing = calibrated(task_experts(store, draft), newest.settings["vote"]["k"]).to_state() if pictured else {}
+    routing = {}
+    if pictured:
+        routing = calibrated(task_experts(store, draft), VoteConfig(**newest.settings["vote"])).to_state()
     accuracy = {task: value for task, value in newest.figures.get("accuracy", {}).items() if task != name}
     return Manifest.model_validate(
         draft.model_dump(exclude={"created"})

@@ -37,15 +37,19 @@ class Need:
     passing: int
 
 
-def open_data(config: SessionConfig, stage: Any) -> list[TaskData]:
-    """Opens and checks every task's pictures. Raises ConfigError without tasks, DataError for bad data."""
+def open_data(config: SessionConfig, stage: Any, validation: float | None = None) -> list[TaskData]:
+    """Opens and checks every task's pictures; validation: as for `open_task`, of all tasks.
+
+    Raises ConfigError without tasks, DataError for bad data.
+    """
     if not config.tasks:
         raise ConfigError("there is no task to learn", "give NAME --data PATH, or --task NAME=PATH")
     found = []
     for name, source in config.tasks.items():
         with stage(f"reading {name}") as update:
             progress = lambda done, total, update=update: update(done, total, "")  # noqa: E731
-            found.append(open_task(name, source, seed=config.seed, test_share=config.test_share, progress=progress))
+            given = {"seed": config.seed, "test_share": config.test_share, "validation": validation}
+            found.append(open_task(name, source, **given, progress=progress))
     return found
 
 

@@ -57,3 +57,9 @@ def _lines(name: str) -> Iterator[Update]:
 
     yield update
     print(f"{name}: done in {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def silent(name: str) -> Iterator[Update]:
+    """A stage that shows nothing."""
+    yield lambda done, total, note: None

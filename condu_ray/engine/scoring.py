@@ -30,6 +30,7 @@ from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.open import layout_of
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes
 from condu_ray.voting.router import Calibrated, router_of
+from condu_ray.voting.voters import Asked
 
 BATCH = 64
 
@@ -118,6 +119,17 @@ class Scorer:
         for pixels, labels in self._batches(asked.pictures):
             right += int((classifier.label_indices(pixels, space) == first + labels.numpy()).sum())
         return right
+
+    def logits(
+        self, pictures: Split, voter: str | None, space: LabelSpace, snapshot: Snapshot, state: TaskState
+    ) -> NDArray[np.float32]:
+        """What one voter (a task's expert, None: θ⁰) says of every label, f32[N, C], at the model's own scale."""
+        voters = self._together(snapshot, state).voters
+        found = []
+        for pixels, _ in self._batches(pictures):
+            (blocks,) = voters.logits(pixels, None, [Asked(voter, tuple(range(len(pixels))), space.blocks)])
+            found.append(np.concatenate(blocks, axis=1))
+        return np.concatenate(found)
 
     def rescalers(
         self,

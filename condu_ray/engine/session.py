@@ -272,7 +272,7 @@ def _before(
 
 
 def _snapshot(key: str, config: SessionConfig, experts: list[TaskExpert], buffers: dict[str, Any]) -> Snapshot:
-    return Snapshot(key, tuple(experts), buffers, calibrated(experts, config.vote.k))
+    return Snapshot(key, tuple(experts), buffers, calibrated(experts, config.vote))
 
 
 def _rescalers(

@@ -79,16 +79,16 @@ def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster
             f"workers that train a task together need a whole GPU each, not {gpus_each}",
             "leave --gpus-per-worker out, or use --parallel tasks",
         )
-    places = _places(config.cpus_per_worker or 1, gpus_each, cluster)
-    most = places if shared else min(places, 1 if ordered else jobs)
+    room = places(config.cpus_per_worker or 1, gpus_each, cluster)
+    most = room if shared else min(room, 1 if ordered else jobs)
     workers = config.workers or max(1, most)
     if not shared:
         workers = min(workers, 1 if ordered else jobs)
-    if workers > places:
+    if workers > room:
         raise TrainingError(
-            f"{workers} workers need {_need(workers, config.cpus_per_worker, gpus_each)}, the cluster has {places}"
+            f"{workers} workers need {_need(workers, config.cpus_per_worker, gpus_each)}, the cluster has {room}"
             + (" such places" if config.cpus_per_worker else ""),
-            f"use --workers {max(1, places)}" + (" or fewer --cpus-per-worker" if config.cpus_per_worker else ""),
+            f"use --workers {max(1, room)}" + (" or fewer --cpus-per-worker" if config.cpus_per_worker else ""),
         )
     return Group(workers, config.cpus_per_worker or _cpus_each(workers, gpus_each, cluster), gpus_each, shared)
 
@@ -100,7 +100,7 @@ def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
         plan_group(config, jobs, info.ordered, cluster)
 
 
-def _places(cpus_each: int, gpus_each: float, cluster: Cluster) -> int:
+def places(cpus_each: int, gpus_each: float, cluster: Cluster) -> int:
     """How many workers of this size the nodes have room for; of GPUs alone where a worker may have any core."""
     if gpus_each and cpus_each == 1:
         return sum(int(gpus / gpus_each) for _, gpus in cluster.nodes)
@@ -273,7 +273,7 @@ def work_through(
     state = _state_before(store, jobs[0]) if registry.info(header.method).ordered else None
     for job in jobs:
         if store.find(job.key, "delta") is None:
-            start, resume = _start(state), _resume(store, job.key)
+            start, resume = _start(state), checkpoints(store, job.key)
             trained = train_task(clip, method, layout, job.data, config, start, place, resume, report)
             if place.rank == 0:
                 if trained.buffers:
@@ -303,7 +303,7 @@ def _delta(store: Store, job: Job) -> Vector:
     return store.get(ref)["delta"]
 
 
-def _resume(store: Store, key: str) -> Resume:
+def checkpoints(store: Store, key: str) -> Resume:
     """Checkpoints of the training called `key`, not more often than they may cost."""
     free = [0.0]  # monotonic seconds
 

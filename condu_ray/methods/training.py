@@ -107,10 +107,13 @@ def train_task(
     place: Place | None = None,
     resume: Resume | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
+    watch: Callable[[int, nn.Module], None] = lambda step, model: None,
 ) -> Trained:
     """Trains `task` from θ⁰ (or θ⁰ + start) and returns what changed, relative to θ⁰.
 
     Every process of a data-parallel group calls this alike and gets the same delta; only rank 0 saves checkpoints.
+    watch: called after each step with the number of steps done and the model as it is then, in evaluation mode only if
+    it asks for it: it may look and switch modes, and must not change what is trained.
     Raises TrainingError, in every process at the same step, for a loss or gradient that is not finite.
     """
     place, resume = place or Place(), resume or Resume()
@@ -151,6 +154,7 @@ def train_task(
             losses.append((step + 1, loss))
         now = time.monotonic()
         on_step(Step(task.name, step + 1, steps, loss, config.train.batch_size / max(1e-9, now - begun)))
+        watch(step + 1, model)
         begun = now
         if place.rank == 0 and step < steps - 1 and now - saved >= config.train.checkpoint_seconds:
             resume.save(checkpoint_of(step + 1, losses, parameters, optimiser, model))

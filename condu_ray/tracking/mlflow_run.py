@@ -35,7 +35,7 @@ STORE_TAG = "condu.store"
 VERSION_TAG = "condu.version"
 NEWEST = "newest"
 _CHECK_S = 5.0  # how long a server may take to say that it is there
-_PARAMETER_LENGTH = 500  # characters that every MLflow server takes; the manifest has the rest
+PARAMETER_LENGTH = 500  # characters that every MLflow server takes; the manifest has the rest
 _LATER = "`condu-ray track --replay` records later what is missing"
 _BATCH = {"metrics": 1000, "params": 100}  # MLflow's limits for one request
 
@@ -84,14 +84,16 @@ class Tracking:
 
         store_id = open_store(self.store).header.id
         try:
-            client = _client(self.uri)
+            client = client_of(self.uri)
             found = [each.experiment_id for each in client.search_experiments(max_results=1000)]
             runs, token = list[Any](), ""
             while found and token is not None:
                 page = client.search_runs(found, f"tags.`{STORE_TAG}` = '{store_id}'", page_token=token or None)
                 runs, token = runs + list(page), page.token
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            raise ConfigError(f"the runs at {self.uri} cannot be read ({_reason(error)})", "start it first") from error
+            raise ConfigError(
+                f"the runs at {self.uri} cannot be read ({reason_of(error)})", "start it first"
+            ) from error
         return {int(run.data.tags[VERSION_TAG]) for run in runs if run.info.status == "FINISHED"}
 
     def record(
@@ -113,10 +115,10 @@ class Tracking:
 
         store_id = open_store(self.store).header.id
         try:
-            client = _client(self.uri)
+            client = client_of(self.uri)
             self._record(client, store_id, manifest, losses, matrix, pictures, version_source)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            what = f"version {manifest.version} is published, but was not recorded at {self.uri} ({_reason(error)})"
+            what = f"version {manifest.version} is published, but was not recorded at {self.uri} ({reason_of(error)})"
             return f"{what}; {_LATER}."
         return None
 
@@ -131,9 +133,9 @@ class Tracking:
         version_source: str,
     ) -> None:
         name = model_name(store_id)
-        experiment = self._experiment(client, name)
+        experiment = self.experiment(client, name)
         tags = {STORE_TAG: store_id, VERSION_TAG: str(manifest.version)}
-        for run in _runs(client, experiment, tags):
+        for run in runs_with(client, experiment, tags):
             if run.info.status == "FINISHED":
                 return
             client.delete_run(run.info.run_id)  # of a session that was killed while it recorded
@@ -157,7 +159,7 @@ class Tracking:
         _register(client, name, manifest, f"{run.info.artifact_uri}/model", run_id, version_source)
         client.set_terminated(run_id)
 
-    def _experiment(self, client: MlflowClient, name: str) -> str:
+    def experiment(self, client: MlflowClient, name: str) -> str:
         """Returns the id of the store's experiment, made if absent.
 
         A database that moved with its store still names the old folder for files; then a new experiment is made.
@@ -198,7 +200,7 @@ def open_tracking(uri: str | None, store: str | Path) -> Tracking:
     return Tracking(uri, None, place)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -212,7 +214,7 @@ def version_alias(version: int) -> str:
     return f"version-{version}"
 
 
-def _client(uri: str) -> MlflowClient:
+def client_of(uri: str) -> MlflowClient:
     # A server that went away after the session must not hold the command for MLflow's usual quarter of an hour, and
     # standard output belongs to the command's own answer.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -227,7 +229,7 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _runs(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Run]:
+def runs_with(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Run]:
     wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     return list(client.search_runs([experiment], wanted))
 
@@ -244,7 +246,7 @@ def _log_numbers(
     now = int(time.time() * 1000)
 
     def metric(name: str, value: float, step: int = manifest.version) -> Metric:
-        return Metric(_key(name), value, now, step)
+        return Metric(key_of(name), value, now, step)
 
     metrics = [metric(f"loss/{task}", loss, step) for task, curve in losses.items() for step, loss in curve]
     for card in manifest.tasks:
@@ -255,7 +257,7 @@ def _log_numbers(
         means = {"transfer": matrix.transfer(), "average": matrix.average(), "last": matrix.last()}
         metrics += [metric(name, value) for name, value in means.items() if value is not None]
     metrics = [metric for metric in metrics if math.isfinite(metric.value)]
-    params = [Param(_key(name), text[:_PARAMETER_LENGTH]) for name, text in flatten(manifest.settings)]
+    params = [Param(key_of(name), text[:PARAMETER_LENGTH]) for name, text in flatten(manifest.settings)]
     for start in range(0, len(metrics), _BATCH["metrics"]):
         client.log_batch(run_id, metrics=metrics[start : start + _BATCH["metrics"]])
     for start in range(0, len(params), _BATCH["params"]):
@@ -279,7 +281,7 @@ def _numbers(figures: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", float(value)
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """MLflow's names hold letters, digits, '_', '-', '.', ':', '/' and spaces, at most 250, and are no paths."""
     clean = "".join(letter if letter.isalnum() or letter in "_-.:/ " else "_" for letter in name)
     return "/".join("_" if part in ("", ".", "..") else part for part in clean.split("/"))[:250]

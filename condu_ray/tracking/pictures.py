@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +155,66 @@ def draw_comparison(matrices: Mapping[str, AccuracyMatrix], path: Path) -> None:
     if matrices:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(matrices), 4), frameon=False)
     _quiet(axes)
+    _save(figure, path)
+
+
+def draw_parallel(trials: Sequence[tuple[Mapping[str, Any], float]], unit: str, path: Path) -> None:
+    """Draws trials of a sweep as lines through an axis a setting, coloured by what they reached: (settings, value).
+
+    unit: of the value, for its bar. Numbers lie by size (by magnitude where the largest is a hundred times the
+    smallest), other values in a row.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    names = list(trials[0][0])
+    figure = _figure(min(16.0, max(5.0, 2.4 + 1.5 * len(names))), 4.6)
+    axes = figure.add_subplot()
+    values = [value for _, value in trials]
+    norm = Normalize(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    scales = [_scale([settings[name] for settings, _ in trials]) for name in names]
+    shades = colormaps["cividis"]
+    for settings, value in sorted(trials, key=lambda trial: trial[1]):  # the best on top
+        heights = [place(settings[name]) for name, (place, _) in zip(names, scales, strict=True)]
+        axes.plot(
+            range(len(names)), heights, color=shades(norm(value)), linewidth=1.1, alpha=0.75, marker="o", markersize=3
+        )
+    for column, (_, ticks) in enumerate(scales):
+        axes.axvline(column, color=_GREY, linewidth=0.8, zorder=0)
+        for height, text in ticks:
+            axes.text(column + 0.03, height, text, fontsize=7, va="center", color="black")
+    axes.set_xticks(range(len(names)), [_plain(name) for name in names], fontsize=9)
+    axes.set_xlim(-0.15, len(names) - 0.6)
+    axes.set_ylim(-0.06, 1.06)
+    axes.set_yticks([])
+    axes.tick_params(axis="x", length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(ScalarMappable(norm, shades), ax=axes, label=unit, fraction=0.04, pad=0.02)
+    _save(figure, path)
+
+
+def _scale(values: Sequence[Any]) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
+    """(value -> height from 0 to 1, [(height, text)] of its ticks) of one axis."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        low, high = min(values), max(values)
+        if high > low:
+            by_size = low > 0 and high / low >= 100
+            ends = (math.log(low), math.log(high)) if by_size else (low, high)
+            place = lambda value: ((math.log(value) if by_size else value) - ends[0]) / (ends[1] - ends[0])  # noqa: E731
+            return place, [(0.0, f"{low:.3g}"), (1.0, f"{high:.3g}")]
+    kinds = sorted({str(value) for value in values})
+    heights = {kind: (row + 0.5) / len(kinds) for row, kind in enumerate(kinds)}
+    return lambda value: heights[str(value)], [(height, _plain(kind)) for kind, height in heights.items()]
+
+
+def draw_importance(importance: Mapping[str, float], unit: str, path: Path) -> None:
+    """Draws how much of `unit` each setting of a sweep explains, the most on top; shares that sum to 1."""
+    rows = [(_plain(name), share, "") for name, share in sorted(importance.items(), key=lambda pair: -pair[1])]
+    figure = _figure(6.4, max(1.8, 1.0 + 0.36 * len(rows)))
+    _bars(
+        figure.add_subplot(), rows, f"importance for: {unit}" if rows else "no trial differs from another", COLOURS[0]
+    )
     _save(figure, path)
 
 

@@ -6,8 +6,8 @@ Legend: B pictures, C classes of a task, D width of the common space, N pictures
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,17 @@ class Prototypes:
         """The five arrays by name, for the store."""
         return {name: np.ascontiguousarray(getattr(self, name)) for name in self.__dataclass_fields__}
 
+    def of(self, parts: Literal["both", "image", "text"]) -> Prototypes:
+        """The same with prototypes made of image means or text means alone (ours); `both`: as they are.
+
+        A class without pictures keeps its text mean.
+        """
+        if parts == "both":
+            return self
+        pictured = (self.counts > 0)[:, None]
+        mean = np.where(pictured, self.image_mean, self.text_mean) if parts == "image" else self.text_mean
+        return replace(self, unit=_unit(mean.astype(np.float64)))
+
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Prototypes:
         """The inverse of `arrays`."""
@@ -84,14 +95,18 @@ def make_prototypes(sums: FeatureSums, text_means: NDArray[np.float32], held_out
     text = np.asarray(text_means, dtype=np.float64)
     image = sums.sums / np.maximum(sums.counts, 1)[:, None]
     both = np.where(sums.counts[:, None] > 0, (image + text) / 2, text)
-    unit = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), _EPSILON)
     return Prototypes(
-        unit=unit.astype(np.float32),
+        unit=_unit(both),
         image_mean=image.astype(np.float32),
         text_mean=text.astype(np.float32),
         counts=sums.counts,
         held_out=np.asarray(held_out, dtype=np.float32).reshape(-1, text.shape[1]),
     )
+
+
+def _unit(means: NDArray[np.float64]) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(means, axis=1, keepdims=True)
+    return np.asarray(means / np.maximum(lengths, _EPSILON), dtype=np.float32)
 
 
 def held_out_indices(labels: NDArray[np.int64], seed: int, count: int = HELD_OUT) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ Legend: B pictures, T tasks, M experts that answer for a picture, D and W widths
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,6 @@ from condu_ray.voting.prototypes import Prototypes
 from condu_ray.voting.routing import UNCALIBRATED, Thresholds, choose, similarities
 from condu_ray.voting.routing import calibrate as calibrate_cosines
 
-COVERED = 0.99  # adaptive: experts are taken until one of them is right with this probability
 STRANGE = 0.95  # adaptive: from here on θ⁰ answers alone
 DOUBT = 0.1  # share of a prior over tasks that is spread evenly, whatever the labels are
 
@@ -85,16 +84,18 @@ def router_of(tasks: Sequence[Known], vote: VoteConfig, calibrated: Calibrated) 
     domains = [task.domain for task in tasks if task.domain is not None]
     if vote.router == "lda" and domains and len(domains) == len(tasks) and calibrated.domains:
         return DomainRouter(domains, vote, calibrated.domains)
-    return CosineRouter([task.prototypes for task in tasks], vote, calibrated.cosines or UNCALIBRATED)
+    prototypes = [task.prototypes.of(vote.prototypes) for task in tasks]
+    thresholds = calibrated.cosines or UNCALIBRATED
+    return CosineRouter(prototypes, vote, thresholds if vote.gap is None else replace(thresholds, gap=vote.gap))
 
 
-def calibrated(tasks: Sequence[Known], k: int) -> Calibrated:
-    """For at most `k` experts."""
+def calibrated(tasks: Sequence[Known], vote: VoteConfig) -> Calibrated:
+    """For at most `vote.k` experts, and the prototypes that the vote takes."""
     if not tasks:
         return Calibrated()
     domains = [task.domain for task in tasks if task.domain is not None]
     return Calibrated(
-        calibrate_cosines([task.prototypes for task in tasks], k),
+        calibrate_cosines([task.prototypes.of(vote.prototypes) for task in tasks], vote.k),
         calibrate(domains) if len(domains) == len(tasks) else None,
     )
 
@@ -171,7 +172,7 @@ class DomainRouter:
     def _route(self, likely: Scores, strange: float) -> Routed:
         order = np.argsort(-likely, kind="stable")[: self._vote.k]
         if self._vote.adaptive:
-            order = order[: int(np.searchsorted(np.cumsum(likely[order]), COVERED)) + 1]
+            order = order[: int(np.searchsorted(np.cumsum(likely[order]), self._vote.coverage)) + 1]
         near = likely[order]
         experts = tuple(int(task) for task in order)
         if self._vote.combine == "mean_logits":

@@ -1,0 +1,110 @@
+"""The search for settings of the vote: batches of configurations, each scored from what the voters said once.
+
+No trial actor a configuration: a pool of processes maps the logits and takes batches, so thousands go by in a minute.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from condu_ray.config import VoteConfig
+from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.progress import Update
+from condu_ray.store import open_store
+from condu_ray.tuning.cache import Cached, load_versions
+from condu_ray.tuning.objectives import figures_of
+from condu_ray.tuning.proposals import Proposals
+from condu_ray.tuning.records import Record, Report, Scores
+from condu_ray.tuning.rescoring import vote_of
+from condu_ray.tuning.settings import Sweep
+from condu_ray.tuning.space import Settings
+
+BATCH = 16
+"""Configurations a call; while they are scored the search learns nothing of them."""
+
+
+class Rescorer:
+    """Answers the whole stream again, for one configuration after another."""
+
+    def __init__(self, cached: Cached, vote: VoteConfig, labels: str, unseen: bool) -> None:
+        self._cached, self._vote, self._labels, self._unseen = cached, vote, labels, unseen
+        self._versions = load_versions(cached, open_store(cached.store))
+
+    def figures(self, settings: Settings) -> dict[str, float]:
+        """By name, as `figures_of` has them; latency: ms a picture, from the passes it takes."""
+        vote = vote_of(self._vote, settings)
+        rows, experts = [], 0.0
+        for version in self._versions:
+            row, experts = version.row(vote, self._labels, self._unseen)
+            rows.append(row)
+        # Without tasks to come the newest version stands for itself: it is the only one that was asked.
+        found = figures_of(rows, self._cached.zero_shot) if self._unseen else {"last": _mean(rows[-1])}
+        if self._cached.passes is not None:
+            base, expert = self._cached.passes
+            found["latency"] = base + experts * expert
+        return found
+
+    def scored(self, batch: Sequence[Settings]) -> list[tuple[dict[str, float], float]]:
+        """(figures, seconds) of each."""
+        found = []
+        for settings in batch:
+            begun = time.perf_counter()
+            found.append((self.figures(settings), time.perf_counter() - begun))
+        return found
+
+
+def _mean(row: Sequence[float | None]) -> float:
+    return math.fsum(value for value in row if value is not None) / len(row)
+
+
+def search(sweep: Sweep, cached: Cached, folder: Path, cluster: Cluster, update: Update) -> list[Record]:
+    """Scores what is missing of the sweep's configurations and returns all, in the order proposed."""
+    scores = Scores(folder)
+    known = scores.all()
+    proposals = Proposals(sweep, known=known)
+    actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Rescorer)
+    given = (cached, sweep.config.vote, sweep.asked, sweep.goals.unseen)
+    pool = [actor.remote(*given) for _ in range(max(1, min(cluster.cpus, sweep.config.workers or cluster.cpus)))]
+    try:
+        _work(sweep, proposals, pool, scores, known, update)
+    finally:
+        for each in pool:
+            ray.kill(each)
+    return scores.all()
+
+
+def _work(
+    sweep: Sweep, proposals: Proposals, pool: list[object], scores: Scores, known: list[Record], update: Update
+) -> None:
+    free, running = list(pool), {}
+    done = len(known)
+    while True:
+        while free and (batch := _batch(proposals)):
+            worker = free.pop()
+            ref = worker.scored.remote([settings for _, settings in batch])  # type: ignore[attr-defined]
+            running[ref] = (worker, batch)
+        if not running:
+            return
+        (ready,), _ = ray.wait(list(running), num_returns=1)
+        worker, batch = running.pop(ready)
+        free.append(worker)
+        ended = []
+        for (number, settings), (figures, seconds) in zip(batch, ray.get(ready), strict=True):
+            values = sweep.goals.values(figures)
+            proposals.tell(number, values)
+            ended.append(Record(number, settings, (Report(1, values, figures, 0, seconds),), "finished"))
+        scores.add(ended)
+        done += len(ended)
+        update(done, sweep.most, "")
+
+
+def _batch(proposals: Proposals) -> list[tuple[int, Settings]]:
+    found = []
+    while len(found) < BATCH and (one := proposals.ask()):
+        found.append(one)
+    return found

@@ -1,0 +1,242 @@
+"""Answers cached pictures again under other settings of the vote: what voting/classifier.py does for one picture, here
+for all at once, from logits that every voter gave once. tests/tuning/test_rescoring.py holds the two together.
+
+Legend: N pictures, T tasks learned, V = T + 1 voters (θ⁰ last), C labels of the whole stream, n, c those of one task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from condu_ray.config import VoteConfig
+from condu_ray.voting.classifier import TaskExpert
+from condu_ray.voting.domains import strangeness
+from condu_ray.voting.router import STRANGE, Calibrated, Prior, calibrated, prior_of, router_of
+from condu_ray.voting.routing import UNCALIBRATED
+
+Doubles = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The validation pictures of a stream, task after task.
+
+    classes: of each task, in the order learned. owners i64[N]: whose pictures. labels i64[N]: index into the stream's
+    labels. features f32[N, D], domains f32[N, W]: by θ⁰.
+    """
+
+    classes: tuple[tuple[str, ...], ...]
+    owners: Indices
+    labels: Indices
+    features: NDArray[np.float32]
+    domains: NDArray[np.float32]
+
+    def rows(self, task: int) -> slice:
+        found = np.flatnonzero(self.owners == task)
+        return slice(int(found[0]), int(found[-1]) + 1)
+
+    def columns(self, task: int) -> slice:
+        start = sum(len(names) for names in self.classes[:task])
+        return slice(start, start + len(self.classes[task]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Routed:
+    """chosen bool[N, T]. shares f64[N, T]: of the experts among themselves, 0 where not chosen. base f64[N]. order
+    i64[N, T]: the likeliest first."""
+
+    chosen: NDArray[np.bool_]
+    shares: Doubles
+    base: Doubles
+    order: Indices
+
+
+class Version:
+    """One version's experts and what each voter says of every picture. logits: f32[V, N, C]."""
+
+    def __init__(self, pictures: Pictures, experts: Sequence[TaskExpert], logits: NDArray[np.float32]) -> None:
+        self._pictures, self._experts, self._logits = pictures, tuple(experts), logits
+        self._learned = len(self._experts)
+        self._calibrated = lru_cache(maxsize=None)(self._calibrate)
+        self._ranked = lru_cache(maxsize=None)(self._rank)
+        self._own = self._best_of_own()
+
+    def row(self, vote: VoteConfig, labels: str, unseen: bool) -> tuple[list[float | None], float]:
+        """(accuracy in percent by task of the stream, experts that run for a picture of a learned task, on average).
+
+        labels: `union` or `candidates`, how learned tasks are asked; tasks to come are asked as candidates, if at all.
+        """
+        found: list[float | None] = []
+        experts = 0.0
+        rows = self._pictures.rows
+        asked = rows(self._learned - 1).stop  # pictures of learned tasks come first
+        if labels == "union":
+            right, run = self._union(vote, slice(0, asked))
+            found = [100 * float(right[rows(task)].mean()) for task in range(self._learned)]
+            experts = float(run.mean())
+        for task in range(len(found), len(self._pictures.classes)):
+            if task >= self._learned and not unseen:
+                found.append(None)
+                continue
+            right, run = self._candidates(vote, task)
+            found.append(100 * float(right.mean()))
+            if task < self._learned:
+                experts += float(run.sum()) / asked
+        return found, experts
+
+    # ---- who answers
+
+    def _calibrate(self, k: int, prototypes: str) -> Calibrated:
+        return calibrated(self._experts, VoteConfig.model_validate({"k": k, "prototypes": prototypes}))
+
+    def _rank(self, router: str, prototypes: str) -> tuple[Doubles, Doubles]:
+        """What the router makes of all pictures, see `Router.ranked`; neither thresholds nor k count for it."""
+        vote = VoteConfig.model_validate({"router": router, "prototypes": prototypes})
+        found = router_of(self._experts, vote, self._calibrated(1, prototypes))
+        return found.ranked(self._pictures.features, self._pictures.domains)
+
+    @property
+    def _by_domains(self) -> bool:
+        return all(expert.domain is not None for expert in self._experts)
+
+    def _route(self, vote: VoteConfig, rows: slice, prior: Prior | None) -> _Routed:
+        by_domains = vote.router == "lda" and self._by_domains
+        near, sure = self._ranked("lda" if by_domains else "cosine", "both" if by_domains else vote.prototypes)
+        limits = self._calibrated(vote.k, vote.prototypes)
+        if by_domains:
+            assert limits.domains is not None
+            likely = near[rows]
+            if prior is not None:
+                likely = likely * prior.tasks
+                likely = likely / likely.sum(axis=1, keepdims=True)
+            strange = strangeness(sure[rows], limits.domains, *(() if prior is None else (prior.none,)))
+            return _by_domains(vote, likely, strange)
+        thresholds = limits.cosines or UNCALIBRATED
+        gap = thresholds.gap if vote.gap is None else vote.gap
+        return _by_cosines(vote, near[rows], gap, thresholds.known, thresholds.unseen)
+
+    # ---- what they say
+
+    def _best_of_own(self) -> tuple[Doubles, Indices]:
+        """(log probability f64[N, T] of the likeliest of its own labels by each expert, which label i64[N, T])."""
+        size = self._logits.shape[1], self._learned
+        surest, best = np.empty(size), np.empty(size, dtype=np.int64)
+        for task in range(self._learned):
+            columns = self._pictures.columns(task)
+            own = self._logits[task, :, columns].astype(np.float64)
+            top = own.max(axis=1)
+            surest[:, task] = -np.log(np.exp(own - top[:, None]).sum(axis=1))
+            best[:, task] = own.argmax(axis=1) + columns.start
+        return surest, best
+
+    def _union(self, vote: VoteConfig, rows: slice) -> tuple[NDArray[np.bool_], Indices]:
+        """(whether each picture is answered rightly, how many experts run for it)."""
+        routed = self._route(vote, rows, None)
+        labels = self._pictures.labels[rows]
+        if vote.union == "own":
+            surest, best = (each[rows] for each in self._own)
+            with np.errstate(divide="ignore"):
+                scores = np.where(routed.chosen, np.log(routed.shares) + surest, -np.inf)
+            # Of equals the likelier task answers, as in the classifier.
+            first = np.take_along_axis(scores, routed.order, axis=1).argmax(axis=1)
+            answers = best[np.arange(len(best)), routed.order[np.arange(len(best)), first]]
+            return answers == labels, routed.chosen.sum(axis=1)
+        stop = self._pictures.columns(self._learned - 1).stop
+        logits = self._logits[:, rows, :stop]
+        counted = None
+        if vote.union == "routed":
+            sizes = [len(names) for names in self._pictures.classes[: self._learned]]
+            counted = np.repeat(routed.chosen, sizes, axis=1)
+        return self._answer(vote, routed, logits, counted) == labels, _run(routed)
+
+    def _candidates(self, vote: VoteConfig, task: int) -> tuple[NDArray[np.bool_], Indices]:
+        rows, columns = self._pictures.rows(task), self._pictures.columns(task)
+        prior = prior_of(self._pictures.classes[task], [expert.classes for expert in self._experts])
+        routed = self._route(vote, rows, prior)
+        answers = self._answer(vote, routed, self._logits[:, rows, columns], None) + columns.start
+        return answers == self._pictures.labels[rows], _run(routed)
+
+    def _answer(
+        self, vote: VoteConfig, routed: _Routed, logits: NDArray[np.float32], counted: NDArray[np.bool_] | None
+    ) -> Indices:
+        """Which label wins, i64[n]. logits: f32[V, n, c]. counted bool[n, c]: which labels count, None: all."""
+        weights = np.concatenate([(1 - routed.base)[:, None] * routed.shares, routed.base[:, None]], axis=1)
+        scores = np.zeros(logits.shape[1:])
+        mixes = vote.combine == "weighted" and vote.average == "probabilities"
+        for voter in range(len(logits)):
+            places = np.flatnonzero(weights[:, voter] > 0)
+            if not len(places):
+                continue
+            said = logits[voter, places].astype(np.float64)
+            if mixes:
+                said = np.exp(said - said.max(axis=1, keepdims=True))
+                of = said if counted is None else said * counted[places]
+                said = said / of.sum(axis=1, keepdims=True)
+            scores[places] += weights[places, voter][:, None] * said
+        if counted is not None:
+            scores[~counted] = -np.inf
+        return np.asarray(scores.argmax(axis=1))
+
+
+def _run(routed: _Routed) -> Indices:
+    """Experts that run for each picture: none where θ⁰ answers alone."""
+    return np.asarray(np.where(routed.base < 1, routed.chosen.sum(axis=1), 0))
+
+
+def _by_domains(vote: VoteConfig, likely: Doubles, strange: Doubles) -> _Routed:
+    """As `DomainRouter.route`."""
+    order = np.argsort(-likely, axis=1, kind="stable")
+    ordered = np.take_along_axis(likely, order, axis=1)
+    count = np.full(len(likely), min(vote.k, likely.shape[1]))
+    if vote.adaptive:
+        count = np.minimum(count, (np.cumsum(ordered, axis=1) < vote.coverage).sum(axis=1) + 1)
+    taken = np.arange(likely.shape[1]) < count[:, None]
+    if vote.combine == "mean_logits":
+        return _placed(order, taken, taken / count[:, None], 1 / (count + 1))
+    near = np.where(taken, ordered, 0.0)
+    base = np.full(len(likely), vote.base_weight) if vote.base_weight is not None else strange
+    if vote.base_weight is None and vote.adaptive:
+        base = np.where(strange >= STRANGE, 1.0, strange)
+    return _placed(order, taken, near / near.sum(axis=1, keepdims=True), base)
+
+
+def _by_cosines(vote: VoteConfig, near: Doubles, gap: float, known: float, unseen: float) -> _Routed:
+    """As `CosineRouter.route`."""
+    order = np.argsort(-near, axis=1, kind="stable")
+    ordered = np.take_along_axis(near, order, axis=1)
+    most = min(vote.k, near.shape[1])
+    count = np.full(len(near), most)
+    takes_part = np.ones(len(near), dtype=bool)
+    if vote.adaptive:
+        wide = np.concatenate([ordered[:, :-1] - ordered[:, 1:], np.full((len(near), 1), np.inf)], axis=1) >= gap
+        lost = ordered[:, 0] < unseen
+        count = np.where(lost, most, np.minimum(most, wide.argmax(axis=1) + 1))
+        takes_part = lost | ~(wide[:, 0] & (ordered[:, 0] >= known))
+    taken = np.arange(near.shape[1]) < count[:, None]
+    if vote.combine == "mean_logits":
+        return _placed(order, taken, taken / count[:, None], takes_part / (count + 1))
+    equal = 1 / (count + 1) if vote.base_weight is None else vote.base_weight
+    scores = np.where(taken, ordered / vote.temperature, -np.inf)
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return _placed(order, taken, shares / shares.sum(axis=1, keepdims=True), takes_part * equal)
+
+
+def _placed(order: Indices, taken: NDArray[np.bool_], shares: Doubles, base: Doubles) -> _Routed:
+    """From the order of likelihood to the order of tasks."""
+    chosen, placed = np.zeros_like(taken), np.zeros(shares.shape)
+    np.put_along_axis(chosen, order, taken, axis=1)
+    np.put_along_axis(placed, order, shares, axis=1)
+    return _Routed(chosen, placed, np.asarray(base, dtype=np.float64), order)
+
+
+def vote_of(base: VoteConfig, settings: Mapping[str, Any]) -> VoteConfig:
+    """`base` with settings of the vote by dotted name."""
+    own = {name.removeprefix("vote."): value for name, value in settings.items()}
+    return VoteConfig.model_validate({**base.model_dump(), **own})

@@ -1,0 +1,67 @@
+"""What a sweep says in the end: the best, what matters, what does not, what to try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from condu_ray.tuning.objectives import SENSE, front
+from condu_ray.tuning.proposals import importances
+from condu_ray.tuning.records import Record
+from condu_ray.tuning.settings import Sweep
+from condu_ray.tuning.space import Choice, Log, size
+
+MATTERS, HARDLY = 0.15, 0.05
+"""Shares of importance from which a setting matters, and below which it hardly does."""
+
+NEAR = 0.1
+"""Share of a range that counts as its edge."""
+
+
+def best_of(sweep: Sweep, records: Sequence[Record]) -> list[Record]:
+    """The best trial, or the Pareto front of several objectives, the best in the first one first.
+
+    Of a search that stops early only those that ran to the end: the others were measured half trained.
+    """
+    done = [record for record in records if record.values is not None and record.state == "finished"]
+    values = [record.values for record in done if record.values is not None]
+    return [done[place] for place in front(values, sweep.goals.names)]
+
+
+def advice(sweep: Sweep, records: Sequence[Record], best: Record) -> dict[str, Any]:
+    """{"importance": by setting, "matters": names, "hardly": names, "try": sentences}."""
+    importance = importances(sweep, records)
+    matters = [name for name, share in importance.items() if share >= MATTERS]
+    hardly = [name for name, share in importance.items() if share < HARDLY]
+    tries = [edge for name in sweep.space if (edge := _edge(sweep, name, best))]
+    if matters and len(hardly) == len(sweep.space) - len(matters):
+        tries.append(f"search again for {', '.join(matters)} alone, around the best, and leave the others as they are")
+    if failed := sum(record.state == "failed" for record in records):
+        tries.append(f"look at the reasons of the {failed} trials that failed, and narrow the space")
+    if len(records) < size(sweep.space) and _still_rising(sweep, records):
+        tries.append(
+            "more trials (raise `trials`, the same command goes on): the last quarter of them still found better"
+        )
+    return {"importance": importance, "matters": matters, "hardly": hardly, "try": tries}
+
+
+def _edge(sweep: Sweep, name: str, best: Record) -> str | None:
+    """Whether the best value lies at an end of its range, where a better one may lie beyond."""
+    entry, value = sweep.space[name], best.settings[name]
+    if isinstance(entry, Choice) or isinstance(value, str | None):
+        return None
+    low, high = (float(each) for each in entry.corners() if isinstance(each, int | float))
+    place = (
+        math.log(float(value) / low) / math.log(high / low) if isinstance(entry, Log) else (value - low) / (high - low)
+    )
+    if NEAR < place < 1 - NEAR:
+        return None
+    return f"a {'smaller' if place < 0.5 else 'larger'} {name}: {value:.3g} is at the end of its range ({low:g} to {high:g})"
+
+
+def _still_rising(sweep: Sweep, records: Sequence[Record]) -> bool:
+    sense = SENSE[sweep.goals.names[0]]
+    values = [sense * record.values[0] for record in records if record.values is not None]
+    part = len(values) // 4
+    return part > 0 and max(values[-part:]) > max(values[:-part])

@@ -157,11 +157,8 @@ def sweep(
     json: JsonOption = False,
 ) -> None:
     """Searches for settings: of training (each trial trains) or of the vote (cached answers are scored again)."""
-    from condu_ray.tuning.command import run
-    from condu_ray.tuning.settings import read_sweep
-
-    read_sweep(file)  # a mistake in it is said before Ray and Optuna are loaded
     from condu_ray.engine.progress import stage
+    from condu_ray.tuning.command import run
 
     found = run(file, work or file.with_suffix(""), stage)
     for warning in found["warnings"]:

@@ -40,9 +40,9 @@ def open_task(
     source: with #K/N at its end only the K-th of N equal parts of the class list (data/part.py).
     seed, test_share: which pictures become the test split, where the source has none. skip_limit: the largest share of
     pictures that may be left out because they cannot be read. classes: the class list, in label order.
-    templates: prompt templates instead of the source's own. validation: this share of the training pictures (stratified,
-    seeded; none of a class with one picture) is what `test` holds, and the pictures to test on are left out: those of
-    the source's own test split are not even opened. progress: called with (done, total).
+    templates: prompt templates instead of the source's own. validation: this share of the training pictures
+    (stratified, seeded; none of a class with one picture) is what `test` holds, and the pictures to test on are left
+    out: those of the source's own test split are not even opened. progress: called with (done, total).
     Raises DataError for everything that is wrong with the data; nothing but the cache is written.
     """
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from condu_ray.config import SessionConfig, fixed_by_store, fuses, rescales
@@ -48,8 +49,8 @@ def open_data(config: SessionConfig, stage: Any, validation: float | None = None
     for name, source in config.tasks.items():
         with stage(f"reading {name}") as update:
             progress = lambda done, total, update=update: update(done, total, "")  # noqa: E731
-            given = {"seed": config.seed, "test_share": config.test_share, "validation": validation}
-            found.append(open_task(name, source, **given, progress=progress))
+            split = partial(open_task, seed=config.seed, test_share=config.test_share, validation=validation)
+            found.append(split(name, source, progress=progress))
     return found
 
 

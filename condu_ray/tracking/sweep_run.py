@@ -28,7 +28,7 @@ SWEEP_TAG = "condu.sweep"
 
 @dataclass(frozen=True)
 class Trial:
-    """values: (budget, objective -> value) as it went on. state: finished, stopped (early) or failed, with the reason."""
+    """values: (budget, objective -> value) as it went on. state: finished, stopped (early) or failed; reason: why."""
 
     number: int
     settings: Mapping[str, Any]

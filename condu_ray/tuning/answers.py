@@ -104,7 +104,7 @@ def _work(
 
 
 def _batch(proposals: Proposals) -> list[tuple[int, Settings]]:
-    found = []
+    found: list[tuple[int, Settings]] = []
     while len(found) < BATCH and (one := proposals.ask()):
         found.append(one)
     return found

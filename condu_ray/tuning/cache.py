@@ -72,7 +72,7 @@ def prepare(
 
 def load_versions(cached: Cached, store: Store) -> list[Version]:
     """Reads it back; arrays stay memory-mapped."""
-    pictures = Pictures(classes=cached.classes, **store.get(cached.pictures))  # type: ignore[arg-type]
+    pictures = Pictures(classes=cached.classes, **store.get(cached.pictures))
     return [
         Version(pictures, task_experts(store, store.manifest(number)), store.get(ref)["logits"])
         for number, ref in cached.versions

@@ -26,7 +26,7 @@ from condu_ray.tuning.settings import Sweep, read_sweep
 from condu_ray.tuning.summary import advice, best_of
 from condu_ray.tuning.table import shown
 
-MOST_DRAWN = 300
+MOST_DRAWN = 100
 """Trials in a picture and in the tracking, the best: more are no longer told apart."""
 
 
@@ -50,8 +50,8 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
             f"none of the {len(records)} trials came to an end ({_first_reason(records)})",
             "mend what the reason names; trials that failed are not tried again in this folder",
         )
-    paths = _files(sweep, file, folder, records, best, stage)
     found = advice(sweep, records, best[0])
+    paths = _files(sweep, file, folder, records, best, found["importance"], stage)
     report = _report(sweep, folder, records, best, found, paths)
     warnings = [away] if away else []
     if tracking:
@@ -114,7 +114,13 @@ def _worth_drawing(sweep: Sweep, records: list[Record]) -> list[Record]:
 
 
 def _files(
-    sweep: Sweep, file: Path, folder: Path, records: list[Record], best: list[Record], stage: Stage
+    sweep: Sweep,
+    file: Path,
+    folder: Path,
+    records: list[Record],
+    best: list[Record],
+    importance: dict[str, float],
+    stage: Stage,
 ) -> list[Path]:
     """best.yaml, for a front of several one file each, and the pictures."""
     for place, record in enumerate(best):
@@ -126,7 +132,7 @@ def _files(
         unit = UNITS[sweep.goals.names[0]]
         rows = [(record.settings, record.values[0]) for record in drawn if record.values is not None]
         draw_parallel(rows, unit, pictures[0])
-        draw_importance(advice(sweep, records, best[0])["importance"], unit, pictures[1])
+        draw_importance(importance, unit, pictures[1])
     return [folder / "best.yaml", *pictures]
 
 

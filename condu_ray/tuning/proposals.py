@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import optuna
 from optuna.distributions import (
@@ -13,6 +12,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from condu_ray.tuning.objectives import SENSE
@@ -53,7 +53,8 @@ class Proposals:
         self._asked: dict[int, optuna.Trial] = {}
         # Moved on by what is known, or a run that goes on would draw the first run's numbers again.
         seed = sweep.config.seed + len(replayed) + len(known)
-        directions = ["maximize" if SENSE[name] > 0 else "minimize" for name in self._names]
+        best, least = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+        directions = [best if SENSE[name] > 0 else least for name in self._names]
         self.study = optuna.create_study(sampler=_sampler(sweep.search, seed), directions=directions)
         self._number = 0
         for record in known:
@@ -125,15 +126,12 @@ def importances(sweep: Sweep, records: Sequence[Record]) -> dict[str, float]:
     if len(done) < 2 or len({record.values[0] for record in done if record.values}) < 2:
         return {}
     study = Proposals(sweep, known=done).study
+    sense = SENSE[sweep.goals.names[0]]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # that it is experimental, and that small targets are taken for good
         found = optuna.importance.get_param_importances(
             study,
             evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-            target=_first if len(sweep.goals.names) > 1 else None,
+            target=lambda trial: -sense * trial.values[0],
         )
     return {name: float(value) for name, value in found.items()}
-
-
-def _first(trial: Any) -> float:
-    return float(trial.values[0])

@@ -1,4 +1,4 @@
-"""What a sweep has done so far, in its folder: a file a trial, so that a driver that was killed finds all of it again."""
+"""What a sweep has done so far, in its folder, so that a driver that was killed finds all of it again."""
 
 from __future__ import annotations
 

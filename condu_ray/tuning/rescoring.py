@@ -77,16 +77,18 @@ class Version:
         experts = 0.0
         rows = self._pictures.rows
         asked = rows(self._learned - 1).stop  # pictures of learned tasks come first
+        truth = self._pictures.labels
         if labels == "union":
-            right, run = self._union(vote, slice(0, asked))
-            found = [100 * float(right[rows(task)].mean()) for task in range(self._learned)]
+            answers, run = self.union(vote)
+            right = answers == truth[:asked]
+            found = [_percent(right[rows(task)]) for task in range(self._learned)]
             experts = float(run.mean())
         for task in range(len(found), len(self._pictures.classes)):
             if task >= self._learned and not unseen:
                 found.append(None)
                 continue
-            right, run = self._candidates(vote, task)
-            found.append(100 * float(right.mean()))
+            answers, run = self.candidates(vote, task)
+            found.append(_percent(answers == truth[rows(task)]))
             if task < self._learned:
                 experts += float(run.sum()) / asked
         return found, experts
@@ -136,10 +138,10 @@ class Version:
             best[:, task] = own.argmax(axis=1) + columns.start
         return surest, best
 
-    def _union(self, vote: VoteConfig, rows: slice) -> tuple[NDArray[np.bool_], Indices]:
-        """(whether each picture is answered rightly, how many experts run for it)."""
+    def union(self, vote: VoteConfig) -> tuple[Indices, Indices]:
+        """For the pictures of all learned tasks: (label answered among all that are learned, experts that run)."""
+        rows = slice(0, self._pictures.rows(self._learned - 1).stop)
         routed = self._route(vote, rows, None)
-        labels = self._pictures.labels[rows]
         if vote.union == "own":
             surest, best = (each[rows] for each in self._own)
             with np.errstate(divide="ignore"):
@@ -147,21 +149,22 @@ class Version:
             # Of equals the likelier task answers, as in the classifier.
             first = np.take_along_axis(scores, routed.order, axis=1).argmax(axis=1)
             answers = best[np.arange(len(best)), routed.order[np.arange(len(best)), first]]
-            return answers == labels, routed.chosen.sum(axis=1)
+            return answers, routed.chosen.sum(axis=1)
         stop = self._pictures.columns(self._learned - 1).stop
         logits = self._logits[:, rows, :stop]
         counted = None
         if vote.union == "routed":
             sizes = [len(names) for names in self._pictures.classes[: self._learned]]
             counted = np.repeat(routed.chosen, sizes, axis=1)
-        return self._answer(vote, routed, logits, counted) == labels, _run(routed)
+        return self._answer(vote, routed, logits, counted), _run(routed)
 
-    def _candidates(self, vote: VoteConfig, task: int) -> tuple[NDArray[np.bool_], Indices]:
+    def candidates(self, vote: VoteConfig, task: int) -> tuple[Indices, Indices]:
+        """For the pictures of one task of the stream, learned or not: (label answered among its own, experts)."""
         rows, columns = self._pictures.rows(task), self._pictures.columns(task)
         prior = prior_of(self._pictures.classes[task], [expert.classes for expert in self._experts])
         routed = self._route(vote, rows, prior)
         answers = self._answer(vote, routed, self._logits[:, rows, columns], None) + columns.start
-        return answers == self._pictures.labels[rows], _run(routed)
+        return answers, _run(routed)
 
     def _answer(
         self, vote: VoteConfig, routed: _Routed, logits: NDArray[np.float32], counted: NDArray[np.bool_] | None
@@ -183,6 +186,10 @@ class Version:
         if counted is not None:
             scores[~counted] = -np.inf
         return np.asarray(scores.argmax(axis=1))
+
+
+def _percent(right: NDArray[np.bool_]) -> float:
+    return 100 * int(right.sum()) / len(right)
 
 
 def _run(routed: _Routed) -> Indices:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # records.py writes what is kept
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner on standard output, whatever `verbose`
 
 from ray import tune
 from ray.tune import Callback
@@ -161,7 +162,7 @@ class _Search(Searcher):
             self._proposals.tell(number, result["values"], result["whole"])
 
 
-class _Watch(Callback):  # type: ignore[misc]  # Ray's classes are untyped
+class _Watch(Callback):
     """Writes how trials end, and shows all of it."""
 
     def __init__(self, trials: Trials, table: Table) -> None:

@@ -57,7 +57,8 @@ def _edge(sweep: Sweep, name: str, best: Record) -> str | None:
     )
     if NEAR < place < 1 - NEAR:
         return None
-    return f"a {'smaller' if place < 0.5 else 'larger'} {name}: {value:.3g} is at the end of its range ({low:g} to {high:g})"
+    size_of = "smaller" if place < 0.5 else "larger"
+    return f"a {size_of} {name}: {value:.3g} is at the end of its range ({low:g} to {high:g})"
 
 
 def _still_rising(sweep: Sweep, records: Sequence[Record]) -> bool:

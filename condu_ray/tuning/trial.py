@@ -165,7 +165,7 @@ def _row(
     by = {name: BY[assignment.labels] if name in learned else "vote" for name in tests}
     asked = [name for name in tests if name in learned or assignment.goals.unseen]
     crew.hold(manifest)
-    questions = [measure.ask(by[name], *tests[name]) for name in asked]  # type: ignore[arg-type]  # a By
+    questions = [measure.ask(by[name], *tests[name]) for name in asked]
     scores = dict(zip(asked, crew.score(questions, snapshot_of(store, manifest), _unseen), strict=True))
     return [scores.get(name) for name in tests]
 

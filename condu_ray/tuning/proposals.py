@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 
@@ -13,12 +14,15 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from condu_ray.tuning.objectives import SENSE
 from condu_ray.tuning.records import Record
 from condu_ray.tuning.settings import Sweep
 from condu_ray.tuning.space import Choice, Entry, Integer, Log, Settings, grid, told_apart
+
+MEMORY = 256
+"""Trials that the sampler looks back on, up to twice as many between two clearings: its time grows with them."""
 
 TRIES = 200
 """Proposals in a row that may be known already before the space is taken for exhausted."""
@@ -47,20 +51,16 @@ class Proposals:
         self._space = {name: distribution(entry) for name, entry in sweep.space.items()}
         self._left = sweep.most - len(known)
         self._names = sweep.goals.names
-        self._grid = grid(sweep.space) if sweep.search == "grid" else None  # type: ignore[arg-type]  # checked by Sweep
+        points = grid(sweep.space) if sweep.search == "grid" else ()  # type: ignore[arg-type]  # checked by Sweep
+        self._grid = list(itertools.islice(points, sweep.most))
+        self._draws = sweep.search != "grid"
         self._replayed = list(replayed)
-        self._given: set[str] = set()
+        self._given = {told_apart(record.settings) for record in known}
         self._asked: dict[int, optuna.Trial] = {}
+        self._number = max((record.number + 1 for record in known), default=0)
         # Moved on by what is known, or a run that goes on would draw the first run's numbers again.
-        seed = sweep.config.seed + len(replayed) + len(known)
-        best, least = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-        directions = [best if SENSE[name] > 0 else least for name in self._names]
-        self.study = optuna.create_study(sampler=_sampler(sweep.search, seed), directions=directions)
-        self._number = 0
-        for record in known:
-            self._given.add(told_apart(record.settings))
-            self._number = max(self._number, record.number + 1)
-            self.study.add_trial(self._frozen(record))
+        self._sampler = _sampler(sweep.search, sweep.config.seed + len(replayed) + len(known))
+        self._study = self._remembering([self._frozen(record.settings, record.values) for record in known])
 
     def ask(self) -> tuple[int, Settings] | None:
         """The next configuration; None once there are no more to try."""
@@ -68,19 +68,16 @@ class Proposals:
             return None
         for _ in range(TRIES):
             if self._replayed:
-                self.study.enqueue_trial(self._replayed.pop(0))
-            elif self._grid is not None:
-                point = next(self._grid, None)
-                if point is None:
-                    return None
-                if told_apart(point) in self._given:
-                    continue
-                self.study.enqueue_trial(point)
-            trial = self.study.ask(self._space)
+                self._study.enqueue_trial(self._replayed.pop(0))
+            elif self._grid:
+                self._study.enqueue_trial(self._grid.pop(0))
+            elif not self._draws:
+                return None
+            trial = self._study.ask(self._space)
             settings = dict(trial.params)
             if told_apart(settings) not in self._given:
                 break
-            self.study.tell(trial, state=TrialState.FAIL)
+            self._study.tell(trial, state=TrialState.FAIL)
         else:
             return None
         self._given.add(told_apart(settings))
@@ -91,25 +88,53 @@ class Proposals:
 
     def report(self, number: int, budget: int, value: float) -> None:
         """What the first objective is after a part of the work."""
-        self._asked[number].report(value, budget)
+        if len(self._names) == 1:  # Optuna takes no parts of several
+            self._asked[number].report(value, budget)
 
     def tell(self, number: int, values: Sequence[float] | None, whole: bool = True) -> None:
         """How a configuration ended; values None: it failed. whole: false where it was stopped early."""
         trial = self._asked.pop(number)
-        if values is None:
-            self.study.tell(trial, state=TrialState.FAIL)
+        if trial.study is not self._study:
+            self._study.add_trial(self._frozen(dict(trial.params), values))
+        elif values is None:
+            self._study.tell(trial, state=TrialState.FAIL)
         elif whole or len(self._names) > 1:
-            self.study.tell(trial, list(values))
+            self._study.tell(trial, list(values))
         else:
-            self.study.tell(trial, state=TrialState.PRUNED)
+            self._study.tell(trial, state=TrialState.PRUNED)
+        self._remembered += 1
+        if self._remembered >= 2 * MEMORY:
+            self._study = self._remembering(self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
-    def _frozen(self, record: Record) -> optuna.trial.FrozenTrial:
-        return create_trial(
-            state=TrialState.FAIL if record.values is None else TrialState.COMPLETE,
-            params=record.settings,
-            distributions=self._space,
-            values=None if record.values is None else list(record.values),
-        )
+    def _remembering(self, trials: Sequence[FrozenTrial]) -> optuna.Study:
+        """A study of these; of many, a quarter of the memory goes to the best and the rest to the newest."""
+        study = study_of(self._names, self._sampler)
+        if len(trials) > MEMORY:
+            sense = SENSE[self._names[0]]
+            ranked = sorted(trials, key=lambda trial: -sense * trial.values[0] if trial.values else float("inf"))
+            best = ranked[: MEMORY // 4]
+            kept = {id(trial) for trial in best}
+            newest = [trial for trial in trials if id(trial) not in kept][-(MEMORY - len(best)) :]
+            trials = [*best, *newest]
+        study.add_trials(trials)
+        self._remembered = len(trials)
+        return study
+
+    def _frozen(self, settings: Settings, values: Sequence[float] | None) -> FrozenTrial:
+        return frozen(self._space, settings, values)
+
+
+def study_of(names: Sequence[str], sampler: optuna.samplers.BaseSampler | None = None) -> optuna.Study:
+    """An empty study of these objectives."""
+    best, least = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
+    return optuna.create_study(sampler=sampler, directions=[best if SENSE[name] > 0 else least for name in names])
+
+
+def frozen(space: dict[str, BaseDistribution], settings: Settings, values: Sequence[float] | None) -> FrozenTrial:
+    """A trial that has ended; values None: it failed."""
+    state = TrialState.FAIL if values is None else TrialState.COMPLETE
+    told = None if values is None else list(values)
+    return create_trial(state=state, params=settings, distributions=space, values=told)
 
 
 def _sampler(search: str, seed: int) -> optuna.samplers.BaseSampler:
@@ -117,7 +142,8 @@ def _sampler(search: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        # All settings at once: sees how they go together, and costs a third of one after another.
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
 def importances(sweep: Sweep, records: Sequence[Record]) -> dict[str, float]:
@@ -125,7 +151,9 @@ def importances(sweep: Sweep, records: Sequence[Record]) -> dict[str, float]:
     done = [record for record in records if record.values is not None]
     if len(done) < 2 or len({record.values[0] for record in done if record.values}) < 2:
         return {}
-    study = Proposals(sweep, known=done).study
+    space = {name: distribution(entry) for name, entry in sweep.space.items()}
+    study = study_of(sweep.goals.names)
+    study.add_trials([frozen(space, record.settings, record.values) for record in done])
     sense = SENSE[sweep.goals.names[0]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental, and that small targets are taken for good

@@ -168,6 +168,10 @@ class _Watch(Callback):
     def __init__(self, trials: Trials, table: Table) -> None:
         self._trials, self._table = trials, table
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps a pickle of its callbacks, which nothing here reads; a terminal cannot be pickled."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._show(trial)
 

@@ -77,6 +77,8 @@ class Sweep(BaseModel):
             raise ValueError("search grid needs entries of the kinds choice and integer")
         if self.kind == "training" and (self.latency_ms is not None or "latency" in self.objectives):
             raise ValueError("latency follows from the vote: search for settings of the vote (vote.k ...) under it")
+        if self.kind == "inference" and self.labels == "task":
+            raise ValueError("labels task asks no vote: use candidates or union")
         if self.kind == "inference" and "accuracy" in self.objectives:
             raise ValueError("objective accuracy asks no vote: use last or average")
         if self.objectives and SENSE[self.objectives[0]] < 0:

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from in_process_crew import InProcessCrew, make_store, settings, silent
+from streams import SHARE, Stream
 
-from condu_ray.config import SessionConfig
-from condu_ray.data import TaskData, open_task
-from condu_ray.store import Store
-from condu_ray.tuning.cache import Cached, prepare
+from condu_ray.data import open_task
+from condu_ray.tuning.cache import prepare
 from condu_ray.tuning.objectives import Goals
 from condu_ray.tuning.settings import Sweep, read_sweep
-
-SHARE = 0.34
-
-
-@dataclass(frozen=True)
-class Stream:
-    """A stream that is ready to be scored again. tasks: their `test` holds the validation pictures."""
-
-    config: SessionConfig
-    store: Store
-    tasks: list[TaskData]
-    cached: Cached
 
 
 @pytest.fixture(scope="session")

@@ -6,19 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from streams import ended
 
 from condu_ray.tuning.proposals import MEMORY, Proposals, importances
-from condu_ray.tuning.records import Record, Report
+from condu_ray.tuning.records import Record
 from condu_ray.tuning.settings import Sweep
 from condu_ray.tuning.summary import advice, best_of
 
 GRID = {"train.lr": {"choice": [1e-4, 1e-3, 1e-2]}, "train.towers": {"choice": ["both", "image"]}}
 RANGES = {"train.lr": {"log": [1e-4, 1e-2]}, "train.steps": {"integer": [3, 9]}}
 Written = Callable[..., tuple[Path, Sweep]]
-
-
-def ended(number: int, settings: dict[str, object], *values: float, state: str = "finished") -> Record:
-    return Record(number, settings, (Report(1, values, {}, 3, 0.0),), state)  # type: ignore[arg-type]
 
 
 def drawn(proposals: Proposals) -> list[dict[str, object]]:

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Stream
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from in_process_crew import InProcessCrew
+from in_process_crew import InProcessCrew, silent
+from streams import Stream
 
 from condu_ray.config import VoteConfig
 from condu_ray.data import PictureSet
 from condu_ray.models.clip import Clip
 from condu_ray.tuning.answers import Rescorer
-from condu_ray.tuning.cache import load_versions
+from condu_ray.tuning.cache import load_versions, prepare
+from condu_ray.tuning.objectives import Goals
 from condu_ray.tuning.rescoring import Version
 from condu_ray.voting.classifier import Classifier
 from condu_ray.voting.labels import LabelSpace
@@ -106,11 +107,6 @@ def test_figures_of_the_stream_and_its_latency(stream: Stream) -> None:
 
 
 def test_the_cache_is_found_again(stream: Stream) -> None:
-    from in_process_crew import silent
-
-    from condu_ray.tuning.cache import prepare
-    from condu_ray.tuning.objectives import Goals
-
     class NobodyAsked(InProcessCrew):
         def logits(self, *given: Any) -> np.ndarray:
             raise AssertionError("asked again")

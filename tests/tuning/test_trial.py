@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARE
 from in_process_crew import learn_here
+from streams import SHARE, ended
 
 from condu_ray.data import open_task
 from condu_ray.errors import ConfigError
@@ -101,8 +101,6 @@ def test_settings_that_do_not_go_together_are_the_trials_own_fault(written: Writ
 
 
 def test_a_line_that_a_kill_cut_off_is_scored_again(tmp_path: Path) -> None:
-    from test_proposals import ended
-
     scores = Scores(tmp_path)
     scores.add([ended(0, {"vote.k": 1}, 1.0), ended(1, {"vote.k": 2}, 2.0)])
     path = tmp_path / "scores.jsonl"

@@ -16,6 +16,7 @@ import typer
 from PIL import Image
 
 from condu_ray.cli import app
+from condu_ray.tuning.settings import read_sweep
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,12 +33,14 @@ NOT_RUN = {
     r"uv run condu-ray serve": "serves until it is stopped; tests/serving/ does",
     r"curl -F image=@new/1\.png http://127\.0\.0\.1:8000/v1/predict": "asks that server",
     r"uv run condu-ray predict \./new --url http://127\.0\.0\.1:8000": "asks that server",
+    r"uv run condu-ray sweep (?P<sweep>\w+\.yaml)": "trains; tests/tuning/ does",
+    r"uv run condu-ray learn --config sweep/best\.yaml --store tuned": "needs that sweep",
     r"export RAY_AUTH_MODE=token": "is for the cluster of the next lines",
     r"ray get-auth-token --generate": "writes into the home folder",
     r"ray start --head": "starts a cluster that stays",
     r"ray job submit -- python jobs/session\.py (?P<learn>.+)": "needs that cluster",
 }
-RUN, SKIPPED = 13, 10
+RUN, SKIPPED = 13, 12
 
 PICTURES = {
     "birds/train/heron": 8,
@@ -60,6 +63,12 @@ def commands() -> list[str]:
     lines = [line for block in blocks(ROOT / "README.md", "console") for line in block.splitlines()]
     assert [line for line in lines if not line.startswith("$ ")] == [], "each line of a console block is a command"
     return [line.removeprefix("$ ") for line in lines]
+
+
+def files() -> list[tuple[str, str]]:
+    """(name, content) of the files that the README shows."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return list(zip(FILE_NAME.findall(readme), blocks(ROOT / "README.md", "yaml"), strict=True))
 
 
 def form(command: str) -> re.Match[str] | None:
@@ -89,11 +98,20 @@ def test_commands_that_are_not_run_have_the_right_form() -> None:
     assert (ROOT / "jobs" / "session.py").is_file()
 
 
+def test_the_sweep_is_understood(tmp_path: Path) -> None:
+    (name,) = (found["sweep"] for command in commands() if (found := form(command)) and "sweep" in found.groupdict())
+    for file, body in files():
+        (tmp_path / file).write_text(body, encoding="utf-8")
+    assert read_sweep(tmp_path / name).kind == "training"
+    (example,) = blocks(ROOT / "docs" / "sweeps.md", "yaml")
+    (tmp_path / name).write_text(example, encoding="utf-8")
+    assert len(read_sweep(tmp_path / name).space) == 4
+
+
 @pytest.mark.timeout(900)
 def test_the_commands_run(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pictures(tmp_path)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, body in zip(FILE_NAME.findall(readme), blocks(ROOT / "README.md", "yaml"), strict=True):
+    for name, body in files():
         (tmp_path / name).write_text(body, encoding="utf-8")
     environment = os.environ | {
         "CONDU_MODEL": f"local-dir:{tiny_model_dir}",

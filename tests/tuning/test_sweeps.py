@@ -1,4 +1,4 @@
-"""`condu-ray sweep` on a Ray cluster: trials by Tune, the vote by cached answers, kills, failures, test pictures untouched."""
+"""`condu-ray sweep` on a Ray cluster: Tune, cached answers, kills, failures, test pictures that nobody opens."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_sweep_of_training_with_a_failure_and_an_unreadable_test_split(
     space = {"fusion.triggers": {"choice": ["mask", "sign"]}, "fusion.tune_rescalers": {"choice": [None, 3]}}
     tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"
     session = {"tasks": {"colours": untestable}, "tracking": tracking}
-    file, sweep = written(["colours"], space, session=session, search="grid")
+    file, _ = written(["colours"], space, session=session, search="grid")
     free = ray.available_resources().get("CPU")
 
     said = condu("sweep", file, "--json")
@@ -109,7 +109,7 @@ def nested_runs(uri: str) -> list[dict[str, Any]]:
 
 def test_asha_ends_trials_that_lag_behind(written: Written, tmp_path: Path, ray_cluster: None) -> None:
     """Rates that move nothing fall behind; two trials at once are enough to compare."""
-    file, sweep = written(["colours"], {"train.lr": {"choice": [3e-3, 2e-3, 1e-7, 2e-7, 3e-7, 4e-7]}}, trials=6)
+    file, _ = written(["colours"], {"train.lr": {"choice": [3e-3, 2e-3, 1e-7, 2e-7, 3e-7, 4e-7]}}, trials=6)
 
     said = condu("sweep", file, "--json")
 
@@ -161,7 +161,7 @@ def ended(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_sweep_goes_on_and_repeats_nothing(written: Written) -> None:
-    file, sweep = written(["colours"], {"train.lr": {"log": [1e-4, 1e-2]}}, trials=8)
+    file, _ = written(["colours"], {"train.lr": {"log": [1e-4, 1e-2]}}, trials=8)
     folder = file.with_suffix("")
     child = sweeping(file)
     deadline = time.monotonic() + DEADLINE

@@ -39,7 +39,7 @@ UNIT = np.array([[1, 0]], np.float32)
 
 
 def route(vote: VoteConfig, place: float):  # type: ignore[no-untyped-def]
-    router = router_of(TASKS, vote, calibrated(TASKS, vote.k))
+    router = router_of(TASKS, vote, calibrated(TASKS, vote))
     (one,) = router.route(UNIT, np.array([[place, -place, 0, 0]], np.float32))
     return one
 
@@ -72,19 +72,49 @@ def test_a_fixed_share_of_the_base_model_is_taken_as_given() -> None:
         assert route(VoteConfig(base_weight=0.3), place).base == 0.3
 
 
+def test_experts_are_taken_until_one_of_them_is_right_as_surely_as_is_asked() -> None:
+    assert len(route(VoteConfig(coverage=0.3), 3.0).experts) == 1
+    assert len(route(VoteConfig(coverage=0.9999999), 3.0).experts) > 1
+
+
+def prototyped(image: list[float], text: list[float]) -> Task:
+    """One class, whose pictures look like `image` and whose name like `text`."""
+    pictures = np.array([image] * 10, np.float32)
+    sums = FeatureSums.zero(1, 2).add(pictures, np.zeros(10, np.int64))
+    return Task(make_prototypes(sums, np.array([text], np.float32), pictures), None)
+
+
+def test_a_drop_that_is_set_stands_for_the_calibrated_one() -> None:
+    tasks = [prototyped([1, 0], [1, 0]), prototyped([0.8, 0.6], [0.8, 0.6])]
+    for gap, count in ((0.1, 1), (0.3, 2)):
+        vote = VoteConfig(router="cosine", gap=gap)
+        (one,) = router_of(tasks, vote, calibrated(tasks, vote)).route(UNIT, UNIT)
+        assert len(one.experts) == count
+
+
+def test_prototypes_may_be_of_pictures_or_of_names_alone() -> None:
+    tasks = [prototyped([1, 0], [0, 1]), prototyped([0, 1], [1, 0])]
+    for prototypes, nearest in (("image", 0), ("text", 1)):
+        vote = VoteConfig.model_validate({"router": "cosine", "prototypes": prototypes})
+        near, _ = router_of(tasks, vote, calibrated(tasks, vote)).ranked(UNIT, UNIT)
+        assert near.argmax() == nearest and near[0, nearest] == pytest.approx(1)
+    both, _ = router_of(tasks, VoteConfig(router="cosine"), calibrated(tasks, VoteConfig())).ranked(UNIT, UNIT)
+    assert both[0].tolist() == pytest.approx([0.5**0.5] * 2)
+
+
 def test_the_published_mean_weighs_all_alike() -> None:
     one = route(VoteConfig(combine="mean_logits", adaptive=False, k=3), 6.0)
     assert one.base == pytest.approx(1 / 4) and one.shares.tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_prototypes_decide_where_a_task_has_no_domain_or_the_vote_says_so() -> None:
-    limits = calibrated(TASKS, 4)
+    limits = calibrated(TASKS, VoteConfig())
     assert isinstance(router_of(TASKS, VoteConfig(), limits), DomainRouter)
     assert isinstance(router_of(TASKS, VoteConfig(router="cosine"), limits), CosineRouter)
     older = [*TASKS, task(3.0, kept=False)]
-    assert calibrated(older, 4).domains is None
-    assert isinstance(router_of(older, VoteConfig(), calibrated(older, 4)), CosineRouter)
-    assert isinstance(router_of([], VoteConfig(), calibrated([], 4)), CosineRouter)
+    assert calibrated(older, VoteConfig()).domains is None
+    assert isinstance(router_of(older, VoteConfig(), calibrated(older, VoteConfig())), CosineRouter)
+    assert isinstance(router_of([], VoteConfig(), calibrated([], VoteConfig())), CosineRouter)
 
 
 def test_without_tasks_the_base_model_answers() -> None:
@@ -120,7 +150,7 @@ def test_what_labels_say_are_probabilities_that_leave_nothing_out(labels: list[s
 
 
 def test_a_picture_between_two_domains_goes_where_its_labels_are_known() -> None:
-    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, 4))
+    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, VoteConfig()))
     between = np.array([[3.0, -3.0, 0, 0]], np.float32)
     for number, names in enumerate(CLASSES[:2]):
         (one,) = router.route(UNIT, between, prior_of(names[1:], CLASSES))
@@ -128,14 +158,14 @@ def test_a_picture_between_two_domains_goes_where_its_labels_are_known() -> None
 
 
 def test_labels_that_nothing_has_learned_bring_the_base_model_in() -> None:
-    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, 4))
+    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, VoteConfig()))
     edge = np.array([[-3.0, 3.0, 0, 0]], np.float32)
     shares = [router.route(UNIT, edge, prior_of(names, CLASSES))[0].base for names in (CLASSES[0], ["a", "b"])]
     assert shares[0] < router.route(UNIT, edge)[0].base + 1e-9 < shares[1]
 
 
 def test_without_labels_the_prior_is_the_calibrated_one() -> None:
-    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, 4))
+    router = router_of(TASKS, VoteConfig(), calibrated(TASKS, VoteConfig()))
     place = np.array([[2.0, -2.0, 0, 0]], np.float32)
     given, none = router.route(UNIT, place, prior_of(["cat", "stop", "apple"], [("cat",), ("stop",), ("apple",)])), None
     assert given[0].base == pytest.approx(router.route(UNIT, place, none)[0].base)

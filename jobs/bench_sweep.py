@@ -4,7 +4,8 @@
     python jobs/bench_sweep.py --work WORK --stream birds=DATA/birds,signs=DATA/signs --json
 
 On scikit-learn's digits the full grid of 16 configurations is trained to the end, then the same 16 are searched with
-early stopping; a third, short sweep is killed in the middle and given again. Settings of the vote are searched on
+early stopping; six members of a population train with rates that change on the
+way. A short sweep is killed in the middle and given again. Settings of the vote are searched on
 --stream (without it: the demo's five worlds) with all classes competing. docs/sweeps.md defines every figure. Sweeps
 stay in --work: given again, what is finished is not done again; the timed part is.
 """
@@ -18,13 +19,14 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+import numpy as np
 import yaml
 from PIL import Image
 
@@ -37,13 +39,19 @@ from condu_ray.engine.cluster import connected
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import open_data
 from condu_ray.engine.progress import stage
+from condu_ray.methods import registry
+from condu_ray.methods.training import Resume, train_task
+from condu_ray.models.load import load as load_model
 from condu_ray.tuning import answers, command
 from condu_ray.tuning.cache import prepare
 from condu_ray.tuning.records import Trials
 from condu_ray.tuning.settings import read_sweep
+from condu_ray.tuning.space import applied
+from condu_ray.tuning.trial import accuracy
 
 TRAIN_EACH, TEST_EACH = 120, 20  # digits a class: more than the demo has, so that a point is more than one picture
 STEPS, SHORT = 54, 9
+MEMBERS = 6  # of the population: about as many steps as ASHA takes
 GRID = {
     "train.lr": {"choice": [3e-5, 2e-4, 1e-3, 5e-3]},
     "train.label_smoothing": {"choice": [0.0, 0.1]},
@@ -106,6 +114,48 @@ def beside_the_grid(work: Path) -> dict[str, Any]:
     }
 
 
+class _Paused(Exception):
+    """A member of the population has reached the next rung."""
+
+
+def population(work: Path) -> dict[str, Any]:
+    """Population-based training of the rate (arXiv 1711.09846): at each third of the steps the worst third of the
+    members goes on from copies of the best, at a rate times 0.8 or 1.25."""
+    digits = {"digits": str(write_digits(work / "digits"))}
+    sweep = read_sweep(write_sweep(work / "grid.yaml", digits, GRID, STEPS, search="grid", early_stopping="none"))
+    config = applied(sweep.config, {"train.checkpoint_seconds": 1e-9})
+    (task,) = open_data(config, stage, sweep.validation_share)
+    clip, method = load_model(config.model_spec), registry.get(config.method)
+    layout, dice = method.layout(clip, config), np.random.default_rng(config.seed)
+    low, high = GRID["train.lr"]["choice"][0], GRID["train.lr"]["choice"][-1]
+    rates = list(np.exp(dice.uniform(np.log(low), np.log(high), MEMBERS)))
+    weights: list[Any] = [None] * MEMBERS
+    reached = [0.0] * MEMBERS
+    for mark in (STEPS // 3, 2 * STEPS // 3, STEPS):
+        for member in range(MEMBERS):
+            kept: list[Any] = [weights[member]]
+
+            def save(checkpoint: Any, kept: list[Any] = kept, mark: int = mark) -> None:
+                if int(checkpoint["step"][0]) == mark:
+                    kept[0] = {name: np.array(values) for name, values in checkpoint.items()}
+                    raise _Paused
+
+            def watch(step: int, model: Any, member: int = member, mark: int = mark) -> None:
+                if step == mark:
+                    reached[member] = accuracy(clip, model, task, task.test, config)
+
+            resume = Resume(lambda kept=kept: kept[0], save)
+            with suppress(_Paused):
+                rated = applied(config, {"train.lr": float(rates[member])})
+                train_task(clip, method, layout, task, rated, resume=resume, watch=watch)
+            weights[member] = kept[0]
+        if mark < STEPS:
+            order = np.argsort(reached, kind="stable")
+            for worst, best in zip(order[: MEMBERS // 3], order[::-1], strict=False):
+                weights[worst], rates[worst] = weights[best], rates[best] * dice.choice([0.8, 1.25])
+    return {"pbt_best": max(reached), "pbt_steps": MEMBERS * STEPS}
+
+
 def ended(folder: Path) -> dict[int, bytes]:
     """The files of the trials that have ended, by number."""
     trials = Trials(folder)
@@ -165,7 +215,7 @@ def scored_again(work: Path, stream: str | None) -> dict[str, Any]:
     }
 
 
-PARTS = ("grid", "kill", "rescore")
+PARTS = ("grid", "pbt", "kill", "rescore")
 
 
 def main() -> None:
@@ -179,6 +229,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     if "grid" in parts:
         found |= beside_the_grid(work)
+    if "pbt" in parts:
+        found |= population(work)
     if "kill" in parts:
         write_digits(work / "digits")
         found |= killed(work)

@@ -170,7 +170,7 @@ class RayCrew:
             ref = self._hired()[0].rescalers.remote(task, self._state, buffers, self._threads(), reporter(board))
             while not ray.wait([ref], timeout=POLL_SECONDS)[0]:
                 show(ray.get(board.read.remote())[0], steps_of(task, self._config), update)
-            return _result(ref)
+            return result_of(ref)
 
         self._refresh = propose
         try:
@@ -225,8 +225,13 @@ class RayCrew:
             ray.kill(actor)
         self._pool = []
 
+    def dismiss(self) -> None:
+        """Ends the fusion actor, too: nobody goes on with this store."""
+        self.close()
+        ray.kill(self._fusion)
+
     def _change(self, method: str, *given: Any) -> Any:
-        return _result(getattr(self._fusion, method).remote(*given))
+        return result_of(getattr(self._fusion, method).remote(*given))
 
     def _with_state(self, ask: Callable[[], Any]) -> Any:
         """What `ask` returns, which needs the published state."""
@@ -306,7 +311,8 @@ def chunks(pictures: Split) -> list[Split]:
     return [pictures.take(range(start, min(start + CHUNK, len(pictures)))) for start in range(0, len(pictures), CHUNK)]
 
 
-def _result(ref: Any) -> Any:
+def result_of(ref: Any) -> Any:
+    """What a reference stands for. Raises what was raised there where it is meant for the user."""
     try:
         return ray.get(ref)
     except RayTaskError as error:

@@ -14,6 +14,7 @@ import ray
 
 from condu_ray.config import VoteConfig
 from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.crew import TRIES, result_of
 from condu_ray.engine.progress import Update
 from condu_ray.store import open_store
 from condu_ray.tuning.cache import Cached, load_versions
@@ -67,7 +68,7 @@ def search(sweep: Sweep, cached: Cached, folder: Path, cluster: Cluster, update:
     scores = Scores(folder)
     known = scores.all()
     proposals = Proposals(sweep, known=known)
-    actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Rescorer)
+    actor = ray.remote(num_cpus=1, max_restarts=TRIES, max_task_retries=TRIES)(Rescorer)
     given = (cached, sweep.config.vote, sweep.asked, sweep.goals.unseen)
     pool = [actor.remote(*given) for _ in range(max(1, min(cluster.cpus, sweep.config.workers or cluster.cpus)))]
     try:
@@ -94,7 +95,7 @@ def _work(
         worker, batch = running.pop(ready)
         free.append(worker)
         ended = []
-        for (number, settings), (figures, seconds) in zip(batch, ray.get(ready), strict=True):
+        for (number, settings), (figures, seconds) in zip(batch, result_of(ready), strict=True):
             values = sweep.goals.values(figures)
             proposals.tell(number, values)
             ended.append(Record(number, settings, (Report(1, values, figures, 0, seconds),), "finished"))

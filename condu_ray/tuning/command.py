@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +94,11 @@ def _search(sweep: Sweep, folder: Path, stage: Stage, cluster: Cluster | None) -
         write(folder / "sweep.json", sweep.terms())
         config = sweep.config.model_copy(update={"store": str(folder / "stream"), "tracking": "off"})
         store = store_for(config)
-        with closing(RayCrew(store, config, found)) as crew:
+        crew = RayCrew(store, config, found)
+        try:
             cached = prepare(config, tasks, sweep.goals, store, crew, stage)
+        finally:
+            crew.dismiss()
         with stage("re-scoring") as update:
             return answers.search(sweep, cached, folder, found, update)
 

@@ -143,7 +143,7 @@ def _stream(assignment: Assignment, config: SessionConfig, tell: Tell) -> None:
     store, tasks = store_for(config), assignment.tasks
     crew = InProcessCrew(store, config, assignment.threads, assignment.device)
     tests = {task.name: (task, measure.test_pictures(task, config)) for task in tasks}
-    zero_shot = zero_shot_row(crew, tests) if assignment.goals.unseen else [None] * len(tasks)
+    zero_shot = _zero_shot(crew, tests) if assignment.goals.unseen else [None] * len(tasks)
     rows: list[Row] = []
     steps = 0
     for place, task in enumerate(tasks, start=1):
@@ -153,7 +153,7 @@ def _stream(assignment: Assignment, config: SessionConfig, tell: Tell) -> None:
         tell(place, figures_of(rows, zero_shot), steps)
 
 
-def zero_shot_row(crew: Crew, tests: dict[str, tuple[TaskData, Split]]) -> list[float | None]:
+def _zero_shot(crew: Crew, tests: dict[str, tuple[TaskData, Split]]) -> list[float | None]:
     return [*crew.score([measure.ask("base", *pair) for pair in tests.values()], None, _unseen)]
 
 

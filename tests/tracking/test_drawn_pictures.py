@@ -40,11 +40,32 @@ def histories(n: int) -> dict[str, list[tuple[int, float | None]]]:
     return {f"task {task}": [(version, 90.0 - version / n) for version in range(task + 1, n + 1)] for task in range(n)}
 
 
+def trials(n: int) -> list[tuple[dict[str, Any], float]]:
+    """Numbers by size and by magnitude, words, yes and no, and what may be unset."""
+    return [
+        (
+            {
+                "vote.k": 1 + place % 4,
+                "train.lr": 10.0 ** -(1 + place % 5),
+                "vote.union": ("own", "joint")[place % 2],
+                "vote.adaptive": place % 3 == 0,
+                "vote.base_weight": (None, 0.2)[place % 2],
+            },
+            float(place),
+        )
+        for place in range(n)
+    ]
+
+
 DRAW: dict[str, Callable[[Path], None]] = {
     "matrix of 1": lambda path: pictures.draw_matrix(matrix(1), path),
     "matrix of 11": lambda path: pictures.draw_matrix(matrix(11), path),
     "matrix of 100": lambda path: pictures.draw_matrix(matrix(100), path),
     "matrix with holes": lambda path: pictures.draw_matrix(AccuracyMatrix(["a", "b"], [[90, None], [80, 70]]), path),
+    "sweep of 1": lambda path: pictures.draw_parallel([({"vote.k": 1}, 50.0)], "Last %", path),
+    "sweep of 60": lambda path: pictures.draw_parallel(trials(60), "Last %", path),
+    "importance": lambda path: pictures.draw_importance({"vote.k": 0.7, "vote.gap": 0.3}, "Last %", path),
+    "importance of nothing": lambda path: pictures.draw_importance({}, "Last %", path),
     "history of none": lambda path: pictures.draw_history({}, path),
     "history of 5": lambda path: pictures.draw_history(histories(5), path),
     "history of 100": lambda path: pictures.draw_history(histories(100), path),

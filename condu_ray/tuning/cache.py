@@ -25,6 +25,7 @@ from condu_ray.tuning.objectives import Goals, Row
 from condu_ray.tuning.rescoring import Pictures, Version
 from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.open import task_experts
+from condu_ray.voting.router import Calibrated
 
 LARGEST = 8 * 2**30
 """Bytes of logits at most: every process that scores maps them."""
@@ -72,10 +73,12 @@ def prepare(
 def load_versions(cached: Cached, store: Store) -> list[Version]:
     """Reads it back; arrays stay memory-mapped."""
     pictures = Pictures(classes=cached.classes, **store.get(cached.pictures))
-    return [
-        Version(pictures, task_experts(store, store.manifest(number)), store.get(ref)["logits"])
-        for number, ref in cached.versions
-    ]
+    found = []
+    for number, ref in cached.versions:
+        manifest = store.manifest(number)
+        limits = Calibrated.from_state(manifest.state)
+        found.append(Version(pictures, task_experts(store, manifest), store.get(ref)["logits"], limits))
+    return found
 
 
 def _labels(tests: dict[str, Split]) -> np.ndarray:

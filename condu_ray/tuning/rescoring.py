@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from condu_ray.config import VoteConfig
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import strangeness
-from condu_ray.voting.router import STRANGE, Calibrated, Prior, calibrated, prior_of, router_of
-from condu_ray.voting.routing import UNCALIBRATED
+from condu_ray.voting.router import STRANGE, Calibrated, Prior, prior_of, router_of
+from condu_ray.voting.routing import UNCALIBRATED, Thresholds, calibrate
 
 Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -59,12 +59,22 @@ class _Routed:
 
 
 class Version:
-    """One version's experts and what each voter says of every picture. logits: f32[V, N, C]."""
+    """One version's experts and what each voter says of every picture. logits: f32[V, N, C].
 
-    def __init__(self, pictures: Pictures, experts: Sequence[TaskExpert], logits: NDArray[np.float32]) -> None:
+    calibrated: as the version holds it. Its domains do not depend on the vote; its cosines do, and are made anew.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        experts: Sequence[TaskExpert],
+        logits: NDArray[np.float32],
+        calibrated: Calibrated,
+    ) -> None:
         self._pictures, self._experts, self._logits = pictures, tuple(experts), logits
+        self._domains = calibrated.domains if all(each.domain is not None for each in experts) else None
         self._learned = len(self._experts)
-        self._calibrated = lru_cache(maxsize=None)(self._calibrate)
+        self._thresholds = lru_cache(maxsize=None)(self._calibrate)
         self._ranked = lru_cache(maxsize=None)(self._rank)
         self._own = self._best_of_own()
 
@@ -95,32 +105,26 @@ class Version:
 
     # ---- who answers
 
-    def _calibrate(self, k: int, prototypes: str) -> Calibrated:
-        return calibrated(self._experts, VoteConfig.model_validate({"k": k, "prototypes": prototypes}))
+    def _calibrate(self, k: int, prototypes: Literal["both", "image", "text"]) -> Thresholds:
+        return calibrate([expert.prototypes.of(prototypes) for expert in self._experts], k)
 
     def _rank(self, router: str, prototypes: str) -> tuple[Doubles, Doubles]:
         """What the router makes of all pictures, see `Router.ranked`; neither thresholds nor k count for it."""
         vote = VoteConfig.model_validate({"router": router, "prototypes": prototypes})
-        found = router_of(self._experts, vote, self._calibrated(1, prototypes))
+        found = router_of(self._experts, vote, Calibrated(UNCALIBRATED, self._domains))
         return found.ranked(self._pictures.features, self._pictures.domains)
 
-    @property
-    def _by_domains(self) -> bool:
-        return all(expert.domain is not None for expert in self._experts)
-
     def _route(self, vote: VoteConfig, rows: slice, prior: Prior | None) -> _Routed:
-        by_domains = vote.router == "lda" and self._by_domains
-        near, sure = self._ranked("lda" if by_domains else "cosine", "both" if by_domains else vote.prototypes)
-        limits = self._calibrated(vote.k, vote.prototypes)
-        if by_domains:
-            assert limits.domains is not None
+        if vote.router == "lda" and self._domains is not None:
+            near, sure = self._ranked("lda", "both")
             likely = near[rows]
             if prior is not None:
                 likely = likely * prior.tasks
                 likely = likely / likely.sum(axis=1, keepdims=True)
-            strange = strangeness(sure[rows], limits.domains, *(() if prior is None else (prior.none,)))
+            strange = strangeness(sure[rows], self._domains, *(() if prior is None else (prior.none,)))
             return _by_domains(vote, likely, strange)
-        thresholds = limits.cosines or UNCALIBRATED
+        near, _ = self._ranked("cosine", vote.prototypes)
+        thresholds = self._thresholds(vote.k, vote.prototypes)
         gap = thresholds.gap if vote.gap is None else vote.gap
         return _by_cosines(vote, near[rows], gap, thresholds.known, thresholds.unseen)
 

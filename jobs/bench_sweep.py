@@ -4,10 +4,10 @@
     python jobs/bench_sweep.py --work WORK --stream birds=DATA/birds,signs=DATA/signs --json
 
 On scikit-learn's digits the full grid of 16 configurations is trained to the end, then the same 16 are searched with
-early stopping; six members of a population train with rates that change on the
-way. A short sweep is killed in the middle and given again. Settings of the vote are searched on
---stream (without it: the demo's five worlds) with all classes competing. docs/sweeps.md defines every figure. Sweeps
-stay in --work: given again, what is finished is not done again; the timed part is.
+early stopping; six members of a population train with rates that change on the way. A short sweep is killed in the
+middle and given again. Settings of the vote are searched on --stream (without it: the demo's five worlds) with all
+classes competing. docs/sweeps.md defines every figure. Sweeps stay in --work: given again, what is finished is not
+done again; the timed part is.
 """
 
 from __future__ import annotations

@@ -284,22 +284,26 @@ class RayCrew:
         options = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_restarts": -1, "max_task_retries": TRIES}
         actor = ray.remote(Scorer).options(**options)
         given = (self._store.url, self._config, "cuda" if gpu else "cpu")
-        hired = {}
-        for _ in range(self._places):
-            one = actor.remote(*given)
-            hired[one.__ray_ready__.remote()] = one
-        # Other work may hold some of the cluster's cores: those that found no place are not waited for.
-        ready, late = ray.wait(list(hired), num_returns=len(hired), timeout=HIRE_SECONDS)
-        if not ready:
-            ready, late = ray.wait(late, timeout=LONGEST_HIRE_SECONDS)
-        for ref in late:
-            ray.kill(hired[ref])
-        if not ready:
-            raise TrainingError(
-                f"no {'GPU' if gpu else 'CPU core'} of the cluster came free in {LONGEST_HIRE_SECONDS:.0f} s",
-                "end other work on it, and run the same command again",
-            )
-        return [hired[ref] for ref in ready]
+        return those_ready([actor.remote(*given) for _ in range(self._places)], "GPU" if gpu else "CPU core")
+
+
+def those_ready(actors: Sequence[Any], place: str) -> list[Any]:
+    """Those that found a place; the others are ended, since other work may hold some of the cluster's cores.
+
+    place: what they need, for the error where none came free.
+    """
+    hired = {one.__ray_ready__.remote(): one for one in actors}
+    ready, late = ray.wait(list(hired), num_returns=len(hired), timeout=HIRE_SECONDS)
+    if not ready:
+        ready, late = ray.wait(late, timeout=LONGEST_HIRE_SECONDS)
+    for ref in late:
+        ray.kill(hired[ref])
+    if not ready:
+        raise TrainingError(
+            f"no {place} of the cluster came free in {LONGEST_HIRE_SECONDS:.0f} s",
+            "end other work on it, and run the same command again",
+        )
+    return [hired[ref] for ref in ready]
 
 
 def _fusion_name(store: Store, shards: int) -> str:

@@ -14,7 +14,7 @@ import ray
 
 from condu_ray.config import VoteConfig
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.crew import TRIES, result_of
+from condu_ray.engine.crew import TRIES, result_of, those_ready
 from condu_ray.engine.progress import Update
 from condu_ray.store import open_store
 from condu_ray.tuning.cache import Cached, load_versions
@@ -70,7 +70,8 @@ def search(sweep: Sweep, cached: Cached, folder: Path, cluster: Cluster, update:
     proposals = Proposals(sweep, known=known)
     actor = ray.remote(num_cpus=1, max_restarts=TRIES, max_task_retries=TRIES)(Rescorer)
     given = (cached, sweep.config.vote, sweep.asked, sweep.goals.unseen)
-    pool = [actor.remote(*given) for _ in range(max(1, min(cluster.cpus, sweep.config.workers or cluster.cpus)))]
+    places = max(1, min(cluster.cpus, sweep.config.workers or cluster.cpus))
+    pool = those_ready([actor.remote(*given) for _ in range(places)], "CPU core")
     try:
         _work(sweep, proposals, pool, scores, known, update)
     finally:

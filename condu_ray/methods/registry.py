@@ -92,6 +92,26 @@ METHODS = {
             ordered=True,
             single=True,
         ),
+        MethodInfo(
+            "rapf",
+            "adapter",
+            "one adapter on the base model's features, replay of class Gaussians, fused by SVD",
+            "RAPF, arXiv 2407.14143, as read in its public code; cap on hinge pairs and number of draws ours",
+            trains=True,
+            ordered=True,
+            on_features=True,
+            single=True,
+        ),
+        MethodInfo(
+            "calfuse",
+            "adapter",
+            "the same, fused by QR, with distillation and a calibrated share of the base model's feature",
+            "CalFuse, arXiv 2503.18672: its parts are published, every formula is our reconstruction",
+            trains=True,
+            ordered=True,
+            on_features=True,
+            single=True,
+        ),
     )
 }
 

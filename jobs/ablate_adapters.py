@@ -43,10 +43,8 @@ BATCH = 64
 SHAKEN = 1e-6
 ROWS: dict[str, dict[str, Any]] = {
     "rapf": {"method": "rapf"},
-    "rapf, identity start": {"method": "rapf", "adapter.init": "identity"},
     "rapf, its shrinkage": {"method": "rapf", "memory.shrinkage": "rapf"},
     "calfuse": {"method": "calfuse"},
-    "calfuse, identity start": {"method": "calfuse", "adapter.init": "identity"},
     "calfuse, svd": {"method": "calfuse", "adapter.basis": "svd"},
     "calfuse, no basis": {"method": "calfuse", "adapter.basis": "identity"},
     "calfuse, by direction, bias 0.1": {
@@ -94,8 +92,8 @@ def sessions(clip: Clip, tasks: Mapping[str, str], work: Path) -> list[Session]:
                 train, test = (_seen(clip, split) for split in (task.train, task.test))
             prompts = [[template.replace("{c}", each) for template in task.templates] for each in task.classes]
             texts = class_embeddings(clip, prompts).numpy()
-            arrays = {"train": train[0] * train[1][:, None], "test": test[0], "texts": texts}
-            labels = {"train_labels": task.train.labels, "test_labels": task.test.labels}
+            arrays: dict[str, Any] = {"train": train[0] * train[1][:, None], "test": test[0], "texts": texts}
+            labels: dict[str, Any] = {"train_labels": task.train.labels, "test_labels": task.test.labels}
             work.mkdir(parents=True, exist_ok=True)
             np.savez(path, **arrays, **labels)
         with np.load(path) as kept:
@@ -150,12 +148,14 @@ def shaken(stream: Sequence[Session]) -> list[Session]:
     ]
 
 
-def measured(clip: Clip, stream: Sequence[Session], row: str, seed: int, first: bool, path: Path) -> dict[str, Any]:
-    """Figures of a row and seed; read from `path` where they are there already."""
+def measured(
+    clip: Clip, stream: Sequence[Session], settings: Mapping[str, Any], seed: int, first: bool, path: Path
+) -> dict[str, Any]:
+    """Figures of a row's settings and a seed; read from `path` where they are there already."""
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    config, _ = resolve({**ROWS[row], "seed": seed})
+    config, _ = resolve({**settings, "seed": seed})
     accuracies, said = learned(clip, stream, config)
     found = {"avg": statistics.fmean(accuracies), "last": accuracies[-1]}
     if first:
@@ -164,12 +164,12 @@ def measured(clip: Clip, stream: Sequence[Session], row: str, seed: int, first: 
     return found
 
 
-def _key(digest: str, row: str) -> str:
-    return hashlib.sha256(f"{digest} {sorted(ROWS[row].items())}".encode()).hexdigest()[:24]
+def _key(digest: str, settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(f"{digest} {sorted(settings.items())}".encode()).hexdigest()[:24]
 
 
 def measure(
-    clip: Clip, stream: Sequence[Session], seeds: Sequence[int], rows: Sequence[str], work: Path
+    clip: Clip, stream: Sequence[Session], seeds: Sequence[int], rows: Mapping[str, Mapping[str, Any]], work: Path
 ) -> list[dict[str, Any]]:
     digest = hashlib.sha256(b"".join(each.train.raw.tobytes() for each in stream)).hexdigest()
     zero_shot = []
@@ -177,10 +177,12 @@ def measure(
         said, truth = answers(stream[:number], None)
         zero_shot.append(100 * float((said == truth).mean()))
     found: list[dict[str, Any]] = [{"row": "zero-shot", "avg": [statistics.fmean(zero_shot)], "last": [zero_shot[-1]]}]
-    for name in rows:
+    for name, settings in rows.items():
         with stage(name):
             runs = [
-                measured(clip, stream, name, seed, seed == seeds[0], work / f"row-{_key(digest, name)}-{seed}.json")
+                measured(
+                    clip, stream, settings, seed, seed == seeds[0], work / f"row-{_key(digest, settings)}-{seed}.json"
+                )
                 for seed in seeds
             ]
         figures = {key: [run[key] for run in runs if key in run] for key in ("avg", "last", "unlike")}
@@ -195,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", type=int, default=0, metavar="M", help="classes of the first session [default: N]")
     parser.add_argument("--seeds", default="0", help="of fits [default: 0]")
     parser.add_argument("--rows", help="names of rows, separated by ';' [default: all]")
+    parser.add_argument("--start", default="default", help="of the first adapter: default or identity [default]")
     parser.add_argument("--model", default="default", help="as for `condu-ray learn`")
     parser.add_argument("--pretrained", help="as for `condu-ray learn`")
     parser.add_argument("--work", type=Path, required=True, help="folder for features and figures")
@@ -203,11 +206,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows = options.rows.split(";") if options.rows else list(ROWS)
     if strange := [name for name in rows if name not in ROWS]:
         parser.error(f"no row {strange[0]!r}; there are {'; '.join(ROWS)}")
+    chosen = {name: {**ROWS[name], "adapter.init": options.start} for name in rows}
     try:
         clip = load(ModelSpec(name=options.model, pretrained=options.pretrained))
         tasks = increments(f"b{options.base}", options.data, options.increment, None).tasks
         stream = sessions(clip, tasks, options.work)
-        found = measure(clip, stream, [int(seed) for seed in options.seeds.split(",")], rows, options.work)
+        found = measure(clip, stream, [int(seed) for seed in options.seeds.split(",")], chosen, options.work)
     except ConduError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

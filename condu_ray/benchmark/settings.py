@@ -15,7 +15,7 @@ from condu_ray.store.header import fixed_settings
 
 # What may differ between two runs of one benchmark: where things are, and who does the work.
 _FREE = {"store", "tasks", "method", "seed", "tracking", "workers", "parallel", "gpu"}
-_FREE |= {"train.checkpoint_seconds", "train.loader_processes"}
+_FREE |= {"cpus_per_worker", "gpus_per_worker", "fusion.shards", "train.checkpoint_seconds", "train.loader_processes"}
 
 
 @dataclass(frozen=True)

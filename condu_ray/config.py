@@ -200,6 +200,9 @@ class SessionConfig(_Section):
     gpus_per_worker: float = Field(
         default=1.0, gt=0, le=1, description="share of a GPU of a training process; below 1, small tasks share a GPU"
     )
+    node_wait_seconds: float = Field(
+        default=0, ge=0, le=86400, description="longest wait for nodes that a cluster's autoscaler brings; 0: none"
+    )
     parallel: Literal["auto", "tasks", "data"] = Field(
         default="auto",
         description="tasks: a worker a task; data: all workers share each task (DDP); auto: data for a single task",

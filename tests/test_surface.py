@@ -77,6 +77,7 @@ SETTINGS = [
     "workers",
     "cpus_per_worker",
     "gpus_per_worker",
+    "node_wait_seconds",
     "parallel",
     "gpu",
     "seed",

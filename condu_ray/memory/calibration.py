@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from condu_ray.memory.moments import Features, Kind, Matrix, covariance, distance, roots, root, shrunk, symmetric
+from condu_ray.memory.moments import Features, Kind, Matrix, covariance, distance, root, roots, shrunk, symmetric
 
 Mode = Literal["none", "mean", "sdc", "ot", "linear"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -89,7 +89,8 @@ class Semantic:
         apart = (rows**2).sum(1)[:, None] - 2 * rows @ self.before.T + (self.before**2).sum(1)
         near = -apart / (2 * self.width)
         weights = np.exp(near - near.max(axis=1, keepdims=True))  # of the nearest 1, so that they never all vanish
-        return rows + self.strength * (weights / weights.sum(axis=1, keepdims=True)) @ self.drift
+        moved: Matrix = rows + self.strength * (weights / weights.sum(axis=1, keepdims=True)) @ self.drift
+        return moved
 
     def mean(self, mean: Matrix) -> Matrix:
         moved: Matrix = self.features(mean[None])[0]

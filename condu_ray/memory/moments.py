@@ -40,13 +40,15 @@ def covariance(features: Features, labels: NDArray[np.int64] | None = None) -> M
 
 def symmetric(matrix: Matrix) -> Matrix:
     """The symmetric part."""
-    return (matrix + matrix.T) / 2
+    half: Matrix = (matrix + matrix.T) / 2
+    return half
 
 
 def shrunk(covariance: Matrix, share: float) -> Matrix:
     """(1 - share) S + share (tr S / D) I: the same trace, and, for a share above 0, no direction without variance."""
     size = len(covariance)
-    return (1 - share) * covariance + share * (np.trace(covariance) / size) * np.eye(size)
+    kept: Matrix = (1 - share) * covariance + share * (np.trace(covariance) / size) * np.eye(size)
+    return kept
 
 
 def condition(covariance: Matrix) -> float:

@@ -23,54 +23,56 @@ from condu_ray.models.clip import Clip
 
 PLACEHOLDER = "x"
 START = "a photo of a"
+NAME_ROOM = 3
+"""Tokens beside the vectors: the start, the end, and a name of one token."""
+
 CHUNK = 128
 """Most texts a pass."""
+
+
+def prompt_tokens(clip: Clip, names: Sequence[str], length: int) -> Tensor:
+    """Class names as the tower reads them after `length` vectors, int64[C, tokens]; their places hold a placeholder.
+
+    Raises ModelError for a tower that looks up no tokens, ConfigError where vectors and a name do not fit.
+    """
+    _token_table(clip)
+    first, place = _placeholder(clip)
+    tokens = clip.tokenizer([f"{PLACEHOLDER} " * length + f"{name.replace('_', ' ')}." for name in names])
+    room = tokens.shape[1] - NAME_ROOM
+    if length > room:
+        raise ConfigError(
+            f"{length} prompt vectors and a class name do not fit the {tokens.shape[1]} tokens of a text for "
+            f"{clip.spec.name}",
+            f"use at most {room} (--dmc.shared-prompt, --dmc.task-prompt)",
+        )
+    if not (tokens[:, first : first + length] == place).all():
+        raise _refusal(clip, "its tokenizer does not keep them apart")
+    return tokens
+
+
+def most_vectors(clip: Clip) -> int:
+    """How many vectors fit before a name of one token."""
+    return clip.tokenizer([PLACEHOLDER]).shape[1] - NAME_ROOM
 
 
 class PromptedClasses:
     """The text tower of θ⁰ over class names, as a function of the vectors before them; for one thread at a time.
 
-    Raises ModelError for a tower that looks up no tokens, ConfigError where vectors and a name do not fit.
+    tokens: as `prompt_tokens` gives them for so many vectors.
     """
 
-    def __init__(self, clip: Clip, names: Sequence[str], length: int) -> None:
+    def __init__(self, clip: Clip, tokens: Tensor, length: int) -> None:
         self._clip, self.length = clip, length
-        self._table = _token_table(clip)
-        texts = [f"{PLACEHOLDER} " * length + f"{name.replace('_', ' ')}." for name in names]
-        self._first, place = _placeholder(clip)
-        self._tokens = clip.tokenizer(texts).to(clip.device)
-        room = self._tokens.shape[1]
-        if length + 3 > room:  # start, end, and a name of one token
-            raise ConfigError(
-                f"{length} prompt vectors and a class name do not fit the {room} tokens of a text for {clip.spec.name}",
-                f"use at most {room - 3} (--dmc.prompt-length)",
-            )
-        if not (self._tokens[:, self._first : self._first + length] == place).all():
-            raise _refusal(clip, "its tokenizer does not keep them apart")
-
-    @property
-    def width(self) -> int:
-        """W."""
-        return self._table.weight.shape[1]
-
-    def start(self, seed: int) -> Tensor:
-        """Where learning begins, f32[M, W]: the embeddings of "a photo of a", then noise as large as embeddings are."""
-        table = self._table.weight.detach().float()
-        tokens = self._clip.tokenizer([f"{START} {PLACEHOLDER}"])[0][self._first :]
-        words = tokens[: len(START.split())].to(table.device)
-        noise = torch.randn(self.length, self.width, generator=torch.Generator().manual_seed(seed))
-        found = noise.to(table.device) * table.std()
-        found[: len(words)] = table[words][: self.length]
-        return found
+        self._table, (self._first, _) = _token_table(clip), _placeholder(clip)
+        self._tokens = tokens.to(clip.device)
 
     def vectors(self, context: Tensor, classes: Tensor | None = None) -> Tensor:
         """context f32[C, M, W], or [M, W] for all alike -> unit vectors f32[C, D], with a gradient for the context.
 
-        classes: which of them (int64[C]); None: all.
+        classes: which of them, int64[C]; None: all.
         """
         tokens = self._tokens if classes is None else self._tokens[classes]
-        spread = context if context.dim() == 3 else context.expand(len(tokens), -1, -1)
-        parts = zip(torch.split(tokens, CHUNK), torch.split(spread, CHUNK), strict=True)
+        parts = zip(torch.split(tokens, CHUNK), torch.split(context.expand(len(tokens), -1, -1), CHUNK), strict=True)
         return torch.cat([self._encoded(some, values) for some, values in parts])
 
     def _encoded(self, tokens: Tensor, context: Tensor) -> Tensor:
@@ -85,6 +87,17 @@ class PromptedClasses:
             return functional.normalize(encode(tokens).float(), dim=-1)
         finally:
             handle.remove()
+
+
+def start_vectors(clip: Clip, length: int, seed: int) -> Tensor:
+    """Where learning begins, f32[M, W]: the embeddings of "a photo of a", then noise as large as embeddings are."""
+    table = _token_table(clip).weight.detach().float()
+    first, _ = _placeholder(clip)
+    words = clip.tokenizer([START])[0][first : first + len(START.split())].to(table.device)
+    noise = torch.randn(length, table.shape[1], generator=torch.Generator().manual_seed(seed))
+    found: Tensor = noise.to(table.device) * table.std()
+    found[: len(words)] = table[words][:length]
+    return found
 
 
 def _token_table(clip: Clip) -> nn.Embedding:

@@ -19,7 +19,7 @@ from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import NAMESPACE, Cluster
 from condu_ray.engine.fusing import Fused, Fuser, Shard
 from condu_ray.engine.progress import Update
-from condu_ray.engine.scoring import Question, Scorer, Snapshot
+from condu_ray.engine.scoring import Question, Scorer, Seen, Snapshot
 from condu_ray.engine.train import Job, train
 from condu_ray.errors import ConduError, TrainingError
 from condu_ray.fusion.triggers import Part
@@ -37,8 +37,8 @@ class Crew(Protocol):
     def train(self, jobs: Sequence[Job], update: Update) -> None:
         """Puts the delta of every job into the store, unless it is there."""
 
-    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(unit features f32[N, D], domain features f32[N, W]) by θ⁰."""
+    def features(self, pictures: Split, update: Update) -> Seen:
+        """What θ⁰ sees."""
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Mean text vectors of classes by θ⁰, f32[C, D]."""
@@ -134,10 +134,8 @@ class RayCrew:
     def train(self, jobs: Sequence[Job], update: Update) -> None:
         train(self._store, self._config, jobs, self._cluster, update)
 
-    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        parts = self._spread([("features", (chunk,)) for chunk in _chunks(pictures)], update)
-        features, domains = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return features, domains
+    def features(self, pictures: Split, update: Update) -> Seen:
+        return Seen.joined(self._spread([("features", (chunk,)) for chunk in _chunks(pictures)], update))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         found = self._spread([("text_means", (tuple(classes), tuple(templates)))], lambda done, total, note: None)

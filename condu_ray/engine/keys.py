@@ -13,6 +13,9 @@ from condu_ray.config import SessionConfig, fixed_by_store
 from condu_ray.data import TaskData
 from condu_ray.store import Manifest
 
+FEATURES = "features"
+"""Name of what θ⁰ sees of a task's pictures, where a system learns on it: kept until its session is over."""
+
 # What changes neither the trained bits nor what is kept of them.
 _PLACEMENT = {"checkpoint_seconds", "loader_processes"}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from condu_ray.methods.experts import Buffers, Experts, expert_of
 from condu_ray.methods.protocol import TaskState
 from condu_ray.methods.rescaling import train_rescalers
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.training import Step
+from condu_ray.methods.training import Step, memory_in
 from condu_ray.models.clip import Clip, class_means
 from condu_ray.models.load import load
 from condu_ray.store import ObjectRef, open_store
@@ -38,6 +38,18 @@ _UNROUTED = make_prototypes(FeatureSums.zero(1, 1), np.ones((1, 1), np.float32),
 
 
 By = Literal["base", "own", "expert", "vote", "union"]
+
+
+class Seen(NamedTuple):
+    """`models.clip.Features` of many pictures as arrays: f32[N, D], f32[N, W], f32[N]."""
+
+    unit: NDArray[np.float32]
+    domains: NDArray[np.float32]
+    lengths: NDArray[np.float32]
+
+    @staticmethod
+    def joined(parts: Iterable[Seen]) -> Seen:
+        return Seen(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -85,12 +97,11 @@ class Scorer:
         header = self._store.header
         return load(ModelSpec(**header.model), self._device, header.model_sha256)
 
-    def features(self, pictures: Split) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(unit features f32[N, D], domain features f32[N, W]) by θ⁰, with the evaluation transform."""
+    def features(self, pictures: Split) -> Seen:
+        """What θ⁰ sees, with the evaluation transform."""
         with torch.no_grad():
-            parts = [self._clip.images_and_domains(pixels) for pixels, _ in self._batches(pictures)]
-        features, domains = (torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True))
-        return features, domains
+            parts = [self._clip.features(pixels) for pixels, _ in self._batches(pictures)]
+        return Seen(*(torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True)))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Mean of the unit vectors of each class's prompts by θ⁰, f32[C, D]."""
@@ -103,7 +114,8 @@ class Scorer:
         without a unit. Asks for no state: θ⁰ routes.
         """
         router = router_of(snapshot.experts, self._vote, snapshot.calibrated)
-        near, sure = router.ranked(*self.features(pictures))
+        seen = self.features(pictures)
+        near, sure = router.ranked(seen.unit, seen.domains)
         return np.argsort(-near, axis=1, kind="stable").astype(np.int64), sure
 
     def right(self, asked: Question, snapshot: Snapshot | None, state: TaskState | None) -> int:
@@ -153,9 +165,11 @@ class Scorer:
     def _alone(self, asked: Question) -> Classifier:
         overrides = None
         if asked.own is not None:
-            delta = self._store.get(asked.own)["delta"]
+            trained = self._store.get(asked.own)
             buffers = self._store.get(asked.own_buffers) if asked.own_buffers else {}
-            overrides = expert_of(self._clip, self._method, self._layout, self._config, delta, buffers)
+            overrides = expert_of(
+                self._clip, self._method, self._layout, self._config, trained["delta"], buffers, memory_in(trained)
+            )
         card = TaskExpert(asked.task, asked.classes, asked.templates, _UNROUTED)
         return Classifier(self._clip, [card], lambda task: overrides, self._vote, Calibrated(), version=0)
 

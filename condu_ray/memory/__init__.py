@@ -1,4 +1,1 @@
-"""What is remembered of old classes instead of their pictures, and how it follows an encoder that moves.
-
-NumPy alone: a library of its own, as fusion/ is.
-"""
+"""What is kept of pictures that are gone: class statistics, and features drawn from them. No Ray, no files."""

@@ -10,7 +10,7 @@ from condu_ray.config import VoteConfig
 from condu_ray.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from condu_ray.methods.protocol import Method
+    from condu_ray.methods.protocol import Learner, Method
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class MethodInfo:
     trains: bool
     ordered: bool
     """True: training starts from the state before, so tasks are learned one after another."""
+    on_features: bool = False
+    """True: it learns on what θ⁰ sees, which the engine computes once, and not on pictures."""
     single: bool = False
     """True: one model answers everything, so there is nobody to vote."""
 
@@ -111,3 +113,9 @@ def vote_of(name: str, vote: VoteConfig) -> VoteConfig:
 def get(name: str) -> Method:
     """The system itself: its module follows methods/protocol.py."""
     return cast("Method", import_module(f"condu_ray.methods.{info(name).module}"))
+
+
+def learner(name: str) -> Learner | None:
+    """The system, where it has a training of its own; None where it tunes parameters for the task's loss."""
+    found = get(name)
+    return cast("Learner", found) if hasattr(found, "learn") else None

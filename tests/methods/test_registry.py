@@ -25,7 +25,7 @@ FUNCTIONS = [name for name, each in vars(Method).items() if inspect.isfunction(e
 
 def test_the_names_are_those_of_the_settings() -> None:
     assert set(registry.METHODS) == set(get_args(MethodName))
-    assert FUNCTIONS == ["layout", "empty", "load", "prepare", "expert", "adapter"]
+    assert FUNCTIONS == ["layout", "empty", "load", "prepare", "expert", "adapter", "head"]
 
 
 @EVERY

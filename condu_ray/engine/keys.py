@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from condu_ray.config import SessionConfig, fixed_by_store
+from condu_ray.config import SessionConfig, fixed_by_store, own_settings
 from condu_ray.data import TaskData
 from condu_ray.store import Manifest
 
@@ -33,8 +33,8 @@ def training_settings(config: SessionConfig) -> dict[str, Any]:
 
 def train_key(model_sha256: str, config: SessionConfig, task: TaskData, start: str) -> str:
     """Names a task's delta. start: what training starts from, 'base' for θ⁰."""
-    lora = config.lora.model_dump() if config.method == "condu-lora" else None
-    return _key("train", model_sha256, training_settings(config), lora, task.name, task.fingerprint, start)
+    own = own_settings(config)
+    return _key("train", model_sha256, training_settings(config), own, task.name, task.fingerprint, start)
 
 
 def features_key(model_sha256: str, config: SessionConfig, task: TaskData) -> str:

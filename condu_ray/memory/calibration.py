@@ -18,14 +18,15 @@ Legend: N pictures, D width of a feature. Float64 throughout.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from condu_ray.memory.moments import Features, Kind, Matrix, covariance, distance, root, roots, shrunk, symmetric
+from condu_ray.memory.gaussians import Gaussians, shrunk
+from condu_ray.memory.moments import Features, Kind, Matrix, covariance, distance, root, roots, symmetric
 
 Mode = Literal["none", "mean", "sdc", "ot", "linear"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -34,16 +35,13 @@ HELD_OUT = 0.1
 
 
 class Calibration(Protocol):
-    """How statistics of the encoder before become those of the encoder after."""
+    """How what the encoder before gave becomes what the encoder after should give."""
 
     def features(self, values: Features) -> Matrix:
-        """[N, D] as the encoder before gave them -> f64[N, D] as the encoder after should give them."""
+        """[..., D] -> f64[..., D]."""
 
-    def mean(self, mean: Matrix) -> Matrix:
-        """f64[D] -> f64[D]."""
-
-    def covariance(self, covariance: Matrix) -> Matrix:
-        """f64[D, D] -> f64[D, D], symmetric; of a diagonal one f64[D] the new diagonal."""
+    def gaussians(self, before: Gaussians) -> Gaussians:
+        """Every mean moves as a picture would."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +55,8 @@ class Affine:
         moved: Matrix = values @ self.matrix.T + self.shift
         return moved
 
-    def mean(self, mean: Matrix) -> Matrix:
-        moved: Matrix = self.matrix @ mean + self.shift
-        return moved
-
-    def covariance(self, covariance: Matrix) -> Matrix:
-        if covariance.ndim == 1:
-            diagonal: Matrix = self.matrix**2 @ covariance
-            return diagonal
-        return symmetric(self.matrix @ covariance @ self.matrix.T)
+    def gaussians(self, before: Gaussians) -> Gaussians:
+        return before.moved(self.matrix, self.shift)
 
     def partly(self, strength: float) -> Affine:
         """The share `strength` of the way: (1 - ρ) z + ρ (A z + a). For `ot` this is displacement interpolation."""
@@ -86,18 +77,14 @@ class Semantic:
 
     def features(self, values: Features) -> Matrix:
         rows = np.asarray(values, np.float64)
-        apart = (rows**2).sum(1)[:, None] - 2 * rows @ self.before.T + (self.before**2).sum(1)
+        apart = (rows**2).sum(-1)[..., None] - 2 * rows @ self.before.T + (self.before**2).sum(1)
         near = -apart / (2 * self.width)
-        weights = np.exp(near - near.max(axis=1, keepdims=True))  # of the nearest 1, so that they never all vanish
-        moved: Matrix = rows + self.strength * (weights / weights.sum(axis=1, keepdims=True)) @ self.drift
+        weights = np.exp(near - near.max(axis=-1, keepdims=True))  # of the nearest 1, so that they never all vanish
+        moved: Matrix = rows + self.strength * (weights / weights.sum(axis=-1, keepdims=True)) @ self.drift
         return moved
 
-    def mean(self, mean: Matrix) -> Matrix:
-        moved: Matrix = self.features(mean[None])[0]
-        return moved
-
-    def covariance(self, covariance: Matrix) -> Matrix:
-        return covariance
+    def gaussians(self, before: Gaussians) -> Gaussians:
+        return replace(before, means=self.features(before.means))
 
 
 def fit(
@@ -113,7 +100,7 @@ def fit(
 ) -> Calibration:
     """The calibration that pictures tell which both encoders saw: before, after [N, D], rows paired; labels i64[N].
 
-    shrinkage: `ot`: of both covariances (`shrunk`); `linear`: the ridge, in units of the mean variance. strength: how
+    shrinkage: `ot`: of both covariances (`convex`); `linear`: the ridge, in units of the mean variance. strength: how
     much of the way statistics move. kind: which covariances `ot` compares; those within classes say nothing of how the
     current classes lie to each other, which old classes do not share. diagonal: `ot` of variances alone, for
     memories that keep no more. Raises TrainingError where the covariance cannot be inverted (`roots`).
@@ -129,7 +116,7 @@ def fit(
         matrix = regression(one, two, shrinkage)
     else:
         of = labels if kind == "within" else None
-        pair = [shrunk(covariance(each, of), shrinkage) for each in (one, two)]
+        pair = [shrunk(covariance(each, of), "convex", shrinkage) for each in (one, two)]
         matrix = np.diag(np.sqrt(np.diag(pair[1]) / np.diag(pair[0]))) if diagonal else transport(*pair)
     return Affine(matrix, two.mean(axis=0) - matrix @ one.mean(axis=0)).partly(strength)
 

@@ -44,13 +44,6 @@ def symmetric(matrix: Matrix) -> Matrix:
     return half
 
 
-def shrunk(covariance: Matrix, share: float) -> Matrix:
-    """(1 - share) S + share (tr S / D) I: the same trace, and, for a share above 0, no direction without variance."""
-    size = len(covariance)
-    kept: Matrix = (1 - share) * covariance + share * (np.trace(covariance) / size) * np.eye(size)
-    return kept
-
-
 def condition(covariance: Matrix) -> float:
     """Largest eigenvalue by the smallest; infinite where that is not above 0."""
     values = linalg.eigvalsh(symmetric(covariance))

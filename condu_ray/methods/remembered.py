@@ -57,8 +57,8 @@ class Found:
 @dataclass(frozen=True, eq=False)
 class Remembered:
     """encoder: fingerprint of the encoder that `gaussians` belong to. tokens: int64[C, L], the class names behind
-    placeholders. prompt: f32[M, W], the vectors of this task alone. texts: unit vectors f32[C, D]. found: of the session
-    that learned it; None for the first.
+    placeholders. prompt: f32[M, W], the vectors of this task alone. texts: unit vectors f32[C, D]. found: of the
+    session that learned it; None for the first.
     """
 
     encoder: bytes

@@ -15,6 +15,7 @@ from condu_ray.errors import TrainingError
 from condu_ray.memory.calibration import (
     MODES,
     Affine,
+    Calibration,
     Mode,
     best_mode,
     distances,
@@ -23,7 +24,8 @@ from condu_ray.memory.calibration import (
     regression,
     transport,
 )
-from condu_ray.memory.moments import condition, covariance, distance, root, roots, shrunk
+from condu_ray.memory.gaussians import Gaussians, shrunk
+from condu_ray.memory.moments import condition, covariance, distance, root, roots
 
 Array = NDArray[np.float64]
 WIDTH = 12
@@ -47,6 +49,12 @@ def pictures(random: np.random.Generator, count: int, width: int = WIDTH, classe
     labels = np.arange(count) % classes
     means = 2 * random.standard_normal((classes, width))
     return means[labels] + random.standard_normal((count, width)) @ root(positive(random, width)), labels
+
+
+def moved(calibration: Calibration, covariance: Array) -> Array:
+    """That of a class, or its diagonal, under the encoder after."""
+    old = Gaussians(np.array([2]), np.zeros((1, len(covariance))), covariance[None])
+    return np.asarray(calibration.gaussians(old).scatter[0])
 
 
 @given(seeds)
@@ -78,14 +86,18 @@ def test_equal_covariances_are_left_alone_also_once_shrunk(seed: int) -> None:
     one = positive(random)
     np.testing.assert_allclose(transport(one, one), np.eye(WIDTH), atol=1e-9)
     few = covariance(random.standard_normal((4, WIDTH)))
-    np.testing.assert_allclose(transport(shrunk(few, 0.01), shrunk(few, 0.01)), np.eye(WIDTH), atol=1e-9)
+    np.testing.assert_allclose(
+        transport(shrunk(few, "convex", 0.01), shrunk(few, "convex", 0.01)), np.eye(WIDTH), atol=1e-9
+    )
     before, labels = pictures(random, 60)
     for mode in MODES:
         unmoved = fit(mode, before, before, labels)
-        np.testing.assert_allclose(unmoved.mean(before[0]), before[0], atol=1e-9)
-        np.testing.assert_allclose(unmoved.covariance(one), one, atol=1e-9)
+        np.testing.assert_allclose(unmoved.features(before[0]), before[0], atol=1e-9)
+        np.testing.assert_allclose(moved(unmoved, one), one, atol=1e-9)
     shifted = fit("ot", before, before + 1.5, labels)
-    np.testing.assert_allclose(shifted.mean(before[0]), fit("mean", before, before + 1.5, labels).mean(before[0]))
+    np.testing.assert_allclose(
+        shifted.features(before[0]), fit("mean", before, before + 1.5, labels).features(before[0])
+    )
 
 
 @given(seeds)
@@ -158,7 +170,7 @@ def test_part_of_the_way_is_that_part_of_the_distance(seed: int, strength: float
     matrix = transport(one, two)
     part = Affine(matrix, mean_two - matrix @ mean_one).partly(strength)
     whole = distance(mean_one, one, mean_two, two)
-    gone = distance(mean_one, one, part.mean(mean_one), part.covariance(one))
+    gone = distance(mean_one, one, part.features(mean_one), moved(part, one))
     assert gone == pytest.approx(strength * whole, abs=1e-6)
 
 
@@ -196,11 +208,11 @@ def test_an_affine_map_moves_moments_as_it_moves_pictures(seed: int) -> None:
     random = np.random.default_rng(seed)
     before, labels = pictures(random, 50)
     found = fit("linear", before, random.standard_normal((50, WIDTH)), labels)
-    moved = found.features(before)
-    np.testing.assert_allclose(found.mean(before.mean(0)), moved.mean(0), atol=1e-8)
-    np.testing.assert_allclose(found.covariance(covariance(before)), covariance(moved), atol=1e-8)
-    diagonal = np.diag(found.covariance(np.diag(np.arange(1.0, WIDTH + 1))))
-    np.testing.assert_allclose(found.covariance(np.arange(1.0, WIDTH + 1)), diagonal, atol=1e-9)
+    after = found.features(before)
+    np.testing.assert_allclose(found.features(before.mean(0)), after.mean(0), atol=1e-8)
+    np.testing.assert_allclose(moved(found, covariance(before)), covariance(after), atol=1e-8)
+    diagonal = np.diag(moved(found, np.diag(np.arange(1.0, WIDTH + 1))))
+    np.testing.assert_allclose(moved(found, np.arange(1.0, WIDTH + 1)), diagonal, atol=1e-9)
 
 
 @given(seeds, st.sampled_from(["mean", "sdc", "ot", "linear"]))
@@ -209,9 +221,9 @@ def test_a_translation_is_recovered_by_every_mode(seed: int, mode: Mode) -> None
     before, labels = pictures(random, 60)
     shift, elsewhere = random.standard_normal(WIDTH), 5 * random.standard_normal(WIDTH)
     found = fit(mode, before, before + shift, labels)
-    np.testing.assert_allclose(found.mean(elsewhere), elsewhere + shift, atol=1e-8)
+    np.testing.assert_allclose(found.features(elsewhere), elsewhere + shift, atol=1e-8)
     half = fit(mode, before, before + shift, labels, strength=0.5)
-    np.testing.assert_allclose(half.mean(elsewhere), elsewhere + shift / 2, atol=1e-8)
+    np.testing.assert_allclose(half.features(elsewhere), elsewhere + shift / 2, atol=1e-8)
 
 
 def test_semantic_drift_is_that_of_the_nearest_pictures() -> None:
@@ -219,8 +231,8 @@ def test_semantic_drift_is_that_of_the_nearest_pictures() -> None:
     before = np.concatenate([random.standard_normal((50, 4)), 100 + random.standard_normal((50, 4))])
     drift = np.repeat([[1.0], [-1.0]], 50, axis=0) * np.ones((100, 4))
     found = fit("sdc", before, before + drift, np.repeat([0, 1], 50))
-    np.testing.assert_allclose(found.mean(np.full(4, 3.0)), np.full(4, 4.0))
-    np.testing.assert_allclose(found.mean(np.full(4, 1e6)), np.full(4, 1e6 - 1))  # far from all: the nearest
+    np.testing.assert_allclose(found.features(np.full(4, 3.0)), np.full(4, 4.0))
+    np.testing.assert_allclose(found.features(np.full(4, 1e6)), np.full(4, 1e6 - 1))  # far from all: the nearest
 
 
 def test_shrinking_keeps_the_trace_and_makes_few_pictures_enough() -> None:
@@ -231,7 +243,7 @@ def test_shrinking_keeps_the_trace_and_makes_few_pictures_enough() -> None:
         transport(*few)
     bounds = {0.1: 100, 0.001: 10_000}
     for share, bound in bounds.items():
-        one, two = (shrunk(each, share) for each in few)
+        one, two = (shrunk(each, "convex", share) for each in few)
         assert np.trace(one) == pytest.approx(np.trace(few[0]))
         assert condition(one) < bound * 16
         found = transport(one, two)
@@ -260,7 +272,7 @@ def test_the_classes_that_are_there_now_do_not_bend_the_map_within_classes() -> 
     before, after = noise + means[labels], noise + 3 * means[labels]
     within, pooled = (fit("ot", before, after, labels, kind=kind) for kind in ("within", "pooled"))
     old = np.eye(6)
-    assert np.abs(within.covariance(old) - old).max() < 1e-6 < 0.5 < np.abs(pooled.covariance(old) - old).max()
+    assert np.abs(moved(within, old) - old).max() < 1e-6 < 0.5 < np.abs(moved(pooled, old) - old).max()
 
 
 def _sheared(random: np.random.Generator) -> Array:
@@ -295,8 +307,8 @@ def test_what_calibrated_gaussians_of_old_classes_miss(
             np.mean(
                 [
                     distance(
-                        found.mean(mean),
-                        found.covariance(spread @ spread),
+                        found.features(mean),
+                        moved(found, spread @ spread),
                         drift @ mean + shift,
                         drift @ spread @ spread @ drift.T,
                     )

@@ -160,8 +160,7 @@ class DmcConfig(_Section):
     )
     memory_calibration: MemoryCalibration | None = Field(
         default=None,
-        description="how statistics of old classes follow the image tower; unset: none for dmc, ot for dmc-ot; "
-        "auto: what fits a held-out tenth of the current pictures best",
+        description="how statistics of old classes follow the image tower; unset: none for dmc, ot for dmc-ot",
     )
     shrinkage: float = Field(
         default=0.01, ge=0, le=1, description="of the covariances that ot compares, and ridge of linear"

@@ -101,7 +101,12 @@ def prepare(
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     adapters = _adapters(clip, config)
     model = copy.deepcopy(clip.model).float()
-    return model, inject(model, adapters, _factors(adapters, layout, start))
+    parameters = inject(model, adapters, _factors(adapters, layout, start))
+    if any(entry.name == SHARED for entry in layout.entries):
+        moved = np.zeros(layout.total, np.float32) if start is None else start
+        parameters[SHARED] = nn.Parameter(_Model(clip, layout, config, moved).shared)
+        model.register_parameter("shared_prompt", parameters[SHARED])
+    return model, parameters
 
 
 def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:

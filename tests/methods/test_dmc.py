@@ -59,7 +59,7 @@ def test_every_task_is_remembered_under_the_newest_encoder(learned: Made, method
     assert memory(config, 1)["colours"].found is None
     found = memory(config, 3)["places"].found
     assert found is not None and found.mode == ("none" if method == "dmc" else "ot")
-    assert 0 < found.drift.relative and found.drift.residuals["none"] == 1
+    assert found.drift.relative > 0 and found.drift.residuals["none"] == 1
     before, after = found.distances
     assert (after < before) == (method == "dmc-ot")
 

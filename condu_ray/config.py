@@ -12,7 +12,7 @@ import os
 from collections.abc import Hashable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import yaml
 from pydantic import (
@@ -32,10 +32,24 @@ from pydantic_settings.exceptions import SettingsError
 from condu_ray.errors import ConfigError, nearest
 
 MethodName = Literal[
-    "condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential", "wise-ft", "dmc", "dmc-ot"
+    "condu",
+    "condu-sign",
+    "condu-lora",
+    "zero-shot",
+    "finetune",
+    "sequential",
+    "wise-ft",
+    "rapf",
+    "calfuse",
+    "dmc",
+    "dmc-ot",
 ]
 Granularity = Literal["l1", "tensor_mean", "tensor", "row"]
 Triggers = Literal["mask", "sign"]
+AdapterBasis = Literal["qr", "svd", "identity", "none"]
+Calibration = Literal["none", "fixed", "schedule", "learnable", "search"]
+AdapterStart = Literal["identity", "default"]
+Shrinkage = Literal["rapf", "convex", "none"]
 MemoryCalibration = Literal["none", "mean", "sdc", "ot", "linear", "auto"]
 DMC = ("dmc", "dmc-ot")
 DEFAULT_MODEL = "default"
@@ -134,6 +148,61 @@ class FusionConfig(_Section):
     )
 
 
+class AdapterConfig(_Section):
+    """The linear adapter of rapf and calfuse, which learns on θ⁰'s features (numbers: RAPF's public code).
+
+    What is unset is what the method stands for; docs/class_incremental.md says which part is published.
+    """
+
+    basis: AdapterBasis | None = Field(
+        default=None,
+        description="in which an adapter is fused with the one before; unset: svd for rapf, qr for calfuse",
+    )
+    weights: Literal["element", "direction", "constant"] = Field(
+        default="element", description="what decides how much of a change is taken over"
+    )
+    mix_bias: float = Field(default=0.6, ge=0, le=1, description="least share of a change that is taken over")
+    calibration: Calibration | None = Field(
+        default=None,
+        description="how the share of the adapted feature is found; unset: none for rapf (share 1), search for calfuse",
+    )
+    mix: Literal["normalized", "raw"] = Field(
+        default="normalized", description="whether the adapted feature is made unit before it is mixed with θ⁰'s"
+    )
+    share: float = Field(default=0.7, ge=0, le=1, description="of the adapted feature: fixed, or where learning starts")
+    share_start: float = Field(default=0.5, ge=0, le=1, description="of a schedule, in the first session")
+    share_end: float = Field(default=0.8, ge=0, le=1, description="of a schedule, from session `share_sessions` on")
+    share_sessions: int = Field(default=10, ge=2, le=10_000, description="sessions until a schedule ends")
+    share_pull: float = Field(default=0.1, ge=0, description="weight that holds a share that is learned at `share`")
+    init: AdapterStart | None = Field(
+        default=None, description="of the first adapter; unset: default (uniform) for rapf, identity for calfuse"
+    )
+    epochs: int = Field(default=15, ge=1, le=10_000, description="passes over a task's features")
+    batch_size: int = Field(default=100, ge=1, le=65536, description="features a step, without those that are drawn")
+    lr: float = Field(default=1e-3, gt=0, lt=1, description="of Adam; a tenth after 4/15 and again after 10/15")
+    hinge: float = Field(default=1.0, ge=0, description="weight of the hinge that parts classes with similar texts")
+    hinge_distance: float = Field(default=0.55, ge=0, le=2, description="of texts, below which classes are similar")
+    hinge_margin: float = Field(default=0.1, ge=0, le=2, description="of the hinge, in units of cosine")
+    hinge_pairs: int = Field(default=64, ge=1, le=65536, description="most pairs of similar classes a step")
+    distillation: float | None = Field(
+        default=None, ge=0, description="weight of the adapter before as a teacher; unset: 0 for rapf, 1 for calfuse"
+    )
+    temperature: float = Field(default=2.0, gt=0, le=100, description="of the distillation")
+
+
+class MemoryConfig(_Section):
+    """Class Gaussians, from which features of old classes are drawn."""
+
+    covariance: Literal["full", "diagonal"] = Field(
+        default="full", description="what is kept a class; full: the square of a feature's width"
+    )
+    shrinkage: Shrinkage | None = Field(
+        default=None, description="of covariances when features are drawn; unset: none for rapf, else convex"
+    )
+    gamma: float = Field(default=0.1, ge=0, le=1, description="share of the mean variance, for convex shrinkage")
+    per_epoch: int = Field(default=2000, ge=0, description="features drawn an epoch, over all old classes together")
+
+
 class DmcConfig(_Section):
     """What dmc and dmc-ot learn and remember; our reconstruction where methods/dmc.py does not say otherwise."""
 
@@ -153,10 +222,6 @@ class DmcConfig(_Section):
     )
     classes_per_step: int = Field(
         default=100, ge=2, le=65536, description="most classes that compete in a step where a prompt is shared"
-    )
-    covariance: Literal["full", "diagonal"] = Field(default="full", description="what is kept of each class")
-    draw_shrinkage: float = Field(
-        default=0.1, ge=0, le=1, description="share of each class's mean variance in the covariance that is drawn from"
     )
     memory_calibration: MemoryCalibration | None = Field(
         default=None,
@@ -233,6 +298,8 @@ class SessionConfig(_Section):
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     fusion: FusionConfig = FusionConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    memory: MemoryConfig = MemoryConfig()
     dmc: DmcConfig = DmcConfig()
     vote: VoteConfig = VoteConfig()
     workers: int | None = Field(
@@ -395,6 +462,40 @@ def fuses(config: SessionConfig) -> bool:
     return config.method in ("condu", "condu-sign", "condu-lora") and not exact
 
 
+ADAPTER_FIXED = {"basis", "weights", "mix_bias", "calibration", "mix"}
+
+
+class AdapterRule(NamedTuple):
+    """What the settings leave to the method."""
+
+    basis: AdapterBasis
+    calibration: Calibration
+    init: AdapterStart
+    distillation: float
+
+
+ADAPTER_RULES = {
+    "rapf": AdapterRule("svd", "none", "default", 0.0),
+    "calfuse": AdapterRule("qr", "search", "identity", 1.0),
+}
+
+
+def adapts(config: SessionConfig) -> bool:
+    """Whether what learns is an adapter on θ⁰'s features."""
+    return config.method in ADAPTER_RULES
+
+
+def adapter_rule(config: SessionConfig) -> AdapterRule:
+    """As set, or what the method stands for."""
+    chosen = {name: getattr(config.adapter, name) for name in AdapterRule._fields}
+    return ADAPTER_RULES[config.method]._replace(**{name: each for name, each in chosen.items() if each is not None})
+
+
+def shrinkage_of(config: SessionConfig) -> Shrinkage:
+    """As set, or what the method stands for."""
+    return config.memory.shrinkage or ("none" if config.method == "rapf" else "convex")
+
+
 def rescaler_steps(config: SessionConfig, trained: int) -> int:
     """Steps that train the rescalers of a task once it is fused: as set, or a share of the `trained` ones of the task
     itself; 0 where its triggers are masks."""
@@ -423,15 +524,6 @@ def memory_calibration(config: SessionConfig) -> MemoryCalibration:
     return config.dmc.memory_calibration or ("ot" if config.method == "dmc-ot" else "none")
 
 
-def own_settings(config: SessionConfig) -> dict[str, Any] | None:
-    """What training depends on besides `train` and the seed, for methods that have more."""
-    if config.method == "condu-lora":
-        return config.lora.model_dump()
-    if config.method in DMC:
-        return {"seed": config.lora.seed, **config.dmc.model_dump()}
-    return None
-
-
 def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
     """The settings (dotted names) that a store fixes when it is created."""
     return {
@@ -441,6 +533,7 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
         "train.towers": config.train.towers,
         **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
         **{f"fusion.{name}": value for name, value in config.fusion.model_dump(exclude={"shards"}).items()},
+        **{f"adapter.{name}": value for name, value in config.adapter.model_dump(include=ADAPTER_FIXED).items()},
         **({f"dmc.{name}": value for name, value in config.dmc.model_dump().items()} if config.method in DMC else {}),
     }
 

@@ -79,10 +79,16 @@ class Group:
 
 
 def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster) -> Group:
-    """Decides on workers; raises TrainingError where the cluster is too small, since Ray would wait for ever.
+    """Decides on workers; raises TrainingError where the cluster is too small, since Ray would wait for ever, and for
+    tasks that are to be trained at once by a system that goes on from task to task.
 
     Counts all jobs of the command, finished or not: the threads of a worker must not depend on where it stopped.
     """
+    if ordered and config.parallel == "tasks" and jobs > 1:
+        raise TrainingError(
+            f"{config.method} learns one task after another, so {jobs} tasks cannot be trained at once",
+            "leave --parallel tasks out",
+        )
     gpus_each = config.gpus_per_worker if config.gpu == "auto" and cluster.gpus > 0 else 0.0
     shared = config.parallel == "data" or (config.parallel == "auto" and (jobs == 1 or ordered) and gpus_each > 0)
     if shared and 0 < gpus_each < 1:

@@ -8,7 +8,7 @@ Legend: N pictures, C classes, D width of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -52,6 +52,12 @@ class Gaussians:
             centred = own - means[label]
             scatter[label] = (centred**2).sum(axis=0) if covariance == "diagonal" else centred.T @ centred
         return Gaussians(counts, means, scatter)
+
+    @staticmethod
+    def joined(parts: Sequence[Gaussians]) -> Gaussians:
+        """The classes of all parts, one after another."""
+        arrays = zip(*((each.counts, each.means, each.scatter) for each in parts), strict=True)
+        return Gaussians(*(np.concatenate(each) for each in arrays))
 
     @property
     def diagonal(self) -> bool:
@@ -128,18 +134,20 @@ def shrunk(covariance: Doubles, shrinkage: Shrinkage, gamma: float) -> Doubles:
 
 
 class Sampler:
-    """Draws features of classes; the same (seed, session, epoch, step, class) gives the same draws, whoever asks."""
+    """Draws features of classes; the same key and class give the same draws, whoever asks and in whatever order."""
 
-    def __init__(self, gaussians: Gaussians, shrinkage: Shrinkage, gamma: float, seed: int, session: int) -> None:
+    def __init__(self, gaussians: Gaussians, shrinkage: Shrinkage, gamma: float) -> None:
         self._gaussians, self._shrinkage, self._gamma = gaussians, shrinkage, gamma
-        self._seed, self._session = seed, session
         self._roots: dict[int, Doubles] = {}
 
-    def draw(self, label: int, count: int, epoch: int, step: int) -> NDArray[np.float32]:
-        """f32[count, D]: μ + Lε with LLᵀ = Σ. Raises DataError for a class without statistics."""
+    def draw(self, label: int, count: int, key: Sequence[int]) -> NDArray[np.float32]:
+        """f32[count, D]: μ + Lε with LLᵀ = Σ. key: say (seed, session, epoch, step).
+
+        Raises DataError for a class without statistics.
+        """
         if not self._gaussians.counts[label]:
             raise DataError(f"class {label} has no pictures, so there is nothing to draw from", "give it some pictures")
-        random = np.random.default_rng([self._seed, self._session, epoch, step, label])
+        random = np.random.default_rng([*key, label])
         noise = random.standard_normal((count, self._gaussians.means.shape[1]))
         root = self._root(label)
         spread: Doubles = noise * root if root.ndim == 1 else noise @ root.T

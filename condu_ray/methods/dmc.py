@@ -27,14 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from condu_ray.config import SessionConfig, memory_calibration, prompt_lengths
+from condu_ray.config import SessionConfig, memory_calibration, prompt_lengths, shrinkage_of
 from condu_ray.data import TaskData
 from condu_ray.data.loading import PictureSet
 from condu_ray.fusion.layout import Layout
 from condu_ray.memory.calibration import best_mode, distances, fit, measure
 from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods import registry
-from condu_ray.methods.batches import seed_of
 from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.prompt_tuning import PromptedTask, tune_prompts
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
@@ -155,7 +154,8 @@ def learn(
     found = None
     if seen_before is not None:
         kept, found = _follow(kept, model.encoder, after.encoder, seen_before, seen, task.train.labels, config)
-    prompts = after.prompts(task, kept, len(before.tasks))
+    prompts = after.prompts(task, kept)
+    old_classes = Gaussians.joined([each.gaussians for each in kept.values()]) if kept else None
     tuned = tune_prompts(
         task.name,
         clip,
@@ -163,12 +163,13 @@ def learn(
         after.shared,
         seen / np.maximum(np.linalg.norm(seen, axis=1, keepdims=True), 1e-12),
         task.train.labels,
+        Sampler(old_classes, shrinkage_of(config), config.memory.gamma) if old_classes else None,
         config,
         second,
         stages.second(vision),
         lambda step: on_step(replace(step, step=first + step.step, steps=first + second)),
     )
-    gaussians = Gaussians.fit(seen, task.train.labels, len(task.classes), config.dmc.covariance)
+    gaussians = Gaussians.fit(seen, task.train.labels, len(task.classes), config.memory.covariance)
     new = Remembered(after.encoder, gaussians, prompts[-1].tokens, tuned.own, tuned.texts[-1], found)
     old = {name: replace(each, texts=texts) for (name, each), texts in zip(kept.items(), tuned.texts[:-1], strict=True)}
     return Trained(
@@ -202,7 +203,7 @@ def _follow(
         shrinkage=shrinkage,
         strength=settings.strength,
         kind=kind,
-        diagonal=settings.covariance == "diagonal",
+        diagonal=config.memory.covariance == "diagonal",
     )
     moved = {name: each.calibrated(calibration, before, after, name) for name, each in kept.items()}
     return moved, Found(mode, drift, distances(calibration, seen_before, seen))
@@ -264,20 +265,12 @@ class _Model:
             on_step,
         )
 
-    def prompts(self, task: TaskData, kept: Mapping[str, Remembered], session: int) -> list[PromptedTask]:
+    def prompts(self, task: TaskData, kept: Mapping[str, Remembered]) -> list[PromptedTask]:
         """Those of old tasks, then the new one's, which starts where the newest of them is."""
         shared, own = _lengths(self.clip, self.config)
         newest = list(kept.values())[-1].prompt if kept else _start(self.clip, self.config, own)
-        old = [
-            PromptedTask(each.tokens, each.prompt, each.texts, self._sampler(each.gaussians, session, number))
-            for number, each in enumerate(kept.values())
-        ]
+        old = [PromptedTask(each.tokens, each.prompt, each.texts) for each in kept.values()]
         return [*old, PromptedTask(prompt_tokens(self.clip, task.classes, shared + own), newest.to(self.clip.device))]
-
-    def _sampler(self, gaussians: Gaussians, session: int, number: int) -> Sampler:
-        return Sampler(
-            gaussians, "convex", self.config.dmc.draw_shrinkage, self.config.seed, seed_of("task", session, number)
-        )
 
 
 @dataclass(frozen=True)

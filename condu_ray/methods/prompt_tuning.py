@@ -38,13 +38,12 @@ LARGEST_GRADIENT = 1.0
 class PromptedTask:
     """Classes that one task taught. tokens: int64[C, L]; own: f32[M_own, W], the vectors of this task alone.
 
-    texts: unit vectors f32[C, D], where they are known and stay as long as no vector changes. sampler: of old classes.
+    texts: unit vectors f32[C, D], where they are known and stay as long as no vector changes.
     """
 
     tokens: Tensor
     own: Tensor
     texts: Tensor | None = None
-    sampler: Sampler | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +63,7 @@ def tune_prompts(
     shared: Tensor,
     features: NDArray[np.float32],
     labels: NDArray[np.int64],
+    sampler: Sampler | None,
     config: SessionConfig,
     steps: int,
     resume: Resume,
@@ -71,11 +71,12 @@ def tune_prompts(
 ) -> Tuned:
     """Learns `shared` and the own vectors of the last of `tasks`; those of earlier tasks stay.
 
-    features: unit features f32[N, D] of the newest task's pictures with its labels i64[N]. The same seed gives the same
+    features: unit features f32[N, D] of the newest task's pictures with its labels i64[N]. sampler: draws features of
+    the classes of all tasks before, numbered through; None before the second. The same seed gives the same
     bits, also after `resume`. Raises TrainingError for a loss or gradient that is not finite.
     """
     prompts = _Prompts(clip, tasks, shared)
-    replayed = _Replay(tasks[:-1], len(tasks[-1].tokens), features.shape[1], config, limited=len(shared) > 0)
+    replayed = _Replay(sampler, tasks, features.shape[1], config, limited=len(shared) > 0)
     optimiser = torch.optim.AdamW(
         list(prompts.learned.values()), lr=config.dmc.prompt_lr, betas=BETAS, weight_decay=WEIGHT_DECAY
     )
@@ -159,26 +160,23 @@ class _Replay:
     """
 
     def __init__(
-        self, tasks: Sequence[PromptedTask], current: int, width: int, config: SessionConfig, limited: bool
+        self, sampler: Sampler | None, tasks: Sequence[PromptedTask], width: int, config: SessionConfig, limited: bool
     ) -> None:
-        self._places = [(task.sampler, label) for task in tasks for label in range(len(task.tokens))]
-        self._each = round(config.dmc.replay * config.train.batch_size / current)
-        if config.dmc.replay:
-            self._each = max(1, self._each)
-        self._most = max(1, config.dmc.classes_per_step - current) if limited else len(self._places)
+        self._sampler, self._seed, self._session = sampler, config.seed, len(tasks)
+        self._old, current = sum(len(task.tokens) for task in tasks[:-1]), len(tasks[-1].tokens)
+        replay = config.dmc.replay
+        self._each = max(1, round(replay * config.train.batch_size / current)) if replay else 0
+        self._most = max(1, config.dmc.classes_per_step - current) if limited else self._old
         self._none = np.empty((0, width), np.float32)
-        self._seed = config.seed
 
     def draws(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
         """(old classes i64[C], features f32[draws, D], the place in the first of each draw's class)."""
-        old = np.arange(len(self._places))
-        if len(old) > self._most:
-            random = np.random.default_rng(seed_of(self._seed, "old classes", step))
+        old = np.arange(self._old)
+        if self._old > self._most:
+            random = np.random.default_rng(seed_of(self._seed, "old classes", self._session, step))
             old = np.sort(random.choice(old, self._most, replace=False))
-        drawn, of = [self._none], list[int]()
-        for place, each in enumerate(old):
-            sampler, label = self._places[each]
-            if sampler is not None and self._each:
-                drawn.append(sampler.draw(label, self._each, 0, step))
-                of += [place] * self._each
-        return old, np.concatenate(drawn), np.array(of, np.int64)
+        if self._sampler is None or not self._each:
+            return old, self._none, np.empty(0, np.int64)
+        key = (self._seed, self._session, step)
+        drawn = [self._sampler.draw(int(label), self._each, key) for label in old]
+        return old, np.concatenate(drawn), np.repeat(np.arange(len(old)), self._each)

@@ -202,7 +202,8 @@ class LatestState:
 
     @classmethod
     def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored, move: Move = taken_over) -> LatestState:
-        uid, written = meta["uid"], meta.get("memory", {})
+        uid, places = meta["uid"], meta.get("memory", {})
+        written = {name: places[name] for name in meta["tasks"] if name in places}  # in the order learned
         latest = _stored(objects, f"latest-{uid}", "delta") if meta["tasks"] else None
         memory = {name: _object(objects, place) for name, place in written.items()}
         return cls(layout, move, tuple(meta["tasks"]), latest, uid, memory, written)

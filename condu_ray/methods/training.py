@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from condu_ray.config import DMC, SMALL_MODEL_PARAMETERS, SessionConfig
+from condu_ray.config import DMC, SMALL_MODEL_PARAMETERS, SessionConfig, adapts
 from condu_ray.data import TaskData
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
@@ -97,7 +97,9 @@ def memory_in(arrays: Mapping[str, NDArray[Any]]) -> Memory:
 
 
 def steps_for(pictures: int, config: SessionConfig) -> int:
-    """Optimiser steps: as set, or ten epochs within 100 and 1,000."""
+    """Optimiser steps: as set, or ten epochs within 100 and 1,000; of an adapter its epochs."""
+    if adapts(config):
+        return config.adapter.epochs * math.ceil(pictures / config.adapter.batch_size)
     if config.train.steps is not None:
         return config.train.steps
     return min(MOST_STEPS, max(LEAST_STEPS, math.ceil(EPOCHS * pictures / config.train.batch_size)))
@@ -112,6 +114,8 @@ def prompt_steps_for(pictures: int, config: SessionConfig) -> int:
 
 def learning_rate_for(parameters: int, config: SessionConfig) -> float:
     """Peak rate: as set, or the published one for large models and a measured one for small (docs/decisions.md)."""
+    if adapts(config):
+        return config.adapter.lr
     if config.train.lr is not None:
         return config.train.lr
     small = parameters < SMALL_MODEL_PARAMETERS

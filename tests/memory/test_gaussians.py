@@ -95,33 +95,36 @@ def test_an_affine_map_moves_the_statistics_as_it_moves_the_features(covariance:
 def test_draws_have_the_moments_they_are_drawn_from(covariance: Any) -> None:
     features, labels = drawn(4)
     found = Gaussians.fit(features, labels, 3, covariance)
-    draws = Sampler(found, "convex", 0.1, seed=0, session=1).draw(1, 100_000, 0, 0)
+    draws = Sampler(found, "convex", 0.1).draw(1, 100_000, [0])
     expected = found.covariance(1, "convex", 0.1)
     expected = np.diag(expected) if expected.ndim == 1 else expected
     np.testing.assert_allclose(draws.mean(axis=0), found.means[1], atol=0.1)
     np.testing.assert_allclose(np.cov(draws.T), expected, atol=0.02 * np.trace(expected))
 
 
-def test_draws_are_named_by_seed_session_epoch_step_and_class() -> None:
+def test_draws_are_named_by_key_and_class() -> None:
     found = Gaussians.fit(*drawn(5), 3)
-    base = {"seed": 0, "session": 1}
-    first = Sampler(found, "none", 0.1, **base).draw(0, 4, 2, 3)
-    again = Sampler(found, "none", 0.1, **base)
-    again.draw(1, 9, 0, 0)
-    assert np.array_equal(again.draw(0, 4, 2, 3), first)
-    others = [
-        Sampler(found, "none", 0.1, seed=1, session=1).draw(0, 4, 2, 3),
-        Sampler(found, "none", 0.1, seed=0, session=2).draw(0, 4, 2, 3),
-        again.draw(0, 4, 3, 3),
-        again.draw(0, 4, 2, 4),
-        again.draw(1, 4, 2, 3) - np.float32(found.means[1] - found.means[0]),
-    ]
+    key = [0, 1, 2, 3]
+    first = Sampler(found, "none", 0.1).draw(0, 4, key)
+    again = Sampler(found, "none", 0.1)
+    again.draw(1, 9, [0, 1, 0, 0])
+    assert np.array_equal(again.draw(0, 4, key), first)
+    others = [again.draw(0, 4, [*key[:place], 9, *key[place + 1 :]]) for place in range(len(key))]
+    others.append(again.draw(1, 4, key) - np.float32(found.means[1] - found.means[0]))
     assert not any(np.allclose(first, other) for other in others)
+
+
+def test_classes_of_several_tasks_stand_side_by_side() -> None:
+    one, two = Gaussians.fit(*drawn(5), 3), Gaussians.fit(*drawn(6), 4)
+    both = Gaussians.joined([one, two])
+    assert np.array_equal(both.covariance(2), one.covariance(2))
+    assert np.array_equal(both.covariance(4), two.covariance(1))
+    assert both.counts.tolist() == [*one.counts, *two.counts]
 
 
 def test_a_class_without_pictures_cannot_be_drawn_from() -> None:
     with pytest.raises(DataError, match="class 3 has no pictures"):
-        Sampler(Gaussians.fit(*drawn(0), 4), "none", 0.1, 0, 0).draw(3, 1, 0, 0)
+        Sampler(Gaussians.fit(*drawn(0), 4), "none", 0.1).draw(3, 1, [0])
 
 
 @KINDS

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import encoder_drift
 import numpy as np
 import pytest
 import torch
 from in_process_crew import contents, learn_here, opened, settings
 
-from condu_ray.config import SessionConfig
+from condu_ray.config import SessionConfig, resolve
+from condu_ray.data.loading import PictureSet
 from condu_ray.engine.forget import forget
 from condu_ray.errors import ConfigError, TrainingError
+from condu_ray.memory.calibration import fit
+from condu_ray.methods import dmc
+from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.remembered import Remembered
+from condu_ray.methods.training import Place, Trained
+from condu_ray.models.clip import Clip
 from condu_ray.store import open_store
-from condu_ray.voting.open import load_classifier, state_of
+from condu_ray.voting.open import expert_maker, layout_of, load_classifier, state_of
 
 Folders = dict[str, Path]
 Made = Callable[..., SessionConfig]
@@ -93,9 +101,6 @@ def test_the_answers_are_those_of_the_learned_vectors(
     (task,) = opened(picture_tasks, "stripes")
     store = open_store(config.store)
     classifier = load_classifier(config.store)
-    from condu_ray.data.loading import PictureSet
-    from condu_ray.voting.open import expert_maker
-
     pixels = torch.stack([PictureSet(task.test, tiny_clip.eval_transform)[each][0] for each in range(len(task.test))])
     expert: Any = expert_maker(store, 3, tiny_clip)("stripes")
     features = tiny_clip.images(pixels, expert)
@@ -134,9 +139,73 @@ def test_a_forgotten_task_leaves_no_statistics_and_learning_goes_on(
     assert set(memory(config, 4)) == {"colours", "places"}
 
 
-def test_statistics_of_another_encoder_are_refused(learned: Made) -> None:
-    from condu_ray.memory.calibration import fit
+@BOTH
+def test_killed_in_any_stage_the_same_command_ends_with_the_same_bits(
+    learned: Made, method: str, picture_tasks: Folders, tiny_clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = learned(method, train__checkpoint_seconds=1e-9)
+    store = open_store(config.store)
+    before = state_of(store, store.manifest(2))
+    (task,) = opened(picture_tasks, "places")
+    saved: list[Checkpoint] = []
 
+    def trained(resume: Resume) -> Trained:
+        layout = layout_of(store.header)
+        return dmc.learn(tiny_clip, layout, task, config, before, None, Place(), resume, lambda step: None)
+
+    def keep(checkpoint: Checkpoint) -> None:
+        saved.append({name: np.array(values) for name, values in checkpoint.items()})
+
+    whole = trained(Resume(save=keep)).arrays()
+    kinds = ["vision/delta" in each for each in saved]
+    assert kinds == [False] * 3 + [True] * 4  # three of four steps, the end of the first stage, three of four prompts
+    monkeypatch.setattr(dmc._Model, "train_vision", _only_where_it_must(dmc._Model.train_vision, saved))
+    for checkpoint in saved:
+        again = trained(Resume(lambda kept=checkpoint: kept)).arrays()  # type: ignore[misc]
+        assert set(again) == set(whole)
+        for name, values in whole.items():
+            np.testing.assert_array_equal(again[name], values, err_msg=name)
+
+
+def _only_where_it_must(real: Any, saved: list[Checkpoint]) -> Any:
+    """The first stage, which must not be run where a checkpoint holds its end."""
+
+    def train_vision(model: Any, task: Any, place: Place, resume: Resume, on_step: Any) -> Trained:
+        assert "vision/delta" not in (resume.load() or {})
+        return real(model, task, place, resume, on_step)  # type: ignore[no-any-return]
+
+    return train_vision
+
+
+def test_the_job_prints_what_sessions_measured(learned: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    store = learned("dmc-ot").store
+    encoder_drift.main([store, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["task"], row["calibration"]) for row in rows] == [("stripes", "ot"), ("places", "ot")]
+    for row in rows:
+        assert list(row["residuals"]) == ["none", "mean", "sdc", "ot", "linear"]
+        assert row["shift"] + row["symmetric"] + row["rotation"] + row["rest"] == pytest.approx(1)
+    encoder_drift.main([store])
+    assert f"{rows[1]['residuals']['linear']:.3f}" in capsys.readouterr().out
+
+
+def test_auto_takes_what_fits_pictures_that_were_held_out(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir, method="dmc", dmc__memory_calibration="auto")
+    learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    found = memory(config, 2)["stripes"].found
+    assert found is not None and found.drift.residuals[found.mode] == min(found.drift.residuals.values())
+
+
+def test_diagonal_statistics_are_moved_too(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir, method="dmc-ot", memory__covariance="diagonal")
+    learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    first, second = (memory(config, version)["colours"].gaussians for version in (1, 2))
+    assert first.scatter.shape == (3, 32) and not np.allclose(first.scatter, second.scatter)
+
+
+def test_statistics_of_another_encoder_are_refused(learned: Made) -> None:
     kept = memory(learned("dmc-ot"), 2)["colours"]
     rows = np.random.default_rng(0).standard_normal((20, 32))
     map_of = fit("mean", rows, rows + 1, np.zeros(20, np.int64))
@@ -152,8 +221,6 @@ def test_without_any_prompt_there_is_nothing_to_learn(tiny_model_dir: Path, tmp_
 
 
 def test_a_store_keeps_the_calibration_it_was_made_with(learned: Made, tiny_model_dir: Path) -> None:
-    from condu_ray.config import resolve
-
     config = learned("dmc-ot")
     fixed = open_store(config.store).header.settings
     with pytest.raises(ConfigError, match="dmc.memory_calibration is linear"):

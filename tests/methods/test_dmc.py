@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from in_process_crew import contents, learn_here, opened, settings
+from safetensors.torch import load_file
 
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.data.loading import PictureSet
+from condu_ray.engine.export import export
 from condu_ray.engine.forget import forget
 from condu_ray.errors import ConfigError, TrainingError
 from condu_ray.memory.calibration import fit
@@ -112,6 +114,21 @@ def test_the_answers_are_those_of_the_learned_vectors(
     union = [(answer.label.task, answer.label.name) for answer in classifier.classify(pixels)]
     assert union == [names[i] for i in (features @ every.T).argmax(1).tolist()]
     assert not torch.allclose(features, tiny_clip.images(pixels), atol=1e-3)
+
+
+@BOTH
+def test_an_export_holds_the_image_tower_and_the_class_vectors(
+    learned: Made, method: str, tiny_clip: Clip, tmp_path: Path
+) -> None:
+    config = learned(method)
+    store = open_store(config.store)
+    export(store, store.manifest(), "stripes", tmp_path / "stripes.safetensors")
+    found = load_file(tmp_path / "stripes.safetensors")
+    for name, kept in memory(config, 3).items():
+        assert torch.equal(found[f"head.texts.{name}"], kept.texts)
+    own = dict(tiny_clip.model.state_dict())
+    moved = [name for name, tensor in own.items() if not torch.equal(found[name], tensor)]
+    assert moved == [f"visual.transformer.resblocks.{block}.attn.in_proj_weight" for block in (0, 1)]
 
 
 @BOTH

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -38,6 +39,17 @@ _UNROUTED = make_prototypes(FeatureSums.zero(1, 1), np.ones((1, 1), np.float32),
 
 
 By = Literal["base", "own", "expert", "vote", "union"]
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """Meanwhile torch works with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Seen(NamedTuple):
@@ -142,13 +154,9 @@ class Scorer:
         """The task's rescalers in `state`, trained further on its training pictures by so many threads, f32[G]."""
         assert isinstance(state, FusedState), "only fused tasks have rescalers"
         self._newest = None  # experts as large as models, of a version that is about to be replaced
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with threads_of(threads):
             own = self._store.get(buffers) if buffers else {}
             return train_rescalers(self._clip, self._method, state, task, self._config, own, on_step)
-        finally:
-            torch.set_num_threads(before)
 
     def _together(self, snapshot: Snapshot | None, state: TaskState | None) -> Classifier:
         if snapshot is None or state is None:

@@ -152,7 +152,8 @@ class _Fitting:
         begun = time.monotonic()
         for epoch in range(own.epochs):
             for step, batch in enumerate(self._batches(epoch)):
-                loss = self._loss(batch, self._replayed(epoch, step, steps) if self._past.classes else None)
+                replays = self._past.classes and self._config.memory.per_epoch
+                loss = self._loss(batch, self._replayed(epoch, step, steps) if replays else None)
                 if len(self._pairs) and own.hinge:
                     loss = loss + own.hinge * self._hinge(epoch, step)
                 optimiser.zero_grad(set_to_none=True)

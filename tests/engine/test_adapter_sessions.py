@@ -9,6 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from command_line import condu
 from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings, silent
 from PIL import Image
 from safetensors.torch import load_file
@@ -214,3 +215,39 @@ def test_open_clip_reads_the_towers_of_an_export(
     missing, unexpected = model.load_state_dict(load_file(tmp_path / "expert.safetensors"), strict=False)
     assert missing == []
     assert all(name.startswith("head.") for name in unexpected)
+
+
+@BOTH
+def test_the_command_learns_on_ray_what_the_spine_learns_here(
+    ray_cluster: None,
+    stores: dict[str, SessionConfig],
+    tiny_model_dir: Path,
+    picture_tasks: Folders,
+    tmp_path: Path,
+    method: str,
+) -> None:
+    given = [f"--task={name}={picture_tasks[name]}" for name in TASKS]
+    short = ["--adapter.epochs=4", "--adapter.batch-size=12", "--memory.per-epoch=60", "--tracking=off"]
+    store = tmp_path / "store"
+    said = condu(
+        "learn",
+        *given,
+        *short,
+        "--method",
+        method,
+        "--model",
+        f"local-dir:{tiny_model_dir}",
+        "--store",
+        store,
+        "--json",
+    )
+    assert said.code == 0, said.err
+    assert said.document["made"] == [1, 2, 3]
+    deltas = []
+    for url in (str(store), stores[method].store):
+        opened = open_store(url)
+        deltas.append(state_of(opened, opened.manifest()).delta("places"))
+    np.testing.assert_allclose(deltas[0], deltas[1], atol=1e-4)
+    pictures = sorted((picture_tasks["stripes"] / "test").rglob("*.png"))[:2]
+    asked = condu("predict", *pictures, "--store", store, "--json")
+    assert [each["label_space"] for each in asked.document] == ["union", "union"]

@@ -8,7 +8,6 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import TINY
 from torch import Tensor, nn
 
 from condu_ray.errors import ConfigError, ModelError
@@ -35,10 +34,11 @@ def test_vectors_of_words_give_what_the_words_give(tiny_clip: Clip) -> None:
 
 @pytest.mark.parametrize("pool", [{"pool_type": "argmax"}, {"embed_cls": True, "pad_id": 0}], ids=["end", "appended"])
 def test_a_text_tower_of_its_own_takes_them_too(tiny_clip: Clip, pool: dict[str, Any]) -> None:
-    text = {**TINY["model_cfg"]["text_cfg"], **pool}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2, **pool}
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = open_clip.CustomTextCLIP(**{**TINY["model_cfg"], "text_cfg": text}).eval()
+        model = open_clip.CustomTextCLIP(32, vision, text).eval()
     clip = replace(tiny_clip, model=model.requires_grad_(False))
     prompted = prompted_by(clip, 4)
     context = start_vectors(clip, 4, 0).requires_grad_()

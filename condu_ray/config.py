@@ -91,7 +91,7 @@ class TrainConfig(_Section):
         default=None,
         gt=0,
         lt=1,
-        description="peak learning rate; unset: 1e-5 (LoRA 1e-3), for models below 50 M parameters 5e-4 (1e-2)",
+        description="peak learning rate; unset: 1e-5 (LoRA, dmc 1e-3), below 50 M parameters 5e-4 (LoRA 1e-2)",
     )
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="share of the steps with a linearly rising rate, cosine to 0 after"

@@ -118,8 +118,10 @@ def learning_rate_for(parameters: int, config: SessionConfig) -> float:
         return config.adapter.lr
     if config.train.lr is not None:
         return config.train.lr
+    if config.method in DMC:
+        return 1e-3
     small = parameters < SMALL_MODEL_PARAMETERS
-    if config.method in ("condu-lora", *DMC):
+    if config.method == "condu-lora":
         return 1e-2 if small else 1e-3
     return 5e-4 if small else 1e-5
 

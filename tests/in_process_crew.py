@@ -20,7 +20,7 @@ from condu_ray.engine.crew import _chunks
 from condu_ray.engine.fusing import Fused, Fuser
 from condu_ray.engine.plan import header_of
 from condu_ray.engine.progress import Update
-from condu_ray.engine.scoring import Question, Scorer, Snapshot
+from condu_ray.engine.scoring import Question, Scorer, Seen, Snapshot
 from condu_ray.engine.session import learn
 from condu_ray.engine.train import Job, work_through
 from condu_ray.methods.training import Place
@@ -45,10 +45,8 @@ class InProcessCrew:
         work_through(self._store, self._config, jobs, Place(), lambda step: None)
         torch.set_num_threads(before)
 
-    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        parts = [self._scorer.features(part) for part in _chunks(pictures)]
-        features, domains = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return features, domains
+    def features(self, pictures: Split, update: Update) -> Seen:
+        return Seen.joined(self._scorer.features(part) for part in _chunks(pictures))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         return self._scorer.text_means(classes, templates)

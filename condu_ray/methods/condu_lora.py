@@ -16,7 +16,7 @@ from torch import nn
 from condu_ray.config import LoraConfig, SessionConfig, triggers_of
 from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
-from condu_ray.methods.protocol import Stored, TaskState, Vector
+from condu_ray.methods.protocol import Memory, Stored, TaskState, Vector
 from condu_ray.methods.states import FusedState, SeparateState
 from condu_ray.models.clip import Clip, Overrides
 from condu_ray.models.lora import (
@@ -88,3 +88,7 @@ def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) ->
     if not can_run_in_rows(clip.model, adapters):
         return None
     return low_rank(clip.model, adapters, _factors(adapters, layout, delta))
+
+
+def head(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector, memory: Memory) -> None:
+    return None

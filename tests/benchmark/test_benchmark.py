@@ -28,7 +28,17 @@ from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.voting.open import TASK_OBJECTS
 
 TASKS = ["colours", "stripes", "places"]
-FIGURES = ["transfer", "average", "last", "retention", "router_accuracy", "router_top2", "auroc"]
+FIGURES = [
+    "transfer",
+    "average",
+    "last",
+    "incremental_average",
+    "incremental_last",
+    "retention",
+    "router_accuracy",
+    "router_top2",
+    "auroc",
+]
 COSTS = ["seconds", "bytes_per_task", "bytes_shared", "rank"]
 SETTINGS = "train: {steps: 12, batch_size: 8, lr: 1.0e-3, towers: image}\nlora: {rank: 4}\nvote: {k: 2}\n"
 

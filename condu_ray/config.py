@@ -48,7 +48,6 @@ Granularity = Literal["l1", "tensor_mean", "tensor", "row"]
 Triggers = Literal["mask", "sign"]
 AdapterBasis = Literal["qr", "svd", "identity", "none"]
 Calibration = Literal["none", "fixed", "schedule", "learnable", "search"]
-AdapterStart = Literal["identity", "default"]
 Shrinkage = Literal["rapf", "convex", "none"]
 MemoryCalibration = Literal["none", "mean", "sdc", "ot", "linear", "auto"]
 DMC = ("dmc", "dmc-ot")
@@ -174,8 +173,8 @@ class AdapterConfig(_Section):
     share_end: float = Field(default=0.8, ge=0, le=1, description="of a schedule, from session `share_sessions` on")
     share_sessions: int = Field(default=10, ge=2, le=10_000, description="sessions until a schedule ends")
     share_pull: float = Field(default=0.1, ge=0, description="weight that holds a share that is learned at `share`")
-    init: AdapterStart | None = Field(
-        default=None, description="of the first adapter; unset: default (uniform) for rapf, identity for calfuse"
+    init: Literal["identity", "default"] = Field(
+        default="default", description="of the first adapter; default: the uniform one of a linear layer"
     )
     epochs: int = Field(default=15, ge=1, le=10_000, description="passes over a task's features")
     batch_size: int = Field(default=100, ge=1, le=65536, description="features a step, without those that are drawn")
@@ -473,13 +472,12 @@ class AdapterRule(NamedTuple):
 
     basis: AdapterBasis
     calibration: Calibration
-    init: AdapterStart
     distillation: float
 
 
 ADAPTER_RULES = {
-    "rapf": AdapterRule("svd", "none", "default", 0.0),
-    "calfuse": AdapterRule("qr", "search", "identity", 1.0),
+    "rapf": AdapterRule("svd", "none", 0.0),
+    "calfuse": AdapterRule("qr", "search", 1.0),
 }
 
 

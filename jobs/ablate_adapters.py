@@ -46,6 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rapf, identity start": {"method": "rapf", "adapter.init": "identity"},
     "rapf, its shrinkage": {"method": "rapf", "memory.shrinkage": "rapf"},
     "calfuse": {"method": "calfuse"},
+    "calfuse, identity start": {"method": "calfuse", "adapter.init": "identity"},
     "calfuse, svd": {"method": "calfuse", "adapter.basis": "svd"},
     "calfuse, no basis": {"method": "calfuse", "adapter.basis": "identity"},
     "calfuse, by direction, bias 0.1": {
@@ -163,10 +164,14 @@ def measured(clip: Clip, stream: Sequence[Session], row: str, seed: int, first: 
     return found
 
 
+def _key(digest: str, row: str) -> str:
+    return hashlib.sha256(f"{digest} {sorted(ROWS[row].items())}".encode()).hexdigest()[:24]
+
+
 def measure(
     clip: Clip, stream: Sequence[Session], seeds: Sequence[int], rows: Sequence[str], work: Path
 ) -> list[dict[str, Any]]:
-    digest = hashlib.sha256(b"".join(each.train.raw.tobytes() for each in stream)).hexdigest()[:12]
+    digest = hashlib.sha256(b"".join(each.train.raw.tobytes() for each in stream)).hexdigest()
     zero_shot = []
     for number in range(1, len(stream) + 1):
         said, truth = answers(stream[:number], None)
@@ -175,7 +180,7 @@ def measure(
     for name in rows:
         with stage(name):
             runs = [
-                measured(clip, stream, name, seed, seed == seeds[0], work / f"{digest}-{name}-{seed}.json")
+                measured(clip, stream, name, seed, seed == seeds[0], work / f"row-{_key(digest, name)}-{seed}.json")
                 for seed in seeds
             ]
         figures = {key: [run[key] for run in runs if key in run] for key in ("avg", "last", "unlike")}

@@ -131,7 +131,7 @@ class _Fitting:
         self._texts = torch.tensor(texts, device=device)
         old = texts[: past.classes]
         self._pairs = similar_pairs(old, features.texts, self._own.hinge_distance) if past.classes else NO_PAIRS
-        first = start.weight if start else _first(features.raw.shape[1], self._rule.init, config)
+        first = start.weight if start else _first(features.raw.shape[1], config)
         self._weight = nn.Parameter(torch.tensor(first, device=device))
         self._teacher = self._weight.detach().clone(), 1.0
         if start and self._rule.calibration not in ("none", "search"):
@@ -172,7 +172,8 @@ class _Fitting:
         return losses
 
     def adapter(self) -> Adapter:
-        return Adapter(self._weight.detach().cpu().numpy(), float(self._share()))
+        with torch.no_grad():
+            return Adapter(self._weight.detach().cpu().numpy(), float(self._share()))
 
     def _share(self) -> Tensor | float:
         return torch.sigmoid(self._logit) if self._fixed is None else self._fixed
@@ -231,9 +232,9 @@ class _Fitting:
         return torch.tensor(values, device=self._weight.device)
 
 
-def _first(width: int, init: str, config: SessionConfig) -> NDArray[np.float32]:
+def _first(width: int, config: SessionConfig) -> NDArray[np.float32]:
     """The adapter before the first session: the identity, or the framework's uniform start of a linear layer."""
-    if init == "identity":
+    if config.adapter.init == "identity":
         return np.eye(width, dtype=np.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.seed, "adapter"))

@@ -217,14 +217,12 @@ def test_open_clip_reads_the_towers_of_an_export(
     assert all(name.startswith("head.") for name in unexpected)
 
 
-@BOTH
 def test_the_command_learns_on_ray_what_the_spine_learns_here(
     ray_cluster: None,
     stores: dict[str, SessionConfig],
     tiny_model_dir: Path,
     picture_tasks: Folders,
     tmp_path: Path,
-    method: str,
 ) -> None:
     given = [f"--task={name}={picture_tasks[name]}" for name in TASKS]
     short = ["--adapter.epochs=4", "--adapter.batch-size=12", "--memory.per-epoch=60", "--tracking=off"]
@@ -234,7 +232,7 @@ def test_the_command_learns_on_ray_what_the_spine_learns_here(
         *given,
         *short,
         "--method",
-        method,
+        "calfuse",
         "--model",
         f"local-dir:{tiny_model_dir}",
         "--store",
@@ -244,7 +242,7 @@ def test_the_command_learns_on_ray_what_the_spine_learns_here(
     assert said.code == 0, said.err
     assert said.document["made"] == [1, 2, 3]
     deltas = []
-    for url in (str(store), stores[method].store):
+    for url in (str(store), stores["calfuse"].store):
         opened = open_store(url)
         deltas.append(state_of(opened, opened.manifest()).delta("places"))
     np.testing.assert_allclose(deltas[0], deltas[1], atol=1e-4)

@@ -32,17 +32,31 @@ from pydantic_settings.exceptions import SettingsError
 from condu_ray.errors import ConfigError, nearest
 
 MethodName = Literal[
-    "condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential", "wise-ft", "rapf", "calfuse"
+    "condu",
+    "condu-sign",
+    "condu-lora",
+    "zero-shot",
+    "finetune",
+    "sequential",
+    "wise-ft",
+    "rapf",
+    "calfuse",
+    "dmc",
+    "dmc-ot",
 ]
 Granularity = Literal["l1", "tensor_mean", "tensor", "row"]
 Triggers = Literal["mask", "sign"]
 AdapterBasis = Literal["qr", "svd", "identity", "none"]
 Calibration = Literal["none", "fixed", "schedule", "learnable", "search"]
 Shrinkage = Literal["rapf", "convex", "none"]
+MemoryCalibration = Literal["none", "mean", "sdc", "ot", "linear", "auto"]
+DMC = ("dmc", "dmc-ot")
 DEFAULT_MODEL = "default"
 
 # Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
 SMALL_MODEL_PARAMETERS = 50_000_000
+
+PROMPT_LENGTH = 16  # CoOp's (arXiv 2109.01134)
 
 RESCALER_SHARE = 0.1  # of the steps of a task's training; measured, see docs/decisions.md
 
@@ -76,7 +90,7 @@ class TrainConfig(_Section):
         default=None,
         gt=0,
         lt=1,
-        description="peak learning rate; unset: 1e-5 (LoRA 1e-3), for models below 50 M parameters 5e-4 (1e-2)",
+        description="peak learning rate; unset: 1e-5 (LoRA, dmc 1e-3), below 50 M parameters 5e-4 (LoRA 1e-2)",
     )
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="share of the steps with a linearly rising rate, cosine to 0 after"
@@ -188,6 +202,39 @@ class MemoryConfig(_Section):
     per_epoch: int = Field(default=2000, ge=0, description="features drawn an epoch, over all old classes together")
 
 
+class DmcConfig(_Section):
+    """What dmc and dmc-ot learn and remember; our reconstruction where methods/dmc.py does not say otherwise."""
+
+    rank: int = Field(default=8, ge=1, le=1024, description="inner dimension of the image tower's adapters")
+    shared_prompt: int | None = Field(
+        default=None, ge=0, le=64, description="prompt vectors that all tasks share; unset: 16 for dmc, 0 for dmc-ot"
+    )
+    task_prompt: int | None = Field(
+        default=None, ge=0, le=64, description="prompt vectors of each task alone; unset: 0 for dmc, 16 for dmc-ot"
+    )
+    prompt_steps: int | None = Field(
+        default=None, ge=1, description="optimiser steps of the prompts; unset: as many as those of the image tower"
+    )
+    prompt_lr: float = Field(default=2e-3, gt=0, lt=1, description="peak learning rate of the prompts")
+    replay: float = Field(
+        default=1.0, ge=0, le=16, description="draws an old class for each picture of a new class in a batch; 0: none"
+    )
+    classes_per_step: int = Field(
+        default=100, ge=2, le=65536, description="most classes that compete in a step where a prompt is shared"
+    )
+    memory_calibration: MemoryCalibration | None = Field(
+        default=None,
+        description="how statistics of old classes follow the image tower; unset: none for dmc, ot for dmc-ot",
+    )
+    shrinkage: float = Field(
+        default=0.01, ge=0, le=1, description="of the covariances that ot compares, and ridge of linear"
+    )
+    strength: float = Field(default=1.0, ge=0, le=1, description="share of the way that statistics are moved")
+    compared: Literal["within", "pooled"] = Field(
+        default="within", description="which covariances ot compares: around class means, or around the common mean"
+    )
+
+
 class VoteConfig(_Section):
     """How experts answer together."""
 
@@ -252,6 +299,7 @@ class SessionConfig(_Section):
     fusion: FusionConfig = FusionConfig()
     adapter: AdapterConfig = AdapterConfig()
     memory: MemoryConfig = MemoryConfig()
+    dmc: DmcConfig = DmcConfig()
     vote: VoteConfig = VoteConfig()
     workers: int | None = Field(
         default=None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow"
@@ -261,6 +309,9 @@ class SessionConfig(_Section):
     )
     gpus_per_worker: float = Field(
         default=1.0, gt=0, le=1, description="share of a GPU of a training process; below 1, small tasks share a GPU"
+    )
+    node_wait_seconds: float = Field(
+        default=0, ge=0, le=86400, description="longest wait for nodes that a cluster's autoscaler brings; 0: none"
     )
     parallel: Literal["auto", "tasks", "data"] = Field(
         default="auto",
@@ -305,6 +356,12 @@ class SessionConfig(_Section):
                 f"fusion.tune_rescalers = {self.fusion.tune_rescalers} needs sign triggers (--method condu-sign or "
                 "--fusion.triggers sign), since the rescalers of masks follow from the norms of deltas"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prompted(self) -> SessionConfig:
+        if self.method in DMC and not any(prompt_lengths(self, most=1)):
+            raise ValueError("dmc.shared_prompt and dmc.task_prompt are both 0, so there is no prompt to learn")
         return self
 
     @property
@@ -454,6 +511,20 @@ def rescales(config: SessionConfig) -> bool:
     return rescaler_steps(config, 1) > 0
 
 
+def prompt_lengths(config: SessionConfig, most: int) -> tuple[int, int]:
+    """(vectors of the prompt that tasks share, vectors of each task's own): as set, or what the method stands for, at
+    most `most`."""
+    usual = min(PROMPT_LENGTH, most)
+    shared, own = (0, usual) if config.method == "dmc-ot" else (usual, 0)
+    given = config.dmc.shared_prompt, config.dmc.task_prompt
+    return shared if given[0] is None else given[0], own if given[1] is None else given[1]
+
+
+def memory_calibration(config: SessionConfig) -> MemoryCalibration:
+    """As set, or what the method stands for."""
+    return config.dmc.memory_calibration or ("ot" if config.method == "dmc-ot" else "none")
+
+
 def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
     """The settings (dotted names) that a store fixes when it is created."""
     return {
@@ -464,6 +535,7 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
         **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
         **{f"fusion.{name}": value for name, value in config.fusion.model_dump(exclude={"shards"}).items()},
         **{f"adapter.{name}": value for name, value in config.adapter.model_dump(include=ADAPTER_FIXED).items()},
+        **({f"dmc.{name}": value for name, value in config.dmc.model_dump().items()} if config.method in DMC else {}),
     }
 
 

@@ -56,6 +56,8 @@ SYSTEMS = {
         ("wise-ft", "wise-ft"),
         ("rapf", "rapf"),
         ("calfuse", "calfuse"),
+        ("dmc", "dmc"),
+        ("dmc-ot", "dmc-ot"),
         (LORA_BANK, "condu-lora"),
         ("condu", "condu"),
         ("condu-lora", "condu-lora"),

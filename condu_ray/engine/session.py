@@ -47,6 +47,7 @@ PLACEMENT = {
     "workers",
     "cpus_per_worker",
     "gpus_per_worker",
+    "node_wait_seconds",
     "parallel",
     "gpu",
 }

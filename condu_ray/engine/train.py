@@ -33,7 +33,16 @@ from condu_ray.engine.progress import Update
 from condu_ray.errors import ConduError, StoreError, TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import Features, TaskState, Vector
-from condu_ray.methods.training import Checkpoint, Place, Resume, Step, memory_in, steps_for, train_task
+from condu_ray.methods.training import (
+    Checkpoint,
+    Place,
+    Resume,
+    Step,
+    memory_in,
+    prompt_steps_for,
+    steps_for,
+    train_task,
+)
 from condu_ray.models.load import load
 from condu_ray.store import Store, open_store
 from condu_ray.voting.open import config_of, layout_of, state_of
@@ -163,7 +172,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
         ),
     )
     try:
-        total = sum(steps_for(len(job.data.train), config) for job in pending)
+        total = sum(_steps(job, config) for job in pending)
         _watch(trainer, board, lambda steps: show(steps, total, update))
     finally:
         ray.kill(board)
@@ -228,11 +237,16 @@ def deal(jobs: Sequence[Job], workers: int, config: SessionConfig) -> list[list[
         return [list(jobs)]  # in the order given: a task may start from the one before
     dealt: list[list[Job]] = [[] for _ in range(workers)]
     load = [0] * workers
-    for job in sorted(jobs, key=lambda each: -steps_for(len(each.data.train), config)):
+    for job in sorted(jobs, key=lambda each: -_steps(each, config)):
         least = load.index(min(load))
         dealt[least].append(job)
-        load[least] += steps_for(len(job.data.train), config)
+        load[least] += _steps(job, config)
     return dealt
+
+
+def _steps(job: Job, config: SessionConfig) -> int:
+    pictures = len(job.data.train)
+    return steps_for(pictures, config) + prompt_steps_for(pictures, config)
 
 
 def _work(settings: dict[str, Any]) -> None:

@@ -112,6 +112,24 @@ METHODS = {
             on_features=True,
             single=True,
         ),
+        MethodInfo(
+            "dmc",
+            "dmc",
+            "one model: LoRA on the image tower, then a prompt with replay from class Gaussians",
+            "DMC, arXiv 2511.10974 (two stages, Gaussian replay); all else our reconstruction",
+            trains=True,
+            ordered=True,
+            single=True,
+        ),
+        MethodInfo(
+            "dmc-ot",
+            "dmc",
+            "dmc with a prompt a task, and Gaussians that follow the image tower by optimal transport",
+            "DMC-OT, arXiv 2511.10974 (calibration, task prompts); the Gaussian transport is our reconstruction",
+            trains=True,
+            ordered=True,
+            single=True,
+        ),
     )
 }
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from condu_ray.config import SMALL_MODEL_PARAMETERS, SessionConfig, adapts
+from condu_ray.config import DMC, SMALL_MODEL_PARAMETERS, SessionConfig, adapts
 from condu_ray.data import TaskData
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
@@ -36,6 +36,7 @@ __all__ = [
     "Trained",
     "learning_rate_for",
     "memory_in",
+    "prompt_steps_for",
     "schedule",
     "steps_for",
     "train_task",
@@ -104,12 +105,21 @@ def steps_for(pictures: int, config: SessionConfig) -> int:
     return min(MOST_STEPS, max(LEAST_STEPS, math.ceil(EPOCHS * pictures / config.train.batch_size)))
 
 
+def prompt_steps_for(pictures: int, config: SessionConfig) -> int:
+    """Optimiser steps of the prompts, which DMC learns after the image tower: as set, or as many as that took."""
+    if config.method not in DMC:
+        return 0
+    return config.dmc.prompt_steps or steps_for(pictures, config)
+
+
 def learning_rate_for(parameters: int, config: SessionConfig) -> float:
     """Peak rate: as set, or the published one for large models and a measured one for small (docs/decisions.md)."""
     if adapts(config):
         return config.adapter.lr
     if config.train.lr is not None:
         return config.train.lr
+    if config.method in DMC:
+        return 1e-3
     small = parameters < SMALL_MODEL_PARAMETERS
     if config.method == "condu-lora":
         return 1e-2 if small else 1e-3

@@ -98,6 +98,11 @@ class Clip:
         """f32[B, 3, H, W] -> unit features f32[B, D], by θ⁰ or by an expert."""
         return self._images(pixels, expert)[0]
 
+    def raw_images(self, pixels: Tensor, expert: Expert | None = None) -> Tensor:
+        """f32[B, 3, H, W] -> features f32[B, D] before they are made unit, by θ⁰ or by an expert without its head."""
+        unit, lengths = self._images(pixels, expert.tower if isinstance(expert, Headed) else expert)
+        return unit * lengths[:, None]
+
     def images_in_rows(self, pixels: Tensor, segments: Sequence[tuple[LowRank, int]]) -> Tensor:
         """f32[B, 3, H, W] -> unit features f32[B, D]: the first rows by the first expert, and so on, in one pass.
 

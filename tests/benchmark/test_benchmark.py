@@ -242,6 +242,13 @@ def test_a_finished_benchmark_only_reads(done: Any) -> None:
     assert measure(benchmark, nobody, silent) == found
 
 
+def test_it_goes_on_with_other_workers_and_shards(done: Any) -> None:
+    benchmark, found, _ = done
+    placed = {"workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0.5, "fusion.shards": 2}
+    elsewhere = Benchmark(**{**vars(benchmark), "options": {**benchmark.options, **placed}})
+    assert measure(elsewhere, nobody, silent) == found
+
+
 def test_another_stream_or_setting_needs_another_folder(done: Any) -> None:
     benchmark, _, _ = done
     turned = Benchmark(**{**vars(benchmark), "stream": benchmark.stream.reversed()})

@@ -35,6 +35,7 @@ from condu_ray.memory.calibration import best_mode, distances, fit, measure
 from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods import registry
 from condu_ray.methods.checkpoint import Checkpoint, Resume
+from condu_ray.methods.condu_lora import factors_of
 from condu_ray.methods.prompt_tuning import PromptedTask, tune_prompts
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
 from condu_ray.methods.remembered import Found, Remembered, fingerprint
@@ -90,17 +91,12 @@ def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects
     return LatestState.load(layout, meta, objects)
 
 
-def _factors(adapters: Adapters, layout: Layout, delta: Vector | None) -> dict[str, NDArray[np.float32]]:
-    moved = {} if delta is None else layout.views(delta)
-    return {name: start + moved[name] if name in moved else start for name, start in adapters.start.items()}
-
-
 def prepare(
     clip: Clip, layout: Layout, config: SessionConfig, start: Vector | None
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     adapters = _adapters(clip, config)
     model = copy.deepcopy(clip.model).float()
-    parameters = inject(model, adapters, _factors(adapters, layout, start))
+    parameters = inject(model, adapters, factors_of(adapters, layout, start))
     if any(entry.name == SHARED for entry in layout.entries):
         moved = np.zeros(layout.total, np.float32) if start is None else start
         parameters[SHARED] = nn.Parameter(_Model(clip, layout, config, moved).shared)
@@ -110,7 +106,7 @@ def prepare(
 
 def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:
     adapters = _adapters(clip, config)
-    return merged_weights(clip.model, adapters, _factors(adapters, layout, delta))
+    return merged_weights(clip.model, adapters, factors_of(adapters, layout, delta))
 
 
 def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> None:

@@ -77,7 +77,7 @@ def increments(name: str, data: str, increment: int | None, order: str | None) -
     Raises ConfigError for an increment that is missing or leaves a session with one class, DataError for the data.
     """
     order = order or ORDER
-    if order and not order.isdecimal():
+    if not order.isdecimal():
         order = str(Path(order).expanduser().absolute())
     if (base := _BASE.fullmatch(name)) is not None:
         if increment is None:

@@ -25,7 +25,7 @@ from condu_ray.errors import ConduError, TrainingError
 from condu_ray.fusion.triggers import Part
 from condu_ray.methods import registry
 from condu_ray.methods.rescaling import steps_of
-from condu_ray.methods.training import Place, Step, steps_for
+from condu_ray.methods.training import Place, Step, all_steps_for
 from condu_ray.store import Manifest, ObjectRef, Store
 
 CHUNK = 256  # pictures a call; fixed, so that sums do not depend on the number of actors
@@ -146,7 +146,7 @@ class RayCrew:
         if not registry.info(self._config.method).on_features:
             train(self._store, self._config, jobs, self._cluster, update)
             return
-        steps = sum(steps_for(len(job.data.train), self._config) for job in jobs)
+        steps = sum(all_steps_for(len(job.data.train), self._config) for job in jobs)
         self._watched(lambda report: self._hired()[0].fit.remote(list(jobs), self._threads(), report), steps, update)
 
     def features(self, pictures: Split, update: Update) -> Seen:

@@ -38,9 +38,8 @@ from condu_ray.methods.training import (
     Place,
     Resume,
     Step,
+    all_steps_for,
     memory_in,
-    prompt_steps_for,
-    steps_for,
     train_task,
 )
 from condu_ray.models.load import load
@@ -245,8 +244,7 @@ def deal(jobs: Sequence[Job], workers: int, config: SessionConfig) -> list[list[
 
 
 def _steps(job: Job, config: SessionConfig) -> int:
-    pictures = len(job.data.train)
-    return steps_for(pictures, config) + prompt_steps_for(pictures, config)
+    return all_steps_for(len(job.data.train), config)
 
 
 def _work(settings: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "Resume",
     "Step",
     "Trained",
+    "all_steps_for",
     "learning_rate_for",
     "memory_in",
     "prompt_steps_for",
@@ -110,6 +111,11 @@ def prompt_steps_for(pictures: int, config: SessionConfig) -> int:
     if config.method not in DMC:
         return 0
     return config.dmc.prompt_steps or steps_for(pictures, config)
+
+
+def all_steps_for(pictures: int, config: SessionConfig) -> int:
+    """Optimiser steps of a task, over all that its method learns one after another."""
+    return steps_for(pictures, config) + prompt_steps_for(pictures, config)
 
 
 def learning_rate_for(parameters: int, config: SessionConfig) -> float:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Hashable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import yaml
 from pydantic import (
@@ -31,13 +31,32 @@ from pydantic_settings.exceptions import SettingsError
 
 from condu_ray.errors import ConfigError, nearest
 
-MethodName = Literal["condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential", "wise-ft"]
+MethodName = Literal[
+    "condu",
+    "condu-sign",
+    "condu-lora",
+    "zero-shot",
+    "finetune",
+    "sequential",
+    "wise-ft",
+    "rapf",
+    "calfuse",
+    "dmc",
+    "dmc-ot",
+]
 Granularity = Literal["l1", "tensor_mean", "tensor", "row"]
 Triggers = Literal["mask", "sign"]
+AdapterBasis = Literal["qr", "svd", "identity", "none"]
+Calibration = Literal["none", "fixed", "schedule", "learnable", "search"]
+Shrinkage = Literal["rapf", "convex", "none"]
+MemoryCalibration = Literal["none", "mean", "sdc", "ot", "linear", "auto"]
+DMC = ("dmc", "dmc-ot")
 DEFAULT_MODEL = "default"
 
 # Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
 SMALL_MODEL_PARAMETERS = 50_000_000
+
+PROMPT_LENGTH = 16  # CoOp's (arXiv 2109.01134)
 
 RESCALER_SHARE = 0.1  # of the steps of a task's training; measured, see docs/decisions.md
 
@@ -71,7 +90,7 @@ class TrainConfig(_Section):
         default=None,
         gt=0,
         lt=1,
-        description="peak learning rate; unset: 1e-5 (LoRA 1e-3), for models below 50 M parameters 5e-4 (1e-2)",
+        description="peak learning rate; unset: 1e-5 (LoRA, dmc 1e-3), below 50 M parameters 5e-4 (LoRA 1e-2)",
     )
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="share of the steps with a linearly rising rate, cosine to 0 after"
@@ -125,6 +144,94 @@ class FusionConfig(_Section):
     )
     shards: int = Field(
         default=1, ge=1, le=1024, description="actors, over all nodes, that share the fusing of one model"
+    )
+
+
+class AdapterConfig(_Section):
+    """The linear adapter of rapf and calfuse, which learns on θ⁰'s features (numbers: RAPF's public code).
+
+    What is unset is what the method stands for; docs/class_incremental.md says which part is published.
+    """
+
+    basis: AdapterBasis | None = Field(
+        default=None,
+        description="in which an adapter is fused with the one before; unset: svd for rapf, qr for calfuse",
+    )
+    weights: Literal["element", "direction", "constant"] = Field(
+        default="element", description="what decides how much of a change is taken over"
+    )
+    mix_bias: float = Field(default=0.6, ge=0, le=1, description="least share of a change that is taken over")
+    calibration: Calibration | None = Field(
+        default=None,
+        description="how the share of the adapted feature is found; unset: none for rapf (share 1), search for calfuse",
+    )
+    mix: Literal["normalized", "raw"] = Field(
+        default="normalized", description="whether the adapted feature is made unit before it is mixed with θ⁰'s"
+    )
+    share: float = Field(default=0.7, ge=0, le=1, description="of the adapted feature: fixed, or where learning starts")
+    share_start: float = Field(default=0.5, ge=0, le=1, description="of a schedule, in the first session")
+    share_end: float = Field(default=0.8, ge=0, le=1, description="of a schedule, from session `share_sessions` on")
+    share_sessions: int = Field(default=10, ge=2, le=10_000, description="sessions until a schedule ends")
+    share_pull: float = Field(default=0.1, ge=0, description="weight that holds a share that is learned at `share`")
+    init: Literal["identity", "default"] = Field(
+        default="default", description="of the first adapter; default: the uniform one of a linear layer"
+    )
+    epochs: int = Field(default=15, ge=1, le=10_000, description="passes over a task's features")
+    batch_size: int = Field(default=100, ge=1, le=65536, description="features a step, without those that are drawn")
+    lr: float = Field(default=1e-3, gt=0, lt=1, description="of Adam; a tenth after 4/15 and again after 10/15")
+    hinge: float = Field(default=1.0, ge=0, description="weight of the hinge that parts classes with similar texts")
+    hinge_distance: float = Field(default=0.55, ge=0, le=2, description="of texts, below which classes are similar")
+    hinge_margin: float = Field(default=0.1, ge=0, le=2, description="of the hinge, in units of cosine")
+    hinge_pairs: int = Field(default=64, ge=1, le=65536, description="most pairs of similar classes a step")
+    distillation: float | None = Field(
+        default=None, ge=0, description="weight of the adapter before as a teacher; unset: 0 for rapf, 1 for calfuse"
+    )
+    temperature: float = Field(default=2.0, gt=0, le=100, description="of the distillation")
+
+
+class MemoryConfig(_Section):
+    """Class Gaussians, from which features of old classes are drawn."""
+
+    covariance: Literal["full", "diagonal"] = Field(
+        default="full", description="what is kept a class; full: the square of a feature's width"
+    )
+    shrinkage: Shrinkage | None = Field(
+        default=None, description="of covariances when features are drawn; unset: none for rapf, else convex"
+    )
+    gamma: float = Field(default=0.1, ge=0, le=1, description="share of the mean variance, for convex shrinkage")
+    per_epoch: int = Field(default=2000, ge=0, description="features drawn an epoch, over all old classes together")
+
+
+class DmcConfig(_Section):
+    """What dmc and dmc-ot learn and remember; our reconstruction where methods/dmc.py does not say otherwise."""
+
+    rank: int = Field(default=8, ge=1, le=1024, description="inner dimension of the image tower's adapters")
+    shared_prompt: int | None = Field(
+        default=None, ge=0, le=64, description="prompt vectors that all tasks share; unset: 16 for dmc, 0 for dmc-ot"
+    )
+    task_prompt: int | None = Field(
+        default=None, ge=0, le=64, description="prompt vectors of each task alone; unset: 0 for dmc, 16 for dmc-ot"
+    )
+    prompt_steps: int | None = Field(
+        default=None, ge=1, description="optimiser steps of the prompts; unset: as many as those of the image tower"
+    )
+    prompt_lr: float = Field(default=2e-3, gt=0, lt=1, description="peak learning rate of the prompts")
+    replay: float = Field(
+        default=1.0, ge=0, le=16, description="draws an old class for each picture of a new class in a batch; 0: none"
+    )
+    classes_per_step: int = Field(
+        default=100, ge=2, le=65536, description="most classes that compete in a step where a prompt is shared"
+    )
+    memory_calibration: MemoryCalibration | None = Field(
+        default=None,
+        description="how statistics of old classes follow the image tower; unset: none for dmc, ot for dmc-ot",
+    )
+    shrinkage: float = Field(
+        default=0.01, ge=0, le=1, description="of the covariances that ot compares, and ridge of linear"
+    )
+    strength: float = Field(default=1.0, ge=0, le=1, description="share of the way that statistics are moved")
+    compared: Literal["within", "pooled"] = Field(
+        default="within", description="which covariances ot compares: around class means, or around the common mean"
     )
 
 
@@ -202,6 +309,9 @@ class SessionConfig(_Section):
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     fusion: FusionConfig = FusionConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    memory: MemoryConfig = MemoryConfig()
+    dmc: DmcConfig = DmcConfig()
     vote: VoteConfig = VoteConfig()
     workers: int | None = Field(
         default=None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow"
@@ -211,6 +321,9 @@ class SessionConfig(_Section):
     )
     gpus_per_worker: float = Field(
         default=1.0, gt=0, le=1, description="share of a GPU of a training process; below 1, small tasks share a GPU"
+    )
+    node_wait_seconds: float = Field(
+        default=0, ge=0, le=86400, description="longest wait for nodes that a cluster's autoscaler brings; 0: none"
     )
     parallel: Literal["auto", "tasks", "data"] = Field(
         default="auto",
@@ -255,6 +368,12 @@ class SessionConfig(_Section):
                 f"fusion.tune_rescalers = {self.fusion.tune_rescalers} needs sign triggers (--method condu-sign or "
                 "--fusion.triggers sign), since the rescalers of masks follow from the norms of deltas"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prompted(self) -> SessionConfig:
+        if self.method in DMC and not any(prompt_lengths(self, most=1)):
+            raise ValueError("dmc.shared_prompt and dmc.task_prompt are both 0, so there is no prompt to learn")
         return self
 
     @property
@@ -357,6 +476,39 @@ def fuses(config: SessionConfig) -> bool:
     return config.method in ("condu", "condu-sign", "condu-lora") and not exact
 
 
+ADAPTER_FIXED = {"basis", "weights", "mix_bias", "calibration", "mix"}
+
+
+class AdapterRule(NamedTuple):
+    """What the settings leave to the method."""
+
+    basis: AdapterBasis
+    calibration: Calibration
+    distillation: float
+
+
+ADAPTER_RULES = {
+    "rapf": AdapterRule("svd", "none", 0.0),
+    "calfuse": AdapterRule("qr", "search", 1.0),
+}
+
+
+def adapts(config: SessionConfig) -> bool:
+    """Whether what learns is an adapter on θ⁰'s features."""
+    return config.method in ADAPTER_RULES
+
+
+def adapter_rule(config: SessionConfig) -> AdapterRule:
+    """As set, or what the method stands for."""
+    chosen = {name: getattr(config.adapter, name) for name in AdapterRule._fields}
+    return ADAPTER_RULES[config.method]._replace(**{name: each for name, each in chosen.items() if each is not None})
+
+
+def shrinkage_of(config: SessionConfig) -> Shrinkage:
+    """As set, or what the method stands for."""
+    return config.memory.shrinkage or ("none" if config.method == "rapf" else "convex")
+
+
 def rescaler_steps(config: SessionConfig, trained: int) -> int:
     """Steps that train the rescalers of a task once it is fused: as set, or a share of the `trained` ones of the task
     itself; 0 where its triggers are masks."""
@@ -371,6 +523,20 @@ def rescales(config: SessionConfig) -> bool:
     return rescaler_steps(config, 1) > 0
 
 
+def prompt_lengths(config: SessionConfig, most: int) -> tuple[int, int]:
+    """(vectors of the prompt that tasks share, vectors of each task's own): as set, or what the method stands for, at
+    most `most`."""
+    usual = min(PROMPT_LENGTH, most)
+    shared, own = (0, usual) if config.method == "dmc-ot" else (usual, 0)
+    given = config.dmc.shared_prompt, config.dmc.task_prompt
+    return shared if given[0] is None else given[0], own if given[1] is None else given[1]
+
+
+def memory_calibration(config: SessionConfig) -> MemoryCalibration:
+    """As set, or what the method stands for."""
+    return config.dmc.memory_calibration or ("ot" if config.method == "dmc-ot" else "none")
+
+
 def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
     """The settings (dotted names) that a store fixes when it is created."""
     return {
@@ -380,6 +546,8 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
         "train.towers": config.train.towers,
         **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
         **{f"fusion.{name}": value for name, value in config.fusion.model_dump(exclude={"shards"}).items()},
+        **{f"adapter.{name}": value for name, value in config.adapter.model_dump(include=ADAPTER_FIXED).items()},
+        **({f"dmc.{name}": value for name, value in config.dmc.model_dump().items()} if config.method in DMC else {}),
     }
 
 

@@ -294,9 +294,11 @@ def show_benchmark(found: dict[str, Any]) -> None:
     for row in found["results"]:
         by_labels.setdefault(row["labels"], {}).setdefault(row["method"], []).append(row)
     figures = {"Transfer": "transfer", "Average": "average", "Last": "last", "of the gain kept": "retention"}
+    incremental = {"Avg": "incremental_average", "Last, by picture": "incremental_last"}
     for labels, methods in by_labels.items():
-        rows = [(method, *(_spread(runs, key) for key in figures.values())) for method, runs in methods.items()]
-        show_table(f"labels {labels}, percent", ("method", *figures), rows)
+        shown = figures | (incremental if labels == "union" else {})
+        rows = [(method, *(_spread(runs, key) for key in shown.values())) for method, runs in methods.items()]
+        show_table(f"labels {labels}, percent", ("method", *shown), rows)
     show_table(
         "router and cost",
         ("method", "task first %", "among two %", "AUROC", "s a task", "MB a task", "MB shared", "rank"),

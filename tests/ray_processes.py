@@ -8,11 +8,13 @@ from pathlib import Path
 
 def ray_processes(name: str, root: int | None = None) -> list[int]:
     """Process ids of the actors of class `name`, among those that descend from process `root` (None: this one)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _title(int(entry.name)).startswith(f"ray::{name}"):
-            found.append(int(entry.name))
-    return [pid for pid in found if _descends(pid, root or os.getpid())]
+    return [pid for pid in descendants(root or os.getpid()) if _title(pid).startswith(f"ray::{name}")]
+
+
+def descendants(root: int) -> list[int]:
+    """Process ids of the children of `root`, of their children, and so on."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if pid != root and _descends(pid, root)]
 
 
 def _title(pid: int) -> str:

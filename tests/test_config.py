@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from condu_ray.config import (
     SECTIONS,
+    MethodName,
     SessionConfig,
     check_task_name,
     fields,
@@ -287,7 +288,7 @@ def test_settings_cannot_be_changed_by_accident() -> None:
 
 
 OTHERS = {
-    "method": st.sampled_from(["condu", "condu-sign", "condu-lora", "zero-shot", "finetune", "sequential", "wise-ft"]),
+    "method": st.sampled_from(get_args(MethodName)),
     "gpu": st.sampled_from(["auto", "no"]),
     "tracking": st.sampled_from([None, "off", "http://somewhere:5000"]),
     "tasks": st.dictionaries(st.from_regex(r"[a-z0-9][a-z._-]{0,5}", fullmatch=True), st.just("a/b"), max_size=3),

@@ -31,10 +31,10 @@ def probe_tasks(tests: Tests, seed: int, crew: Crew, path: Path, stage: Stage) -
             continue
         with stage(f"linear probe of {name}") as update:
             begun = time.monotonic()
-            train, _ = crew.features(task.train, update)
+            train = crew.features(task.train, update).unit
             weights = fit(train, task.train.labels, seed)
             seconds = time.monotonic() - begun
-            test, _ = crew.features(pictures, update)
+            test = crew.features(pictures, update).unit
         right = weights.predict(test) == pictures.labels
         size = BYTES * (weights.coef_.size + weights.intercept_.size)
         done[name] = {"accuracy": 100 * float(right.mean()), "seconds": seconds, "bytes": size}

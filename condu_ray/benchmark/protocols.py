@@ -5,6 +5,7 @@ Class names and templates are those that stand beside each set's pictures; the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,15 +87,22 @@ def protocol(name: str, data: str) -> Stream:
 def _sources(data: str, order: tuple[str, ...]) -> dict[str, str]:
     if data == FROM_TORCHVISION:
         return {name: PREFIX + SETS[name].torchvision for name in order}
+    return places_of(data, {name: (name, *SETS[name].folders) for name in order}, f"the {len(order)} sets of MTIL")
+
+
+def places_of(data: str, called: Mapping[str, Sequence[str]], what: str) -> dict[str, str]:
+    """Set -> its folder or .csv file below the folder `data`, by any of the names that it is called by.
+
+    Raises DataError that lists every set that is missing. what: the sets, in words.
+    """
     root = Path(data).expanduser()
     if not root.is_dir():
-        raise DataError(f"--data {data} is no folder", f"give the folder that holds the {len(order)} sets of MTIL")
+        raise DataError(f"--data {data} is no folder", f"give the folder that holds {what}")
     there = {
         _plain(child.stem if child.suffix.lower() == ".csv" else child.name): child
         for child in sorted(root.iterdir())
         if child.is_dir() or child.suffix.lower() == ".csv"
     }
-    called = {name: (name, *SETS[name].folders) for name in order}
     found = {
         name: next((there[_plain(each)] for each in names if _plain(each) in there), None)
         for name, names in called.items()
@@ -102,7 +110,7 @@ def _sources(data: str, order: tuple[str, ...]) -> dict[str, str]:
     missing = [" or ".join(called[name]) for name, place in found.items() if place is None]
     if missing:
         raise DataError(
-            f"{data} lacks {len(missing)} of the {len(order)} sets of MTIL: {', '.join(missing)}",
+            f"{data} lacks {len(missing)} of {what}: {', '.join(missing)}",
             "put each there as an image folder, a webdataset folder or a .csv file of that name",
         )
     return {name: str(place) for name, place in found.items()}

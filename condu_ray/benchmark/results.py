@@ -15,7 +15,7 @@ from condu_ray.benchmark.systems import LINEAR_PROBE, SYSTEMS, System
 from condu_ray.benchmark.work import learned, read
 from condu_ray.engine.figures import gain_kept
 from condu_ray.methods import registry
-from condu_ray.store import Manifest, TaskCard, open_store
+from condu_ray.store import Manifest, Store, TaskCard, open_store
 from condu_ray.tracking.history import accuracy_matrix
 from condu_ray.tracking.matrix import AccuracyMatrix
 
@@ -23,13 +23,15 @@ STEPS = ("train", "rescale", "fuse")
 """Steps of a session that make a task's expert; the others measure."""
 
 # Objects of a version by name. Those of neither list are for routing and for measuring.
-OF_ONE_TASK = ("birth-", "flips-", "rescalers-", "signs-", "delta-", "buffers-")
+OF_ONE_TASK = ("birth-", "flips-", "rescalers-", "signs-", "delta-", "buffers-", "memory-")
 OF_ALL_TASKS = ("u-", "magnitudes-", "tasks-", "latest-")
 
 
 @dataclass(frozen=True)
 class Result:
     """What one method gave with one seed. matrices: by label space, accuracy in percent.
+
+    pictures: test pictures of each task.
 
     seconds: of training, rescaling and fusing a task, None where nothing is trained. bytes_per_task, bytes_shared: see
     `state_bytes`. rank: of its adapters, None without. routing: {"accuracy", "top2", "auroc"}, None where nobody votes.
@@ -39,6 +41,7 @@ class Result:
     seconds: float | None
     bytes_per_task: float
     bytes_shared: int
+    pictures: Sequence[int]
     rank: int | None = None
     routing: Mapping[str, float | None] | None = None
 
@@ -56,15 +59,22 @@ def result_of(benchmark: Benchmark, method: str, seed: int) -> Result | None:
     routing = read(routing_of(benchmark, seed)) if system.votes else None
     if None in evaluations or (system.votes and routing is None):
         return None
-    header, trains = open_store(store_of(benchmark, system, seed)).header, registry.info(system.method).trains
+    store, trains = open_store(store_of(benchmark, system, seed)), registry.info(system.method).trains
+    header = store.header
     spent = given_seconds(shared_of(benchmark, system, seed)) + math.fsum(_spent(versions))
     return Result(
         _matrices(versions, [each for each in evaluations if each is not None]),
         spent / len(versions) if trains else None,
         *state_bytes(versions[-1]),
+        _pictures(store, versions[-1]),
         int(header.settings["lora.rank"]) if system.method == "condu-lora" else None,
         routing,
     )
+
+
+def _pictures(store: Store, manifest: Manifest) -> list[int]:
+    """Test pictures of each task."""
+    return [len(store.get(manifest.objects[f"tests-{card.uid}"])["labels"]) for card in manifest.tasks]
 
 
 def state_bytes(manifest: Manifest) -> tuple[float, int]:
@@ -93,6 +103,7 @@ def report(benchmark: Benchmark, results: Mapping[tuple[str, int], Result]) -> d
                 "transfer": matrix.transfer(),
                 "average": matrix.average(),
                 "last": matrix.last(),
+                **_incremental(matrix, result.pictures, labels),
                 "retention": gain_kept(*bounds[seed], matrix.last()),
                 "router_accuracy": (result.routing or {}).get("accuracy"),
                 "router_top2": (result.routing or {}).get("top2"),
@@ -107,6 +118,12 @@ def report(benchmark: Benchmark, results: Mapping[tuple[str, int], Result]) -> d
             for labels, matrix in result.matrices.items()
         ],
     }
+
+
+def _incremental(matrix: AccuracyMatrix, pictures: Sequence[int], labels: str) -> dict[str, float | None]:
+    """The field's class-incremental figures, where all learned classes compete."""
+    row = matrix.incremental_row(pictures) if labels == "union" else [None]
+    return {"incremental_average": _mean(row), "incremental_last": row[-1]}
 
 
 def bounds_of(benchmark: Benchmark, seed: int) -> tuple[float | None, float | None]:
@@ -162,7 +179,8 @@ def _probe(benchmark: Benchmark, seed: int) -> Result | None:
         for row in range(len(tasks))
     ]
     seconds, size = (math.fsum(found[name][key] for name in tasks) / len(tasks) for key in ("seconds", "bytes"))
-    return Result({"task": AccuracyMatrix(tasks, values)}, seconds, size, 0)
+    pictures = _pictures(open_store(store_of(benchmark, SYSTEMS["zero-shot"], seed)), versions[-1])
+    return Result({"task": AccuracyMatrix(tasks, values)}, seconds, size, 0, pictures)
 
 
 def _spent(versions: Sequence[Manifest]) -> Iterator[float]:

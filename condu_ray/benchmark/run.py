@@ -34,7 +34,6 @@ from condu_ray.engine.figures import test_pictures
 from condu_ray.engine.plan import open_data
 from condu_ray.engine.session import Stage, learn, to_learn
 from condu_ray.errors import StoreError
-from condu_ray.methods import registry
 from condu_ray.store import Store, open_store
 from condu_ray.store.header import open_existing
 from condu_ray.tracking.pictures import draw_matrix
@@ -137,7 +136,7 @@ def _share(
         train_once(todo, crews, stage)
         for config, tasks in todo:
             give_deltas(config, tasks, store, record)
-    elif registry.info(system.method).trains and not store.versions():
+    elif system.continues_a_fine_tuning and not store.versions():
         settings, first = parts[0]
         give_deltas(settings, first[:1], store, record)
     for other in SYSTEMS.values():

@@ -15,6 +15,7 @@ from condu_ray.store.header import fixed_settings
 
 # What may differ between two runs of one benchmark: where things are, and who does the work.
 _FREE = {"store", "tasks", "method", "seed", "tracking", "workers", "parallel", "gpu"}
+_FREE |= {"cpus_per_worker", "gpus_per_worker", "node_wait_seconds", "fusion.shards"}
 _FREE |= {"train.checkpoint_seconds", "train.loader_processes"}
 
 

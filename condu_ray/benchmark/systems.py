@@ -36,6 +36,12 @@ class System:
         return self.trains_from_base and self.method != "condu-lora"
 
     @property
+    def continues_a_fine_tuning(self) -> bool:
+        """Whether its first task is a full fine-tuning from θ⁰, and each later one goes on from there."""
+        info = registry.info(self.method)
+        return info.trains and info.ordered and registry.learner(self.method) is None
+
+    @property
     def votes(self) -> bool:
         """Whether experts are chosen for a picture; else one model answers everything."""
         return not registry.info(self.method).single
@@ -48,6 +54,10 @@ SYSTEMS = {
         ("finetune", "finetune"),
         ("sequential", "sequential"),
         ("wise-ft", "wise-ft"),
+        ("rapf", "rapf"),
+        ("calfuse", "calfuse"),
+        ("dmc", "dmc"),
+        ("dmc-ot", "dmc-ot"),
         (LORA_BANK, "condu-lora"),
         ("condu", "condu"),
         ("condu-lora", "condu-lora"),

@@ -1,7 +1,7 @@
 """Pictures in: opens a task's data from a folder, webdataset tars, a CSV or torchvision, checks it and hands it out."""
 
 from condu_ray.data.loading import PictureSet
-from condu_ray.data.open import open_pictures, open_task
+from condu_ray.data.open import classes_of, open_pictures, open_task
 from condu_ray.data.picture import load_picture
 from condu_ray.data.report import describe
 from condu_ray.data.split import sample
@@ -16,6 +16,7 @@ __all__ = [
     "Skipped",
     "Split",
     "TaskData",
+    "classes_of",
     "describe",
     "load_picture",
     "open_pictures",

@@ -37,7 +37,7 @@ def open_task(
 ) -> TaskData:
     """Opens an image folder, a webdataset folder, a CSV (path,label[,split]) or a torchvision data set by name.
 
-    source: with #K/N at its end only the K-th of N equal parts of the class list (data/part.py).
+    source: with #K/N or #FIRST-LAST@ORDER at its end only a part of the class list (data/part.py).
     seed, test_share: which pictures become the test split, where the source has none. skip_limit: the largest share of
     pictures that may be left out because they cannot be read. classes: the class list, in label order.
     templates: prompt templates instead of the source's own. validation: this share of the training pictures
@@ -78,6 +78,11 @@ def open_task(
         split_made=split_made,
         leaked=sum(1 for _, one, part in rows if part == "test" and one.digest in digests["train"]),
     )
+
+
+def classes_of(source: str) -> tuple[str, ...]:
+    """The class list of a source, without a look at its pictures. Raises DataError where there is none."""
+    return _list(source, None, tests=True).classes
 
 
 def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:

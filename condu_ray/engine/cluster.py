@@ -54,6 +54,11 @@ def connect() -> Cluster:
                 f"Ray cluster {os.environ.get('RAY_ADDRESS', 'on this machine')}: {reason}",
                 mend if joined else "close what else uses this machine's cores, and run the same command again",
             ) from error
+    return seen(joined)
+
+
+def seen(joined: bool) -> Cluster:
+    """The nodes that are there now."""
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Cluster(tuple((int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found), joined)
 

@@ -11,8 +11,8 @@ from condu_ray.data import describe
 from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import header_of, open_data, plan
+from condu_ray.engine.room import room
 from condu_ray.engine.session import Stage, learn, newest, to_learn
-from condu_ray.engine.train import check_workers
 from condu_ray.store import Manifest, create_store, open_store
 from condu_ray.store.header import open_existing
 from condu_ray.tracking.history import draw
@@ -43,8 +43,7 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     made: list[Manifest] = []
     if missing:
         header = None if store else header_of(config)[0]
-        with connected(cluster) as found:
-            check_workers(config, len(missing), found)
+        with connected(cluster) as joined, room(config, len(missing), joined, stage) as found:
             if header:
                 store = create_store(config.store, header)
             assert store is not None

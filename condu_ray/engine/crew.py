@@ -19,11 +19,13 @@ from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import NAMESPACE, Cluster
 from condu_ray.engine.fusing import Fused, Fuser, Shard
 from condu_ray.engine.progress import Update
-from condu_ray.engine.scoring import Question, Scorer, Snapshot
-from condu_ray.engine.train import Job, train
+from condu_ray.engine.scoring import Question, Scorer, Seen, Snapshot, threads_of
+from condu_ray.engine.train import Job, train, work_through
 from condu_ray.errors import ConduError, TrainingError
 from condu_ray.fusion.triggers import Part
+from condu_ray.methods import registry
 from condu_ray.methods.rescaling import steps_of
+from condu_ray.methods.training import Place, Step, all_steps_for
 from condu_ray.store import Manifest, ObjectRef, Store
 from condu_ray.voting.labels import LabelSpace
 
@@ -38,8 +40,8 @@ class Crew(Protocol):
     def train(self, jobs: Sequence[Job], update: Update) -> None:
         """Puts the delta of every job into the store, unless it is there."""
 
-    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(unit features f32[N, D], domain features f32[N, W]) by θ⁰."""
+    def features(self, pictures: Split, update: Update) -> Seen:
+        """What θ⁰ sees."""
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Mean text vectors of classes by θ⁰, f32[C, D]."""
@@ -115,6 +117,15 @@ class FusionActor(Fuser):
         return fused, [ray.put(self.state)]
 
 
+class Worker(Scorer):
+    """Ray actor of the pool. It also fits what learns on features: too small for a group of workers of its own."""
+
+    def fit(self, jobs: Sequence[Job], threads: int, report: Callable[[Step], None]) -> None:
+        """Puts the delta of every job into the store, unless it is there."""
+        with threads_of(threads):
+            work_through(self._store, self._config, jobs, Place(), report, self._device)
+
+
 class RayCrew:
     """Ray Train, the fusion actor, and a pool of actors that hold θ⁰."""
 
@@ -138,12 +149,14 @@ class RayCrew:
         )
 
     def train(self, jobs: Sequence[Job], update: Update) -> None:
-        train(self._store, self._config, jobs, self._cluster, update)
+        if not registry.info(self._config.method).on_features:
+            train(self._store, self._config, jobs, self._cluster, update)
+            return
+        steps = sum(all_steps_for(len(job.data.train), self._config) for job in jobs)
+        self._watched(lambda report: self._hired()[0].fit.remote(list(jobs), self._threads(), report), steps, update)
 
-    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        parts = self._spread([("features", (chunk,)) for chunk in chunks(pictures)], update)
-        features, domains = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return features, domains
+    def features(self, pictures: Split, update: Update) -> Seen:
+        return Seen.joined(self._spread([("features", (chunk,)) for chunk in chunks(pictures)], update))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         found = self._spread([("text_means", (tuple(classes), tuple(templates)))], lambda done, total, note: None)
@@ -164,20 +177,12 @@ class RayCrew:
         def propose() -> None:
             (self._state,) = self._change("proposed", parent, task.name, delta)
 
-        board = post()
-
-        def train() -> Any:
-            ref = self._hired()[0].rescalers.remote(task, self._state, buffers, self._threads(), reporter(board))
-            while not ray.wait([ref], timeout=POLL_SECONDS)[0]:
-                show(ray.get(board.read.remote())[0], steps_of(task, self._config), update)
-            return result_of(ref)
+        def train(report: Callable[[Step], None]) -> Any:
+            return self._hired()[0].rescalers.remote(task, self._state, buffers, self._threads(), report)
 
         self._refresh = propose
-        try:
-            propose()
-            return np.asarray(self._with_state(train))
-        finally:
-            ray.kill(board)
+        propose()
+        return np.asarray(self._with_state(lambda: self._watched(train, steps_of(task, self._config), update)))
 
     def fuse(
         self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
@@ -229,6 +234,17 @@ class RayCrew:
         """Ends the fusion actor, too: nobody goes on with this store."""
         self.close()
         ray.kill(self._fusion)
+
+    def _watched(self, ask: Callable[[Callable[[Step], None]], Any], steps: int, update: Update) -> Any:
+        """The result of what `ask` starts with a place to report to; meanwhile its steps are shown."""
+        board = post()
+        try:
+            ref = ask(reporter(board))
+            while not ray.wait([ref], timeout=POLL_SECONDS)[0]:
+                show(ray.get(board.read.remote())[0], steps, update)
+            return result_of(ref)
+        finally:
+            ray.kill(board)
 
     def _change(self, method: str, *given: Any) -> Any:
         return result_of(getattr(self._fusion, method).remote(*given))
@@ -282,7 +298,7 @@ class RayCrew:
     def _hire(self) -> list[Any]:
         gpu = self._gpu
         options = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_restarts": -1, "max_task_retries": TRIES}
-        actor = ray.remote(Scorer).options(**options)
+        actor = ray.remote(Worker).options(**options)
         given = (self._store.url, self._config, "cuda" if gpu else "cpu")
         return those_ready([actor.remote(*given) for _ in range(self._places)], "GPU" if gpu else "CPU core")
 

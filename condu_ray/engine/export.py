@@ -23,6 +23,8 @@ from condu_ray.voting.open import buffers_of, config_of, layout_of, state_of
 def export(store: Store, manifest: Manifest, task: str, out: Path) -> int:
     """Writes the expert's weights to `out`, all tensors of the base model by their names; returns the bytes written.
 
+    What follows the towers (models/head.py) stands beside them, as `head.weight` and so on.
+
     open_clip loads the file as the checkpoint of the model that the store was made with. Raises NotFound for an
     unknown task, ModelError for another base, ConfigError where the file cannot be written.
     """
@@ -49,9 +51,10 @@ def _of_model(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:
     clip = load(ModelSpec(**header.model), expect_sha256=header.model_sha256)
     state = state_of(store, manifest)
     method, layout = registry.get(header.method), layout_of(header)
-    overrides = Experts(clip, method, layout, config_of(header), state, buffers_of(store, manifest)).merged(task)
+    experts = Experts(clip, method, layout, config_of(header), state, buffers_of(store, manifest))
     own = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
-    return own | dict(overrides or {})
+    head = experts.head(task)
+    return own | dict(experts.merged(task) or {}) | (head.tensors() if head else {})
 
 
 def _of_weights(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ import numpy as np
 from condu_ray.fusion.groups import shares
 from condu_ray.fusion.triggers import Part, fuse
 from condu_ray.methods import registry
-from condu_ray.methods.protocol import TaskState, Vector
+from condu_ray.methods.protocol import TaskState
 from condu_ray.methods.states import FusedState
+from condu_ray.methods.training import memory_in
 from condu_ray.store import Manifest, ObjectRef, Store, open_store
 from condu_ray.voting.open import config_of, layout_of, state_of
 
@@ -75,10 +76,13 @@ class Fuser:
 
         delta: as trained (None where the system does not train).
         """
-        state, vector = self._at(parent), self._delta(delta)
-        if self._spread is None or delta is None or not isinstance(state, FusedState):
-            return state.add(task, vector)
-        return state.joined(task, vector, self._spread(parent, task, delta))
+        state = self._at(parent)
+        if delta is None:
+            return state.add(task, np.zeros(self._layout.total, np.float32))
+        trained = self._store.get(delta)
+        if self._spread is None or not isinstance(state, FusedState):
+            return state.add(task, trained["delta"], memory_in(trained))
+        return state.joined(task, trained["delta"], self._spread(parent, task, delta))
 
     def add(
         self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
@@ -107,9 +111,6 @@ class Fuser:
         if parent is not None and done is not None and done.meta == parent.state["method"] and _holds(parent, done):
             return self.state
         return _state(self._store, parent)
-
-    def _delta(self, ref: ObjectRef | None) -> Vector:
-        return np.zeros(self._layout.total, np.float32) if ref is None else self._store.get(ref)["delta"]
 
 
 def _state(store: Store, version: Manifest | None) -> TaskState:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from condu_ray.config import SessionConfig
@@ -14,7 +13,7 @@ from condu_ray.data import Split, TaskData
 from condu_ray.engine.crew import chunks
 from condu_ray.engine.fusing import Fused, Fuser
 from condu_ray.engine.progress import Update
-from condu_ray.engine.scoring import Question, Scorer, Snapshot
+from condu_ray.engine.scoring import Question, Scorer, Seen, Snapshot, threads_of
 from condu_ray.engine.train import Job, work_through
 from condu_ray.methods.training import Place
 from condu_ray.store import Manifest, ObjectRef, Store
@@ -32,15 +31,11 @@ class InProcessCrew:
         self._scorer, self._fuser = Scorer(store.url, config, device), Fuser(store.url)
 
     def train(self, jobs: Sequence[Job], update: Update) -> None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        work_through(self._store, self._config, jobs, Place(), lambda step: None, self._device)
-        torch.set_num_threads(before)
+        with threads_of(self._threads):
+            work_through(self._store, self._config, jobs, Place(), lambda step: None, self._device)
 
-    def features(self, pictures: Split, update: Update) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        parts = [self._scorer.features(part) for part in chunks(pictures)]
-        features, domains = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return features, domains
+    def features(self, pictures: Split, update: Update) -> Seen:
+        return Seen.joined(self._scorer.features(part) for part in chunks(pictures))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         return self._scorer.text_means(classes, templates)

@@ -9,9 +9,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from condu_ray.config import SessionConfig, fixed_by_store
+from condu_ray.config import DMC, SessionConfig, adapter_rule, adapts, fixed_by_store, shrinkage_of
 from condu_ray.data import TaskData
 from condu_ray.store import Manifest
+
+FEATURES = "features"
+"""Name of what θ⁰ sees of a task's pictures, where a system learns on it: kept until its session is over."""
 
 # What changes neither the trained bits nor what is kept of them.
 _PLACEMENT = {"checkpoint_seconds", "loader_processes"}
@@ -25,12 +28,18 @@ def _key(kind: str, *parts: Any) -> str:
 def training_settings(config: SessionConfig) -> dict[str, Any]:
     """The settings that decide what training gives."""
     train = {name: value for name, value in config.train.model_dump().items() if name not in _PLACEMENT}
-    return {"train": train, "seed": config.seed}
+    memory = {**config.memory.model_dump(), "shrinkage": shrinkage_of(config)}
+    if config.method in DMC:
+        return {"train": train, "dmc": config.dmc.model_dump(), "memory": memory, "seed": config.seed}
+    if not adapts(config):
+        return {"train": train, "seed": config.seed}
+    adapter = {**config.adapter.model_dump(), **adapter_rule(config)._asdict()}
+    return {"adapter": adapter, "memory": memory, "seed": config.seed}
 
 
 def train_key(model_sha256: str, config: SessionConfig, task: TaskData, start: str) -> str:
     """Names a task's delta. start: what training starts from, 'base' for θ⁰."""
-    lora = config.lora.model_dump() if config.method == "condu-lora" else None
+    lora = config.lora.model_dump() if config.method in ("condu-lora", *DMC) else None
     return _key("train", model_sha256, training_settings(config), lora, task.name, task.fingerprint, start)
 
 

@@ -13,7 +13,7 @@ from condu_ray.data import TaskData, open_task
 from condu_ray.errors import ConfigError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
-from condu_ray.methods.training import learning_rate_for, steps_for
+from condu_ray.methods.training import all_steps_for, learning_rate_for
 from condu_ray.models.load import load
 from condu_ray.store import StoreHeader, absolute_url
 from condu_ray.store.header import open_existing
@@ -98,7 +98,7 @@ def plan(config: SessionConfig, tasks: Sequence[TaskData]) -> dict[str, Any]:
             {
                 "name": task.name,
                 "action": "already learned" if task.name in learned else "learn",
-                "steps": steps_for(len(task.train), config) if registry.info(config.method).trains else 0,
+                "steps": all_steps_for(len(task.train), config) if registry.info(config.method).trains else 0,
                 "learning_rate": learning_rate_for(parameters, config),
             }
             for task in tasks

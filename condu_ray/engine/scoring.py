@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from condu_ray.methods.experts import Buffers, Experts, expert_of
 from condu_ray.methods.protocol import TaskState
 from condu_ray.methods.rescaling import train_rescalers
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.training import Step
+from condu_ray.methods.training import Step, memory_in
 from condu_ray.models.clip import Clip, class_means
 from condu_ray.models.load import load
 from condu_ray.store import ObjectRef, open_store
@@ -39,6 +40,29 @@ _UNROUTED = make_prototypes(FeatureSums.zero(1, 1), np.ones((1, 1), np.float32),
 
 
 By = Literal["base", "own", "expert", "vote", "union"]
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """Meanwhile torch works with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Seen(NamedTuple):
+    """`models.clip.Features` of many pictures as arrays: f32[N, D], f32[N, W], f32[N]."""
+
+    unit: NDArray[np.float32]
+    domains: NDArray[np.float32]
+    lengths: NDArray[np.float32]
+
+    @staticmethod
+    def joined(parts: Iterable[Seen]) -> Seen:
+        return Seen(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -86,12 +110,11 @@ class Scorer:
         header = self._store.header
         return load(ModelSpec(**header.model), self._device, header.model_sha256)
 
-    def features(self, pictures: Split) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(unit features f32[N, D], domain features f32[N, W]) by θ⁰, with the evaluation transform."""
+    def features(self, pictures: Split) -> Seen:
+        """What θ⁰ sees, with the evaluation transform."""
         with torch.no_grad():
-            parts = [self._clip.images_and_domains(pixels) for pixels, _ in self._batches(pictures)]
-        features, domains = (torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True))
-        return features, domains
+            parts = [self._clip.features(pixels) for pixels, _ in self._batches(pictures)]
+        return Seen(*(torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True)))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Mean of the unit vectors of each class's prompts by θ⁰, f32[C, D]."""
@@ -104,7 +127,8 @@ class Scorer:
         without a unit. Asks for no state: θ⁰ routes.
         """
         router = router_of(snapshot.experts, self._vote, snapshot.calibrated)
-        near, sure = router.ranked(*self.features(pictures))
+        seen = self.features(pictures)
+        near, sure = router.ranked(seen.unit, seen.domains)
         return np.argsort(-near, axis=1, kind="stable").astype(np.int64), sure
 
     def right(self, asked: Question, snapshot: Snapshot | None, state: TaskState | None) -> int:
@@ -142,13 +166,9 @@ class Scorer:
         """The task's rescalers in `state`, trained further on its training pictures by so many threads, f32[G]."""
         assert isinstance(state, FusedState), "only fused tasks have rescalers"
         self._newest = None  # experts as large as models, of a version that is about to be replaced
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with threads_of(threads):
             own = self._store.get(buffers) if buffers else {}
             return train_rescalers(self._clip, self._method, state, task, self._config, own, on_step)
-        finally:
-            torch.set_num_threads(before)
 
     def _together(self, snapshot: Snapshot | None, state: TaskState | None) -> Classifier:
         if snapshot is None or state is None:
@@ -165,9 +185,11 @@ class Scorer:
     def _alone(self, asked: Question) -> Classifier:
         overrides = None
         if asked.own is not None:
-            delta = self._store.get(asked.own)["delta"]
+            trained = self._store.get(asked.own)
             buffers = self._store.get(asked.own_buffers) if asked.own_buffers else {}
-            overrides = expert_of(self._clip, self._method, self._layout, self._config, delta, buffers)
+            overrides = expert_of(
+                self._clip, self._method, self._layout, self._config, trained["delta"], buffers, memory_in(trained)
+            )
         card = TaskExpert(asked.task, asked.classes, asked.templates, _UNROUTED)
         return Classifier(self._clip, [card], lambda task: overrides, self._vote, Calibrated(), version=0)
 

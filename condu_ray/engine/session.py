@@ -20,7 +20,7 @@ from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.fusing import Fused
-from condu_ray.engine.keys import features_key, state_key, tests_key, train_key, training_settings
+from condu_ray.engine.keys import FEATURES, features_key, state_key, tests_key, train_key, training_settings
 from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import Snapshot
 from condu_ray.engine.train import BASE, Job
@@ -47,6 +47,7 @@ PLACEMENT = {
     "workers",
     "cpus_per_worker",
     "gpus_per_worker",
+    "node_wait_seconds",
     "parallel",
     "gpu",
 }
@@ -127,7 +128,12 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
         return []
     clock = _Clock()
     jobs = _jobs(store, config, todo)
-    if registry.info(config.method).trains:
+    info = registry.info(config.method)
+    if info.on_features:
+        for job in jobs:
+            with clock("features"), stage(f"features of {job.data.name}") as update:
+                _features(store, config, crew, job.data, update)
+    if info.trains:
         with clock("train"), stage("training") as update:
             crew.train(jobs, update)
         for job in jobs:
@@ -176,11 +182,14 @@ def _origin(manifest: Manifest | None) -> str:
 def _features(
     store: Store, config: SessionConfig, crew: Crew, task: TaskData, update: Update
 ) -> tuple[ObjectRef, ObjectRef]:
-    """Where the task's prototypes and its domain are."""
+    """Where the task's prototypes and its domain are. Systems that learn on features find them beside."""
     key = features_key(store.header.model_sha256, config, task)
     prototypes, domain = store.find(key, "prototypes"), store.find(key, "domain")
-    if prototypes is None or domain is None:
-        features, domains = crew.features(task.train, update)
+    lacks = registry.info(config.method).on_features and store.find(key, FEATURES) is None
+    if prototypes is None or domain is None or lacks:
+        features, domains, lengths = crew.features(task.train, update)
+        if lacks:
+            store.put(key, FEATURES, {"raw": features * lengths[:, None]})
         held = held_out_indices(task.train.labels, config.seed)
         rest = np.setdiff1d(np.arange(len(task.train)), held)
         labels, classes = task.train.labels[rest], len(task.classes)
@@ -230,6 +239,8 @@ def _add(
         # Fused: what is left of them is in the version.
         if one.delta is not None:
             store.discard(one.job.key, "delta")
+        if registry.info(config.method).on_features:
+            store.discard(features_key(store.header.model_sha256, config, task), FEATURES)
         if rescalers is not None:
             store.discard(key, RESCALERS)
         return manifest

@@ -19,6 +19,7 @@ import numpy as np
 import ray
 import ray.train
 import torch
+from numpy.typing import NDArray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import nn
@@ -27,11 +28,20 @@ from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.keys import FEATURES, features_key
 from condu_ray.engine.progress import Update
 from condu_ray.errors import ConduError, StoreError, TrainingError
 from condu_ray.methods import registry
-from condu_ray.methods.protocol import TaskState, Vector
-from condu_ray.methods.training import Checkpoint, Place, Resume, Step, steps_for, train_task
+from condu_ray.methods.protocol import Features, TaskState, Vector
+from condu_ray.methods.training import (
+    Checkpoint,
+    Place,
+    Resume,
+    Step,
+    all_steps_for,
+    memory_in,
+    train_task,
+)
 from condu_ray.models.load import load
 from condu_ray.store import Store, open_store
 from condu_ray.voting.open import config_of, layout_of, state_of
@@ -68,10 +78,16 @@ class Group:
 
 
 def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster) -> Group:
-    """Decides on workers; raises TrainingError where the cluster is too small, since Ray would wait for ever.
+    """Decides on workers; raises TrainingError where the cluster is too small, since Ray would wait for ever, and for
+    tasks that are to be trained at once by a system that goes on from task to task.
 
     Counts all jobs of the command, finished or not: the threads of a worker must not depend on where it stopped.
     """
+    if ordered and config.parallel == "tasks" and jobs > 1:
+        raise TrainingError(
+            f"{config.method} learns one task after another, so {jobs} tasks cannot be trained at once",
+            "leave --parallel tasks out",
+        )
     gpus_each = config.gpus_per_worker if config.gpu == "auto" and cluster.gpus > 0 else 0.0
     shared = config.parallel == "data" or (config.parallel == "auto" and (jobs == 1 or ordered) and gpus_each > 0)
     if shared and 0 < gpus_each < 1:
@@ -155,7 +171,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
         ),
     )
     try:
-        total = sum(steps_for(len(job.data.train), config) for job in pending)
+        total = sum(_steps(job, config) for job in pending)
         _watch(trainer, board, lambda steps: show(steps, total, update))
     finally:
         ray.kill(board)
@@ -220,11 +236,15 @@ def deal(jobs: Sequence[Job], workers: int, config: SessionConfig) -> list[list[
         return [list(jobs)]  # in the order given: a task may start from the one before
     dealt: list[list[Job]] = [[] for _ in range(workers)]
     load = [0] * workers
-    for job in sorted(jobs, key=lambda each: -steps_for(len(each.data.train), config)):
+    for job in sorted(jobs, key=lambda each: -_steps(each, config)):
         least = load.index(min(load))
         dealt[least].append(job)
-        load[least] += steps_for(len(job.data.train), config)
+        load[least] += _steps(job, config)
     return dealt
+
+
+def _steps(job: Job, config: SessionConfig) -> int:
+    return all_steps_for(len(job.data.train), config)
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -269,19 +289,26 @@ def work_through(
         return
     header = store.header
     clip = load(config.model_spec, device, header.model_sha256)
-    method, layout = registry.get(header.method), layout_of(header)
-    state = _state_before(store, jobs[0]) if registry.info(header.method).ordered else None
+    method, learner, layout = registry.get(header.method), registry.learner(header.method), layout_of(header)
+    info = registry.info(header.method)
+    state = _state_before(store, jobs[0]) if info.ordered else None
     for job in jobs:
         if store.find(job.key, "delta") is None:
-            start, resume = _start(state), checkpoints(store, job.key)
-            trained = train_task(clip, method, layout, job.data, config, start, place, resume, report)
+            resume = checkpoints(store, job.key)
+            if learner is None:
+                trained = train_task(clip, method, layout, job.data, config, _start(state), place, resume, report)
+            else:
+                before = state or method.empty(layout, config_of(header))
+                seen = _features(store, config, job.data) if info.on_features else None
+                trained = learner.learn(clip, layout, job.data, config, before, seen, place, resume, report)
             if place.rank == 0:
                 if trained.buffers:
                     store.put(job.key, "buffers", trained.buffers)
-                store.put(job.key, "delta", {"delta": trained.delta, "losses": np.array(trained.losses, np.float64)})
+                store.put(job.key, "delta", trained.arrays())
             place.barrier()  # the next task may start from this delta
         if state is not None:
-            state = state.add(job.data.name, _delta(store, job))
+            trained_arrays = _trained(store, job)
+            state = state.add(job.data.name, trained_arrays["delta"], memory_in(trained_arrays))
 
 
 def _state_before(store: Store, job: Job) -> TaskState:
@@ -296,11 +323,23 @@ def _start(state: TaskState | None) -> Vector | None:
     return state.delta(state.tasks[-1]) if state is not None and state.tasks else None
 
 
-def _delta(store: Store, job: Job) -> Vector:
+def _trained(store: Store, job: Job) -> Mapping[str, NDArray[Any]]:
     ref = store.find(job.key, "delta")
     if ref is None:
         raise StoreError(f"the delta of {job.data.name} is gone from {store.url}", "run the same command again")
-    return store.get(ref)["delta"]
+    return store.get(ref)
+
+
+def _features(store: Store, config: SessionConfig, task: TaskData) -> Features:
+    """What the session computed before it began to train."""
+    key = features_key(store.header.model_sha256, config, task)
+    refs = [store.find(key, name) for name in (FEATURES, "prototypes")]
+    if None in refs:
+        raise StoreError(f"the features of {task.name} are gone from {store.url}", "run the same command again")
+    seen, prototypes = (store.get(ref) for ref in refs if ref is not None)
+    texts = prototypes["text_mean"]
+    unit = texts / np.maximum(np.linalg.norm(texts, axis=1, keepdims=True), 1e-12)
+    return Features(seen["raw"], task.train.labels, unit)
 
 
 def checkpoints(store: Store, key: str) -> Resume:

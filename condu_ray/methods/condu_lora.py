@@ -16,7 +16,7 @@ from torch import nn
 from condu_ray.config import LoraConfig, SessionConfig, triggers_of
 from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
-from condu_ray.methods.protocol import Stored, TaskState, Vector
+from condu_ray.methods.protocol import Memory, Stored, TaskState, Vector
 from condu_ray.methods.states import FusedState, SeparateState
 from condu_ray.models.clip import Clip, Overrides
 from condu_ray.models.lora import (
@@ -61,9 +61,10 @@ def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects
     return FusedState.load(layout, meta, objects)
 
 
-def _factors(adapters: Adapters, layout: Layout, delta: Vector | None) -> Factors:
+def factors_of(adapters: Adapters, layout: Layout, delta: Vector | None) -> Factors:
+    """The adapters' factors once the delta has moved them; those that the layout does not name stay."""
     moved = {} if delta is None else layout.views(delta)
-    return {**adapters.start, **{name: adapters.start[name] + change for name, change in moved.items()}}
+    return {name: start + moved[name] if name in moved else start for name, start in adapters.start.items()}
 
 
 def prepare(
@@ -71,7 +72,7 @@ def prepare(
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     adapters = _adapters(clip, config)
     model = copy.deepcopy(clip.model).float()
-    parameters = inject(model, adapters, _factors(adapters, layout, start))
+    parameters = inject(model, adapters, factors_of(adapters, layout, start))
     trained = {entry.name: parameters[entry.name] for entry in layout.entries}
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
@@ -80,11 +81,15 @@ def prepare(
 
 def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> Overrides:
     adapters = _adapters(clip, config)
-    return merged_weights(clip.model, adapters, _factors(adapters, layout, delta))
+    return merged_weights(clip.model, adapters, factors_of(adapters, layout, delta))
 
 
 def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> LowRank | None:
     adapters = _adapters(clip, config)
     if not can_run_in_rows(clip.model, adapters):
         return None
-    return low_rank(clip.model, adapters, _factors(adapters, layout, delta))
+    return low_rank(clip.model, adapters, factors_of(adapters, layout, delta))
+
+
+def head(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector, memory: Memory) -> None:
+    return None

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
-from condu_ray.methods.protocol import Method, TaskState, Vector
-from condu_ray.models.clip import Clip, Expert, Overrides
+from condu_ray.methods.protocol import NO_MEMORY, Memory, Method, TaskState, Vector
+from condu_ray.models.clip import Clip, Expert, Headed, Overrides
+from condu_ray.models.head import Head
 
 Buffers = Mapping[str, NDArray[Any]]
 
@@ -35,7 +36,8 @@ class Experts:
         delta = self.state.delta(task)
         if delta is None:
             return None
-        return expert_of(self.clip, self.method, self.layout, self.config, delta, self.buffers.get(task, {}))
+        own = self.buffers.get(task, {})
+        return expert_of(self.clip, self.method, self.layout, self.config, delta, own, self.state.memory)
 
     def merged(self, task: str) -> Overrides | None:
         """As a call, but always what stands in for θ⁰'s own, as a file of weights has it."""
@@ -44,14 +46,28 @@ class Experts:
             return None
         return merged(self.clip, self.method, self.layout, self.config, delta, self.buffers.get(task, {}))
 
+    def head(self, task: str) -> Head | None:
+        """What follows the towers of this task's expert."""
+        delta = self.state.delta(task)
+        if delta is None:
+            return None
+        return self.method.head(self.clip, self.layout, self.config, delta, self.state.memory)
+
 
 def expert_of(
-    clip: Clip, method: Method, layout: Layout, config: SessionConfig, delta: Vector, buffers: Buffers
+    clip: Clip,
+    method: Method,
+    layout: Layout,
+    config: SessionConfig,
+    delta: Vector,
+    buffers: Buffers,
+    memory: Memory = NO_MEMORY,
 ) -> Expert:
     """The expert of any delta, say of one that was just trained; beside θ⁰ where it can be and has no buffers."""
-    if not buffers and (adapter := method.adapter(clip, layout, config, delta)):
-        return adapter
-    return merged(clip, method, layout, config, delta, buffers)
+    adapter = None if buffers else method.adapter(clip, layout, config, delta)
+    tower = adapter or merged(clip, method, layout, config, delta, buffers)
+    head = method.head(clip, layout, config, delta, memory)
+    return Headed(tower or None, head) if head else tower
 
 
 def merged(

@@ -10,7 +10,7 @@ from torch import nn
 
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
-from condu_ray.methods.protocol import Vector
+from condu_ray.methods.protocol import Memory, Vector
 from condu_ray.models.clip import Clip, Overrides, expert_overrides
 
 FROZEN = ("logit_scale", "logit_bias")
@@ -47,4 +47,8 @@ def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> 
 
 
 def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> None:
+    return None
+
+
+def head(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector, memory: Memory) -> None:
     return None

@@ -10,7 +10,7 @@ from condu_ray.config import VoteConfig
 from condu_ray.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from condu_ray.methods.protocol import Method
+    from condu_ray.methods.protocol import Learner, Method
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class MethodInfo:
     trains: bool
     ordered: bool
     """True: training starts from the state before, so tasks are learned one after another."""
+    on_features: bool = False
+    """True: it learns on what θ⁰ sees, which the engine computes once, and not on pictures."""
     single: bool = False
     """True: one model answers everything, so there is nobody to vote."""
 
@@ -90,6 +92,44 @@ METHODS = {
             ordered=True,
             single=True,
         ),
+        MethodInfo(
+            "rapf",
+            "adapter",
+            "one adapter on the base model's features, replay of class Gaussians, fused by SVD",
+            "RAPF, arXiv 2407.14143, as read in its public code; cap on hinge pairs and number of draws ours",
+            trains=True,
+            ordered=True,
+            on_features=True,
+            single=True,
+        ),
+        MethodInfo(
+            "calfuse",
+            "adapter",
+            "the same, fused by QR, with distillation and a calibrated share of the base model's feature",
+            "CalFuse, arXiv 2503.18672: its parts are published, every formula is our reconstruction",
+            trains=True,
+            ordered=True,
+            on_features=True,
+            single=True,
+        ),
+        MethodInfo(
+            "dmc",
+            "dmc",
+            "one model: LoRA on the image tower, then a prompt with replay from class Gaussians",
+            "DMC, arXiv 2511.10974 (two stages, Gaussian replay); all else our reconstruction",
+            trains=True,
+            ordered=True,
+            single=True,
+        ),
+        MethodInfo(
+            "dmc-ot",
+            "dmc",
+            "dmc with a prompt a task, and Gaussians that follow the image tower by optimal transport",
+            "DMC-OT, arXiv 2511.10974 (calibration, task prompts); the Gaussian transport is our reconstruction",
+            trains=True,
+            ordered=True,
+            single=True,
+        ),
     )
 }
 
@@ -111,3 +151,9 @@ def vote_of(name: str, vote: VoteConfig) -> VoteConfig:
 def get(name: str) -> Method:
     """The system itself: its module follows methods/protocol.py."""
     return cast("Method", import_module(f"condu_ray.methods.{info(name).module}"))
+
+
+def learner(name: str) -> Learner | None:
+    """The system, where it has a training of its own; None where it tunes parameters for the task's loss."""
+    found = get(name)
+    return cast("Learner", found) if hasattr(found, "learn") else None

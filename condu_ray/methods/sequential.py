@@ -7,11 +7,11 @@ from typing import Any
 
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
-from condu_ray.methods.full import adapter, expert, layout, prepare
+from condu_ray.methods.full import adapter, expert, head, layout, prepare
 from condu_ray.methods.protocol import Stored
 from condu_ray.methods.states import LatestState
 
-__all__ = ["adapter", "empty", "expert", "layout", "load", "prepare"]
+__all__ = ["adapter", "empty", "expert", "head", "layout", "load", "prepare"]
 
 
 def empty(layout: Layout, config: SessionConfig) -> LatestState:

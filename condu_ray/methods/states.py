@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from condu_ray.errors import FusionError, nearest
 from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
 from condu_ray.fusion.reconstruct import Fidelity, probe_coordinates
-from condu_ray.methods.protocol import Arrays, Stored, Vector
+from condu_ray.methods.protocol import NO_MEMORY, Arrays, Memory, Stored, Vector
 
 PROBE_COUNT = 65_536
 PROBE_SEED = 0
@@ -26,6 +26,7 @@ class FusedState:
     probes: task -> f32[min(PROBE_COUNT, parameters)], the task's own delta at the same coordinates for every task.
     """
 
+    memory: ClassVar[Memory] = NO_MEMORY
     fused: triggers.State
     probes: Mapping[str, Vector] = field(default_factory=dict)
 
@@ -33,7 +34,7 @@ class FusedState:
     def tasks(self) -> tuple[str, ...]:
         return tuple(trigger.name for trigger in self.fused.tasks)
 
-    def add(self, task: str, delta: Vector) -> FusedState:
+    def add(self, task: str, delta: Vector, memory: Memory = NO_MEMORY) -> FusedState:
         return self._with(triggers.unify(self.fused, task, delta), task, delta)
 
     def joined(self, task: str, delta: Vector, parts: Sequence[triggers.Part]) -> FusedState:
@@ -89,6 +90,7 @@ class FusedState:
 class SeparateState:
     """Every task's delta apart, dense; in half precision where `half`."""
 
+    memory: ClassVar[Memory] = NO_MEMORY
     layout: Layout
     half: bool = False
     deltas: Mapping[str, NDArray[Any]] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class SeparateState:
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.deltas)
 
-    def add(self, task: str, delta: Vector) -> SeparateState:
+    def add(self, task: str, delta: Vector, memory: Memory = NO_MEMORY) -> SeparateState:
         _check_delta(self.layout, self.tasks, task, delta)
         return replace(
             self,
@@ -132,66 +134,93 @@ class SeparateState:
         return cls(layout, meta["half"], deltas, dict(meta["uids"]), meta["next_uid"])
 
 
+Move = Callable[[Vector | None, Vector], Vector]
+"""(The model so far or None, the model that the newest task's training gave) -> the model from now on, as deltas."""
+
+
+def taken_over(before: Vector | None, trained: Vector) -> Vector:
+    """The newest task's model as it is."""
+    return trained
+
+
 @dataclass(frozen=True, eq=False)
 class LatestState:
-    """Sequential fine-tuning: one model, moved on by every task; all tasks are answered by the newest.
+    """Systems with one model that every task moves on; all tasks are answered by the newest.
 
-    share: how much of a new task's model enters; the rest is the model before (1: nothing). What a task did to the
-    model cannot be taken out again, so forgetting drops its name; without any task it is θ⁰.
+    move: how a new task's model enters, a function that pickles. What a task did to the model cannot be taken out
+    again, so forgetting drops its name and what is kept of it alone; without any task the model is θ⁰. written: task ->
+    which object holds its memory.
     """
 
     layout: Layout
+    move: Move = taken_over
     names: tuple[str, ...] = ()
     latest: Vector | None = None
     uid: int = 0
-    share: float = 1.0
+    memory: Memory = field(default_factory=dict)
+    written: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return self.names
 
-    def add(self, task: str, delta: Vector) -> LatestState:
+    def add(self, task: str, delta: Vector, memory: Memory = NO_MEMORY) -> LatestState:
         _check_delta(self.layout, self.names, task, delta)
-        return replace(self, names=(*self.names, task), latest=self._moved(delta), uid=self.uid + 1)
-
-    def _moved(self, delta: Vector) -> Vector:
-        if self.share == 1:
-            return delta
-        new = np.float32(self.share) * delta
-        return new if self.latest is None else new + np.float32(1 - self.share) * self.latest
+        names, uid = (*self.names, task), self.uid + 1
+        for name in memory:
+            _check_task(names, name)
+        return replace(
+            self,
+            names=names,
+            latest=self.move(self.latest, delta),
+            uid=uid,
+            memory={**self.memory, **memory},
+            written={**self.written, **{name: f"memory-{uid}-{place}" for place, name in enumerate(memory)}},
+        )
 
     def forget(self, task: str) -> LatestState:
         names = _without(self.names, task)
-        return replace(self, names=names, latest=self.latest if names else None)
+        return replace(
+            self,
+            names=names,
+            latest=self.latest if names else None,
+            memory={name: kept for name, kept in self.memory.items() if name != task},
+            written={name: place for name, place in self.written.items() if name != task},
+        )
 
     def delta(self, task: str) -> Vector | None:
         _check_task(self.names, task)
         return self.latest
 
     def objects(self) -> Arrays:
-        return {} if self.latest is None else {f"latest-{self.uid}": {"delta": self.latest}}
+        latest: Arrays = {} if self.latest is None else {f"latest-{self.uid}": {"delta": self.latest}}
+        return latest | {place: dict(self.memory[name]) for name, place in self.written.items()}
 
     def meta(self) -> dict[str, Any]:
-        return {"kind": "latest", "tasks": list(self.names), "uid": self.uid}
+        written = {"memory": dict(self.written)} if self.written else {}
+        return {"kind": "latest", "tasks": list(self.names), "uid": self.uid, **written}
 
     @classmethod
-    def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored, share: float = 1.0) -> LatestState:
-        uid = meta["uid"]
+    def load(cls, layout: Layout, meta: Mapping[str, Any], objects: Stored, move: Move = taken_over) -> LatestState:
+        uid, places = meta["uid"], meta.get("memory", {})
+        written = {name: places[name] for name in meta["tasks"] if name in places}  # in the order learned
         latest = _stored(objects, f"latest-{uid}", "delta") if meta["tasks"] else None
-        return cls(layout, tuple(meta["tasks"]), latest, uid, share)
+        memory = {name: _object(objects, place) for name, place in written.items()}
+        return cls(layout, move, tuple(meta["tasks"]), latest, uid, memory, written)
 
 
 @dataclass(frozen=True)
 class NamesState:
     """Zero-shot: the base model answers; only the names of the tasks are kept."""
 
+    memory: ClassVar[Memory] = NO_MEMORY
     names: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return self.names
 
-    def add(self, task: str, delta: Vector) -> NamesState:
+    def add(self, task: str, delta: Vector, memory: Memory = NO_MEMORY) -> NamesState:
         _check_name(self.names, task)
         return NamesState((*self.names, task))
 
@@ -238,6 +267,12 @@ def _half(task: str, delta: Vector) -> NDArray[np.float16]:
     if not np.isfinite(half).all():
         raise FusionError(f"task {task}: its delta exceeds half precision (65504)", "train with a smaller --train.lr")
     return half
+
+
+def _object(objects: Stored, name: str) -> Mapping[str, NDArray[Any]]:
+    if name not in objects:
+        raise FusionError(f"object '{name}' is missing", "give one version's objects")
+    return objects[name]
 
 
 def _stored(objects: Stored, name: str, array: str) -> NDArray[Any]:

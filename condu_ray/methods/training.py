@@ -10,21 +10,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from condu_ray.config import SMALL_MODEL_PARAMETERS, SessionConfig
+from condu_ray.config import DMC, SMALL_MODEL_PARAMETERS, SessionConfig, adapts
 from condu_ray.data import TaskData
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.batches import batches, seed_of
 from condu_ray.methods.checkpoint import Checkpoint, Losses, Resume, checkpoint_of, restore
 from condu_ray.methods.objective import BETAS, TaskLoss, backward, check_finite, precision, set_modes
-from condu_ray.methods.protocol import Method, Vector
+from condu_ray.methods.protocol import Memory, Method, Vector
 from condu_ray.models.clip import Clip
 
 __all__ = [
@@ -33,13 +34,17 @@ __all__ = [
     "Resume",
     "Step",
     "Trained",
+    "all_steps_for",
     "learning_rate_for",
+    "memory_in",
+    "prompt_steps_for",
     "schedule",
     "steps_for",
     "train_task",
 ]
 
 EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 100, 1000
+MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -65,24 +70,62 @@ class Step:
 
 @dataclass(frozen=True)
 class Trained:
-    """delta f32[layout.total]; buffers that training changed, as they are; (step, loss) about a hundred times."""
+    """delta f32[layout.total]; buffers that training changed, as they are; (step, loss) about a hundred times.
+
+    memory: what the state is to keep beside the delta.
+    """
 
     delta: Vector
     buffers: dict[str, NDArray[Any]]
     losses: Losses
+    memory: Memory = field(default_factory=dict)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All but the buffers by name, for the store."""
+        kept = {f"{MEMORY}/{task}/{name}": each for task, own in self.memory.items() for name, each in own.items()}
+        return {"delta": self.delta, "losses": np.array(self.losses, np.float64).reshape(-1, 2), **kept}
+
+
+def memory_in(arrays: Mapping[str, NDArray[Any]]) -> Memory:
+    """The memory in what `Trained.arrays` gave."""
+    found: dict[str, dict[str, NDArray[Any]]] = {}
+    for path, values in arrays.items():
+        kind, _, rest = path.partition("/")
+        if kind == MEMORY:
+            task, _, name = rest.partition("/")
+            found.setdefault(task, {})[name] = values
+    return found
 
 
 def steps_for(pictures: int, config: SessionConfig) -> int:
-    """Optimiser steps: as set, or ten epochs within 100 and 1,000."""
+    """Optimiser steps: as set, or ten epochs within 100 and 1,000; of an adapter its epochs."""
+    if adapts(config):
+        return config.adapter.epochs * math.ceil(pictures / config.adapter.batch_size)
     if config.train.steps is not None:
         return config.train.steps
     return min(MOST_STEPS, max(LEAST_STEPS, math.ceil(EPOCHS * pictures / config.train.batch_size)))
 
 
+def prompt_steps_for(pictures: int, config: SessionConfig) -> int:
+    """Optimiser steps of the prompts, which DMC learns after the image tower: as set, or as many as that took."""
+    if config.method not in DMC:
+        return 0
+    return config.dmc.prompt_steps or steps_for(pictures, config)
+
+
+def all_steps_for(pictures: int, config: SessionConfig) -> int:
+    """Optimiser steps of a task, over all that its method learns one after another."""
+    return steps_for(pictures, config) + prompt_steps_for(pictures, config)
+
+
 def learning_rate_for(parameters: int, config: SessionConfig) -> float:
     """Peak rate: as set, or the published one for large models and a measured one for small (docs/decisions.md)."""
+    if adapts(config):
+        return config.adapter.lr
     if config.train.lr is not None:
         return config.train.lr
+    if config.method in DMC:
+        return 1e-3
     small = parameters < SMALL_MODEL_PARAMETERS
     if config.method == "condu-lora":
         return 1e-2 if small else 1e-3

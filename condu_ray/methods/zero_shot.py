@@ -11,7 +11,7 @@ from torch import nn
 from condu_ray.config import SessionConfig
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
-from condu_ray.methods.protocol import Stored, Vector
+from condu_ray.methods.protocol import Memory, Stored, Vector
 from condu_ray.methods.states import NamesState
 from condu_ray.models.clip import Clip, Overrides
 
@@ -40,4 +40,8 @@ def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> 
 
 
 def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> None:
+    return None
+
+
+def head(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector, memory: Memory) -> None:
     return None

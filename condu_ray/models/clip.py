@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +19,39 @@ from torch.nn import functional
 
 from condu_ray.config import ModelSpec
 from condu_ray.models.blocks import blocks_of, spread, watched
+from condu_ray.models.head import Head
 from condu_ray.models.lora import LowRank, in_rows
 
 Overrides = Mapping[str, Tensor]
 """Parameters and buffers by open_clip name that stand in for θ⁰'s own."""
 
-Expert = Overrides | LowRank
+Tower = Overrides | LowRank
 """What an expert has instead of θ⁰'s own parameters, or beside them."""
 
 TEXT_BATCH = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Headed:
+    """An expert with a head: what its towers have (None: they are θ⁰'s), and what follows them."""
+
+    tower: Tower | None
+    head: Head
+
+
+Expert = Tower | Headed
+
+
+class Features(NamedTuple):
+    """What θ⁰ sees: unit features f32[B, D], domain features f32[B, W], and lengths f32[B] before they were made unit.
+
+    Domain features are channel means of some of the image tower's blocks (models/blocks.py); of a tower without a
+    list of blocks, the unit features themselves.
+    """
+
+    unit: Tensor
+    domains: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -72,9 +96,12 @@ class Clip:
 
     def images(self, pixels: Tensor, expert: Expert | None = None) -> Tensor:
         """f32[B, 3, H, W] -> unit features f32[B, D], by θ⁰ or by an expert."""
-        if self.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return self._encode("encode_image", pixels.to(self.device), expert)
+        return self._images(pixels, expert)[0]
+
+    def raw_images(self, pixels: Tensor, expert: Expert | None = None) -> Tensor:
+        """f32[B, 3, H, W] -> features f32[B, D] before they are made unit, by θ⁰ or by an expert without its head."""
+        unit, lengths = self._images(pixels, expert.tower if isinstance(expert, Headed) else expert)
+        return unit * lengths[:, None]
 
     def images_in_rows(self, pixels: Tensor, segments: Sequence[tuple[LowRank, int]]) -> Tensor:
         """f32[B, 3, H, W] -> unit features f32[B, D]: the first rows by the first expert, and so on, in one pass.
@@ -84,36 +111,44 @@ class Clip:
         with in_rows(self.model, segments):
             return self.images(pixels)
 
-    def images_and_domains(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """f32[B, 3, H, W] -> (unit features f32[B, D] as `images` gives them, domain features f32[B, W]), by θ⁰.
-
-        Domain features are channel means of some of the image tower's blocks (models/blocks.py); of a tower without a
-        list of blocks, the unit features themselves.
-        """
+    def features(self, pixels: Tensor) -> Features:
+        """f32[B, 3, H, W] -> unit features as `images` gives them, and what else θ⁰ sees."""
         blocks = blocks_of(self.model.get_submodule("visual"))
         with watched(blocks) as means:
-            features = self.images(pixels)
+            unit, lengths = self._images(pixels, None)
         if not means:
-            return features, features
+            return Features(unit, unit, lengths)
         found = [means[place] for place in sorted(means)]
-        return features, torch.cat([found[place] for place in spread([each.shape[1] for each in found])], dim=1)
+        domains = torch.cat([found[place] for place in spread([each.shape[1] for each in found])], dim=1)
+        return Features(unit, domains, lengths)
 
     def texts(self, texts: Sequence[str], expert: Expert | None = None) -> Tensor:
         """Texts -> unit features f32[B, D], by θ⁰ or by an expert."""
         parts = [
-            self._encode("encode_text", self.tokenizer(list(texts[i : i + TEXT_BATCH])).to(self.device), expert)
+            self._encode("encode_text", self.tokenizer(list(texts[i : i + TEXT_BATCH])).to(self.device), expert)[0]
             for i in range(0, len(texts), TEXT_BATCH)
         ]
         return torch.cat(parts)
 
-    def _encode(self, kind: str, values: Tensor, expert: Expert | None) -> Tensor:
+    def _images(self, pixels: Tensor, expert: Expert | None) -> tuple[Tensor, Tensor]:
+        if self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return self._encode("encode_image", pixels.to(self.device), expert)
+
+    def _encode(self, kind: str, values: Tensor, expert: Expert | None) -> tuple[Tensor, Tensor]:
+        """(unit features f32[B, D], their lengths f32[B] before the head and before they were made unit)."""
+        if isinstance(expert, Headed):
+            unit, lengths = self._encode(kind, values, expert.tower)
+            return (expert.head(unit) if kind == "encode_image" else unit), lengths
         if isinstance(expert, LowRank):
             with in_rows(self.model, [(expert, len(values))]):
                 return self._encode(kind, values, None)
         overrides = {f"clip.{name}": tensor for name, tensor in (expert or {}).items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             features: Tensor = functional_call(self._encoder, overrides, (kind, values))
-        return functional.normalize(features.float(), dim=-1) if self.precision == "bf16" else features.float()
+            unit = functional.normalize(features, dim=-1)
+        lengths = features.float().norm(dim=-1)
+        return (functional.normalize(unit.float(), dim=-1) if self.precision == "bf16" else unit.float()), lengths
 
 
 class _Encoder(nn.Module):
@@ -124,7 +159,7 @@ class _Encoder(nn.Module):
         self.clip = clip
 
     def forward(self, kind: str, values: Tensor) -> Tensor:
-        features: Tensor = getattr(self.clip, kind)(values, normalize=True)
+        features: Tensor = getattr(self.clip, kind)(values)
         return features
 
 
@@ -145,9 +180,16 @@ def class_means(clip: Clip, prompts: Sequence[Sequence[str]], expert: Expert | N
 
 def halved(expert: Expert) -> Expert:
     """Matrices and kernels in bfloat16, as autocast would cast them at every use; half the memory. Adapters stay."""
-    if isinstance(expert, LowRank):
-        return expert
-    return {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in expert.items()}
+    if isinstance(expert, Headed):
+        tower = expert.tower if expert.tower is None else _halved(expert.tower)
+        return Headed(tower, expert.head)
+    return _halved(expert)
+
+
+def _halved(tower: Tower) -> Tower:
+    if isinstance(tower, LowRank):
+        return tower
+    return {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in tower.items()}
 
 
 def expert_overrides(clip: Clip, delta: Mapping[str, NDArray[np.float32]]) -> Overrides:

@@ -2,7 +2,8 @@
 
 Our reconstruction: the released ConDU code draws both factors at random, so that its "pretrained" model with adapters
 is not CLIP. Linear layers and 1x1 convolutions are adapted, a weight that several layers share once; ΔW is linear in B,
-so fusing B is fusing weights in a fixed basis.
+so fusing B is fusing weights in a fixed basis. `attention` adapts keys and values alone: of a projection that holds
+queries, keys and values in this order the last two thirds of its rows, with one A for both.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch.nn.utils import parametrize
 from condu_ray.errors import ModelError
 
 Factors = dict[str, NDArray[np.float32]]
-"""`<layer>.lora_A` f32[rank, in] and `<layer>.lora_B` f32[out, rank]."""
+"""`<layer>.lora_A` f32[rank, in] and `<layer>.lora_B` f32[out, rank], out: how many of the last rows are adapted."""
+
+Targets = Literal["mlp", "linear", "attention"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,14 @@ class Adapters:
 def plan_adapters(
     model: nn.Module,
     rank: int,
-    targets: Literal["mlp", "linear"],
+    targets: Targets,
     seed: int,
     towers: Literal["both", "image"] = "both",
 ) -> Adapters:
-    """Chooses the layers and draws A⁰ ~ N(0, 1/in); raises ModelError where nothing can be adapted."""
+    """Chooses the layers and draws A⁰ ~ N(0, 1/in); raises ModelError where nothing can be adapted.
+
+    attention: keys and values; `linear` for a tower that has no attention.
+    """
     layers = _layers(model, targets, towers)
     if not layers:
         raise ModelError("the model has no linear layer to adapt", "use --method condu for this model")
@@ -54,7 +60,9 @@ def plan_adapters(
     random = np.random.RandomState(seed)
     start: Factors = {}
     for name, layer in layers.items():
-        outputs, inputs = layer.get_parameter("weight").shape[:2]
+        outputs, inputs = layer.get_parameter(_matrix_of(layer)).shape[:2]
+        if targets == "attention" and _holds_queries(name, outputs, inputs):
+            outputs = 2 * outputs // 3
         start[f"{name}.lora_A"] = (random.standard_normal((rank, inputs)) / math.sqrt(inputs)).astype(np.float32)
         start[f"{name}.lora_B"] = np.zeros((outputs, rank), np.float32)
     return Adapters(tuple(layers), rank, start)
@@ -62,12 +70,33 @@ def plan_adapters(
 
 def _layers(model: nn.Module, targets: str, towers: str) -> dict[str, nn.Module]:
     linear = {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
+    if targets == "attention":
+        found = _attention(model, linear, towers)
+        if found:
+            return found
     image = [name for name in linear if name.startswith("visual.")]
     text = [name for name in linear if not name.startswith("visual.")] if towers == "both" else []
     if targets == "mlp":
         image, text = _mlp(image), _mlp(text)
     chosen = {id(linear[name].get_parameter("weight")): name for name in reversed([*image, *text])}
     return {name: layer for name, layer in linear.items() if name in chosen.values()}
+
+
+def _attention(model: nn.Module, linear: Mapping[str, nn.Module], towers: str) -> dict[str, nn.Module]:
+    """Modules whose projection holds keys and values, and layers that are one of them alone, by name."""
+    fused = {name: layer for name, layer in model.named_modules() if _matrix_of(layer) == "in_proj_weight"}
+    alone = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in ("qkv", "k_proj", "v_proj")}
+    found = {name: layer for name, layer in model.named_modules() if name in fused or name in alone}
+    return {name: layer for name, layer in found.items() if towers == "both" or name.startswith("visual.")}
+
+
+def _holds_queries(name: str, outputs: int, inputs: int) -> bool:
+    return name.rpartition(".")[2] not in ("k_proj", "v_proj") and outputs == 3 * inputs
+
+
+def _matrix_of(layer: nn.Module) -> str:
+    """Name of the layer's parameter that is adapted."""
+    return "weight" if layer._parameters.get("in_proj_weight") is None else "in_proj_weight"
 
 
 def _mlp(names: list[str]) -> list[str]:
@@ -80,7 +109,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 class _Adapted(nn.Module):
-    """Parametrization of a weight: W -> W + scale · B A."""
+    """Parametrization of a weight: W -> W + scale · B A, of its last rows where B has fewer."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
@@ -89,7 +118,13 @@ class _Adapted(nn.Module):
         self.scale = scale
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + (self.scale * (self.lora_B @ self.lora_A)).view_as(weight).to(weight.dtype)
+        return weight + _as_weight(self.scale * (self.lora_B @ self.lora_A), weight).to(weight.dtype)
+
+
+def _as_weight(change: Tensor, weight: Tensor) -> Tensor:
+    """f32[out, in] in the shape of the weight, zeros above where it has more rows."""
+    above = len(weight) - len(change)
+    return (functional.pad(change, (0, 0, above, 0)) if above else change).view_as(weight)
 
 
 def inject(model: nn.Module, adapters: Adapters, factors: Factors) -> dict[str, nn.Parameter]:
@@ -97,11 +132,12 @@ def inject(model: nn.Module, adapters: Adapters, factors: Factors) -> dict[str, 
     owners = _owners(model, adapters.layers)
     parameters: dict[str, nn.Parameter] = {}
     for name in adapters.layers:
-        weight = model.get_parameter(f"{name}.weight")
+        matrix = _matrix_of(model.get_submodule(name))
+        weight = model.get_parameter(f"{name}.{matrix}")
         a, b = (torch.tensor(factors[f"{name}.lora_{side}"], device=weight.device) for side in "AB")
         adapted = _Adapted(a, b, adapters.scale)
         for layer in owners[name]:
-            parametrize.register_parametrization(layer, "weight", adapted)
+            parametrize.register_parametrization(layer, matrix, adapted)
         parameters[f"{name}.lora_A"] = adapted.lora_A
         parameters[f"{name}.lora_B"] = adapted.lora_B
     return parameters
@@ -113,10 +149,10 @@ def merged_weights(
     """The adapted layers' weights with B A / sqrt(rank) added, by parameter name; `model` is not touched."""
     merged: dict[str, Tensor] = {}
     for name in adapters.layers:
-        weight = model.get_parameter(f"{name}.weight").detach()
+        parameter = f"{name}.{_matrix_of(model.get_submodule(name))}"
+        weight = model.get_parameter(parameter).detach()
         a, b = (torch.tensor(factors[f"{name}.lora_{side}"], device=weight.device) for side in "AB")
-        change = (adapters.scale * (b @ a)).view_as(weight)
-        merged[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
+        merged[parameter] = (weight.float() + _as_weight(adapters.scale * (b @ a), weight)).to(weight.dtype)
     return merged
 
 
@@ -196,8 +232,9 @@ def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Module]
     """For each layer all that use its weight."""
     by_weight: dict[int, list[nn.Module]] = {}
     for layer in model.modules():
-        by_weight.setdefault(id(layer._parameters.get("weight")), []).append(layer)
-    return {name: by_weight[id(model.get_submodule(name)._parameters["weight"])] for name in names}
+        by_weight.setdefault(id(layer._parameters.get(_matrix_of(layer))), []).append(layer)
+    layers = {name: model.get_submodule(name) for name in names}
+    return {name: by_weight[id(layer._parameters[_matrix_of(layer)])] for name, layer in layers.items()}
 
 
 def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]]) -> Callable[[Tensor], Tensor]:

@@ -54,6 +54,16 @@ class AccuracyMatrix:
         """Returns the mean of `last_row`."""
         return _mean(self.last_row())
 
+    def incremental_row(self, pictures: Sequence[int]) -> list[float | None]:
+        """Returns for each session the accuracy over all test pictures of the tasks learned so far, each counting once.
+
+        pictures: how many test pictures each task has.
+        """
+        return [
+            _mean([value for value, count in zip(row[: r + 1], pictures, strict=False) for _ in range(count)])
+            for r, row in enumerate(self.values)
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Returns tasks, values (null where not measured), and the three means, ready for `json.dumps`."""
         return {

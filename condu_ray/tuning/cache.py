@@ -17,6 +17,7 @@ from condu_ray.data import PictureSet, Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.evaluate import snapshot_of
+from condu_ray.engine.scoring import threads_of
 from condu_ray.engine.session import Stage, learn
 from condu_ray.errors import ConfigError
 from condu_ray.models.load import load
@@ -109,11 +110,11 @@ def _pictures(
     found = store.find(key, "pictures")
     if found is None:
         with stage("features of the validation pictures") as update:
-            features, domains = crew.features(every, update)
+            seen = crew.features(every, update)
         owners = np.repeat(np.arange(len(tasks)), [len(split) for split in tests.values()])
         starts = np.cumsum([0, *(len(task.classes) for task in tasks[:-1])])
         labels = every.labels + starts[owners]
-        arrays = {"owners": owners.astype(np.int64), "labels": labels, "features": features, "domains": domains}
+        arrays = {"owners": owners.astype(np.int64), "labels": labels, "features": seen.unit, "domains": seen.domains}
         found = store.put(key, "pictures", arrays)
     return found
 
@@ -147,15 +148,8 @@ def _passes(config: SessionConfig, every: Split) -> tuple[float, float]:
     clip = load(config.model_spec)
     loaded = PictureSet(every, clip.eval_transform)
     pixels = torch.stack([loaded[place][0] for place in range(min(TIMED, len(every)))])
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            times = [
-                (_ms(lambda: clip.images_and_domains(pixels)), _ms(lambda: clip.images(pixels))) for _ in range(TIMES)
-            ]
-    finally:
-        torch.set_num_threads(before)
+    with threads_of(1), torch.no_grad():
+        times = [(_ms(lambda: clip.features(pixels)), _ms(lambda: clip.images(pixels))) for _ in range(TIMES)]
     base, expert = (statistics.median(each) / len(pixels) for each in zip(*times, strict=True))
     return base, expert
 

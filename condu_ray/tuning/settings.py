@@ -100,10 +100,18 @@ class Sweep(BaseModel):
 
     @property
     def goals(self) -> Goals:
-        several = len(self.config.tasks) > 1 or self.kind == "inference"
+        """`last` where `accuracy`, which is that of parameters tuned for one task, cannot be had."""
+        several = len(self.config.tasks) > 1 or self.kind == "inference" or self.learner is not None
         return Goals(
             self.objectives or (("last",) if several else ("accuracy",)), self.zero_shot_penalty, self.latency_ms
         )
+
+    @property
+    def learner(self) -> str | None:
+        """A system among those that trials train which has a training of its own: nobody looks into it."""
+        searched = self.space.get("method")
+        names = searched.corners() if searched else [self.config.method]
+        return next((str(name) for name in names if registry.learner(str(name))), None)
 
     @property
     def asked(self) -> Literal["task", "candidates", "union"]:
@@ -161,6 +169,8 @@ def _check(sweep: Sweep, path: Path) -> None:
         )
     if "accuracy" in goals.names and (len(config.tasks) > 1 or len(goals.names) > 1):
         faults.append("objective accuracy is of a single task, before it is fused: use last or average")
+    elif "accuracy" in goals.names and sweep.learner:
+        faults.append(f"objective accuracy looks into a training, and {sweep.learner} trains in its own way: use last")
     try:
         check_values(sweep.space, config)
     except ValidationError as error:

@@ -23,12 +23,13 @@ from condu_ray.engine.evaluate import BY, snapshot_of
 from condu_ray.engine.in_process import InProcessCrew
 from condu_ray.engine.keys import train_key
 from condu_ray.engine.progress import silent
+from condu_ray.engine.scoring import threads_of
 from condu_ray.engine.session import learn
 from condu_ray.engine.train import BASE, checkpoints
 from condu_ray.methods import registry
 from condu_ray.methods.objective import set_modes
 from condu_ray.methods.rescaling import steps_of
-from condu_ray.methods.training import steps_for, train_task
+from condu_ray.methods.training import all_steps_for, steps_for, train_task
 from condu_ray.models.clip import Clip, class_embeddings
 from condu_ray.models.load import load
 from condu_ray.store import Store
@@ -96,12 +97,8 @@ def run(assignment: Assignment, number: int, settings: Settings, report: Callabl
 
     place = trials.path(settings).with_suffix("")
     config = applied(assignment.config, settings).model_copy(update={"store": str(place), "tracking": "off"})
-    before = torch.get_num_threads()
-    torch.set_num_threads(assignment.threads)
-    try:
+    with threads_of(assignment.threads):
         (_one_task if assignment.alone else _stream)(assignment, config, tell)
-    finally:
-        torch.set_num_threads(before)
 
 
 Tell = Callable[[int, dict[str, float], int], None]
@@ -148,7 +145,7 @@ def _stream(assignment: Assignment, config: SessionConfig, tell: Tell) -> None:
     steps = 0
     for place, task in enumerate(tasks, start=1):
         learn(store, config, [task], crew, silent)
-        steps += steps_for(len(task.train), config) + steps_of(task, config)
+        steps += all_steps_for(len(task.train), config) + steps_of(task, config)
         rows.append(_row(store, place, tests, crew, assignment))
         tell(place, figures_of(rows, zero_shot), steps)
 

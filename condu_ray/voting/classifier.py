@@ -158,7 +158,7 @@ class Classifier:
             self._check_task(task)
             ballots = [_Ballot((Vote(task, None, 1.0),), (0,), ((0,),))] * len(pixels)
         else:
-            base, domains = self.clip.images_and_domains(pixels)
+            base, domains, _ = self.clip.features(pixels)
             routed = self._router.route(base.cpu().numpy(), domains.cpu().numpy(), self._prior(space))
             ballots = self._ballots(routed, space)
         spans = [np.arange(block.start, block.stop) for block in space.blocks]

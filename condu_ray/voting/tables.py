@@ -11,7 +11,7 @@ from collections import OrderedDict
 from torch import Tensor
 
 from condu_ray.models import clip as models
-from condu_ray.models.clip import Clip, class_embeddings
+from condu_ray.models.clip import Clip, Headed, class_embeddings
 from condu_ray.voting.labels import Block
 
 CANDIDATE_BYTES = 128 * 2**20
@@ -28,7 +28,12 @@ class Tables:
         self._candidates: OrderedDict[tuple[Expert, tuple[tuple[str, ...], ...]], Tensor] = OrderedDict()
 
     def of(self, expert: Expert, parameters: models.Expert | None, block: Block) -> Tensor:
-        """Unit vectors in the order of the block's labels."""
+        """Unit vectors in the order of the block's labels; those that the expert's head has for a learned task's."""
+        if isinstance(parameters, Headed):
+            own = None if block.task is None else parameters.head.texts.get(block.task)
+            if own is not None:
+                return own
+            expert, parameters = expert if parameters.tower else None, parameters.tower
         if block.task is None:
             return self._of_candidates(expert, parameters, block)
         key = (expert, block.task)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from condu_ray.models import clip as models
-from condu_ray.models.clip import Clip
+from condu_ray.models.clip import Clip, Headed
 from condu_ray.models.lora import LowRank
 from condu_ray.voting.labels import Block
 from condu_ray.voting.tables import Expert, Tables
@@ -59,16 +59,19 @@ class ExpertCache:
             self._kept.move_to_end(task)
             return self._kept[task]
         self.misses += 1
-        large = [name for name, kept in self._kept.items() if kept and not isinstance(kept, LowRank)]
+        large = [name for name, kept in self._kept.items() if not _small(kept)]
         for name in large[: max(0, len(large) + 1 - self._limit)]:  # room first: two large experts are not held for one
             del self._kept[name]
         self._kept[task] = self._expert_of(task)
         return self._kept[task]
 
     def small(self, task: str) -> bool:
-        """Whether the expert is adapters beside θ⁰, or θ⁰ itself."""
-        expert = self(task)
-        return expert is None or isinstance(expert, LowRank)
+        """Whether the expert is adapters beside θ⁰, or θ⁰ itself, with or without a head."""
+        return _small(self(task))
+
+
+def _small(expert: models.Expert | None) -> bool:
+    return expert is None or isinstance(expert, LowRank) or (isinstance(expert, Headed) and _small(expert.tower))
 
 
 def _passes(together: Sequence[tuple[int, LowRank]], sizes: Sequence[int]) -> list[list[tuple[int, LowRank]]]:
@@ -101,8 +104,8 @@ class LocalVoters:
                 together.append((place, expert))
                 continue
             pictures = list(one.pictures)
-            if expert is None and base is not None:
-                features = base[pictures]
+            if base is not None and (expert is None or (isinstance(expert, Headed) and expert.tower is None)):
+                features = base[pictures] if expert is None else expert.head(base[pictures])
             else:
                 features = self.clip.images(pixels[pictures], expert)
             found[place] = self._by_block(one, expert, features)

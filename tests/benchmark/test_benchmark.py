@@ -28,7 +28,17 @@ from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.voting.open import TASK_OBJECTS
 
 TASKS = ["colours", "stripes", "places"]
-FIGURES = ["transfer", "average", "last", "retention", "router_accuracy", "router_top2", "auroc"]
+FIGURES = [
+    "transfer",
+    "average",
+    "last",
+    "incremental_average",
+    "incremental_last",
+    "retention",
+    "router_accuracy",
+    "router_top2",
+    "auroc",
+]
 COSTS = ["seconds", "bytes_per_task", "bytes_shared", "rank"]
 SETTINGS = "train: {steps: 12, batch_size: 8, lr: 1.0e-3, towers: image}\nlora: {rank: 4}\nvote: {k: 2}\n"
 
@@ -230,6 +240,13 @@ def test_a_picture_for_each_matrix(done: Any) -> None:
 def test_a_finished_benchmark_only_reads(done: Any) -> None:
     benchmark, found, _ = done
     assert measure(benchmark, nobody, silent) == found
+
+
+def test_it_goes_on_with_other_workers_and_shards(done: Any) -> None:
+    benchmark, found, _ = done
+    placed = {"workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0.5, "fusion.shards": 2}
+    elsewhere = Benchmark(**{**vars(benchmark), "options": {**benchmark.options, **placed}})
+    assert measure(elsewhere, nobody, silent) == found
 
 
 def test_another_stream_or_setting_needs_another_folder(done: Any) -> None:

@@ -85,7 +85,16 @@ def test_what_was_stopped_says_how_to_go_on(
 @pytest.mark.parametrize(("protocol", "seeds"), [(None, (0,)), ("mtil-1", (42,))])
 def test_the_seed_is_the_protocols_own(protocol: str | None, seeds: tuple[int, ...], tmp_path: Path) -> None:
     options = {"stream": None if protocol else "a=b", "protocol": protocol, "data": "torchvision" if protocol else None}
-    rest = {"seeds": None, "model": None, "eval_pictures": None, "reverse": False, "methods": "condu", "config": None}
+    rest = {
+        "seeds": None,
+        "model": None,
+        "eval_pictures": None,
+        "reverse": False,
+        "methods": "condu",
+        "config": None,
+        "increment": None,
+        "class_order": None,
+    }
     assert job.asked(argparse.Namespace(**options, **rest, work=tmp_path)).seeds == seeds
 
 

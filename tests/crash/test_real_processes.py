@@ -11,17 +11,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 from command_line import process
 from in_process_crew import contents, learn_here, opened, settings
-from ray_processes import ray_processes
+from ray.util.state import list_actors, list_placement_groups
+from ray_processes import descendants, ray_processes
 
 from condu_ray.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 240.0
+STAYING = ("FusionActor", "JobSupervisor", "_AutoscalingCoordinatorActor")  # the last two: Ray's own, one a cluster
 Folders = dict[str, Path]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -126,18 +130,25 @@ def head(tmp_path: Path, gcs_port: int, request: pytest.FixtureRequest) -> Itera
             ended(child)
 
 
-@pytest.fixture
-def second_node(head: str, gcs_port: int, tmp_path: Path) -> Iterator[int]:
-    """Process id of another node of one core that has joined the head's cluster."""
+@contextmanager
+def joined(gcs_port: int, log: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another node of one core that has joined the head's cluster, in a process group of its own."""
     command = [str(Path(sys.executable).with_name("ray")), "start", f"--address=127.0.0.1:{gcs_port}", "--block"]
     command += ["--num-cpus=1", "--disable-usage-stats"]
     command += [f"--{name}={free_port()}" for name in ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")]
-    with open(tmp_path / "node.log", "w") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, text=True)
+    with open(log, "w") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, text=True)
         try:
-            yield child.pid
+            yield child
         finally:
-            ended(child)
+            if child.poll() is None:
+                ended(child)
+
+
+@pytest.fixture
+def second_node(head: str, gcs_port: int, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    with joined(gcs_port, tmp_path / "node.log") as child:
+        yield child
 
 
 def answers(port: int) -> bool:
@@ -173,32 +184,89 @@ def test_a_job_on_a_cluster_does_what_learn_does(
     assert open_store(store).manifest().objects == open_store(here.store).manifest().objects
 
 
-@pytest.mark.parametrize("head", [1], indirect=True)
-def test_two_nodes_train_a_task_together_and_one_loses_its_worker(
-    head: str, second_node: int, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
-) -> None:
-    """DDP with a process on each node; the killed one's group goes on from its checkpoint, to the same bits."""
-    given = ["--task", f"colours={picture_tasks['colours']}", "--model", f"local-dir:{tiny_model_dir}"]
+def together(model: Path, tasks: Folders, store: Path) -> list[str]:
+    """A task that two processes of one core train together."""
+    given = ["--task", f"colours={tasks['colours']}", "--model", f"local-dir:{model}", "--store", str(store)]
     given += ["--train.steps=200", "--train.batch-size=8", "--train.towers=image", "--train.checkpoint-seconds=0.01"]
-    given += ["--workers=2", "--cpus-per-worker=1", "--parallel=data", "--tracking=off", "--store"]
-    calm, struck = tmp_path / "calm", tmp_path / "struck"
-    done = submitted(head, *given, str(calm))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    killed: list[int] = []
+    return [*given, "--workers=2", "--cpus-per-worker=1", "--parallel=data", "--tracking=off"]
 
-    def strike() -> None:
+
+@contextmanager
+def struck(store: Path, strike: Callable[[], bool]) -> Iterator[None]:
+    """While the block runs: once a training has a checkpoint, strikes until it says that it hit."""
+    hit: list[bool] = []
+
+    def wait() -> None:
         end = time.monotonic() + DEADLINE
-        while not killed and time.monotonic() < end:
-            if list(struck.glob("work/train-*/checkpoint.safetensors")):
-                killed.extend(ray_processes("RayTrainWorker", second_node))
+        while not hit and time.monotonic() < end:
+            if list(store.glob("work/train-*/checkpoint.safetensors")) and strike():
+                hit.append(True)
             time.sleep(0.02)
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
 
-    striking = threading.Thread(target=strike)
+    striking = threading.Thread(target=wait)
     striking.start()
-    done = submitted(head, *given, str(struck))
+    yield
     striking.join()
+    assert hit
+
+
+@pytest.mark.parametrize("head", [1], indirect=True)
+def test_two_nodes_train_a_task_together_and_lose_a_worker_and_a_node(
+    head: str,
+    gcs_port: int,
+    second_node: subprocess.Popen[str],
+    tiny_model_dir: Path,
+    picture_tasks: Folders,
+    tmp_path: Path,
+) -> None:
+    """DDP with a process on each node: the group goes on from its checkpoint, to the same bits, and leaves nothing."""
+    calm, worker_lost, node_lost = (tmp_path / name for name in ("calm", "worker", "node"))
+
+    def kill_a_worker() -> bool:
+        pids = ray_processes("RayTrainWorker", second_node.pid)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        return len(pids) == 1
+
+    with ExitStack() as later:
+
+        def kill_the_node() -> bool:
+            pids = descendants(second_node.pid)
+            for pid in (second_node.pid, *pids):
+                os.kill(pid, signal.SIGKILL)
+            second_node.wait(60)
+            later.enter_context(joined(gcs_port, tmp_path / "third.log"))
+            return len(pids) > 1
+
+        for store, strike in ((calm, None), (worker_lost, kill_a_worker), (node_lost, kill_the_node)):
+            with struck(store, strike) if strike else nullcontext():
+                done = submitted(head, *together(tiny_model_dir, picture_tasks, store))
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            assert open_store(store).manifest().objects == open_store(calm).manifest().objects
+            assert list(store.glob("work/*")) == []
+        assert leaked(head) == []
+
+
+def leaked(head: str) -> list[str]:
+    """What is still there of sessions that have ended, but for what stays: fusion actors, and what Ray has for jobs."""
+    groups = [each.placement_group_id for each in list_placement_groups(address=head) if each.state != "REMOVED"]
+    actors = [str(each.class_name) for each in list_actors(address=head) if each.state != "DEAD"]
+    return [*groups, *(name for name in actors if name not in STAYING)]
+
+
+@pytest.mark.parametrize("head", [1], indirect=True)
+def test_a_session_waits_for_a_node_that_comes_late(
+    head: str, gcs_port: int, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    given = together(tiny_model_dir, picture_tasks, tmp_path / "store")
+    refused = submitted(head, *given)
+    assert "2 workers need 1 CPU cores each, the cluster has 1" in refused.stdout + refused.stderr
+    assert not (tmp_path / "store").exists()
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(submitted, head, *given, f"--node-wait-seconds={DEADLINE}")
+        time.sleep(20)
+        assert not waiting.done()
+        with joined(gcs_port, tmp_path / "late.log"):
+            done = waiting.result()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert len(killed) == 1
-    assert open_store(struck).manifest().objects == open_store(calm).manifest().objects
+    assert [card.name for card in open_store(tmp_path / "store").manifest().tasks] == ["colours"]

@@ -201,7 +201,7 @@ def test_a_loss_that_is_no_number_is_one_sentence(tiny_model_dir: Path, picture_
 
 
 class Unlucky(RayCrew):
-    """A crew that loses its fusion actor before each fuse and each need of the state, and once all its scorers.
+    """A crew that loses its fusion actor before each fuse and each need of the state, and once all of its pool.
 
     Where fusing is shared out it loses the actors that share it, before each fuse.
     """
@@ -219,7 +219,7 @@ class Unlucky(RayCrew):
     def _with_state(self, *given: Any) -> Any:
         self.kill("FusionActor")
         if not hasattr(self, "struck"):
-            self.struck = self.kill("Scorer")
+            self.struck = self.kill("Worker")
         return super()._with_state(*given)
 
     def kill(self, name: str) -> int:

@@ -11,7 +11,7 @@ from command_line import condu, process
 from in_process_crew import contents, files_of, learn_here, opened, settings
 
 from condu_ray.engine.forget import forget
-from condu_ray.engine.train import _resume, _storage
+from condu_ray.engine.train import _storage, checkpoints
 from condu_ray.errors import ConfigError
 from condu_ray.store import open_store
 from condu_ray.store.history import rollback
@@ -84,7 +84,7 @@ def test_checkpoints_cost_no_more_than_their_share(
 
     store.save_work = slow
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    resume = _resume(store, "key")  # type: ignore[arg-type]
+    resume = checkpoints(store, "key")  # type: ignore[arg-type]
     for _ in range(100):
         clock[0] += 1.0
         resume.save({})

@@ -25,7 +25,7 @@ FUNCTIONS = [name for name, each in vars(Method).items() if inspect.isfunction(e
 
 def test_the_names_are_those_of_the_settings() -> None:
     assert set(registry.METHODS) == set(get_args(MethodName))
-    assert FUNCTIONS == ["layout", "empty", "load", "prepare", "expert", "adapter"]
+    assert FUNCTIONS == ["layout", "empty", "load", "prepare", "expert", "adapter", "head"]
 
 
 @EVERY
@@ -69,7 +69,9 @@ def test_every_system_has_a_layout_that_a_store_can_hold(name: str, tiny_clip: C
     assert method.layout(tiny_clip, settings(method=name, seed=7)) == layout
 
 
-@pytest.mark.parametrize("name", [name for name, info in registry.METHODS.items() if info.trains])
+@pytest.mark.parametrize(
+    "name", [name for name, info in registry.METHODS.items() if info.trains and not info.on_features]
+)
 def test_what_is_prepared_is_the_base_model_and_its_own_copy(name: str, tiny_clip: Clip, settings: Settings) -> None:
     config = settings(method=name)
     method = registry.get(name)

@@ -19,7 +19,7 @@ def pixels() -> torch.Tensor:
 
 @torch.no_grad()
 def test_the_features_are_those_of_the_plain_pass(tiny_clip: Clip, pixels: torch.Tensor) -> None:
-    features, domains = tiny_clip.images_and_domains(pixels)
+    features, domains, _ = tiny_clip.features(pixels)
     assert torch.equal(features, tiny_clip.images(pixels))
     first = tiny_clip.model.get_submodule("visual.transformer.resblocks.0")
     with watched([first]) as seen:
@@ -30,7 +30,7 @@ def test_the_features_are_those_of_the_plain_pass(tiny_clip: Clip, pixels: torch
 
 @torch.no_grad()
 def test_no_hook_stays(tiny_clip: Clip, pixels: torch.Tensor) -> None:
-    tiny_clip.images_and_domains(pixels)
+    tiny_clip.features(pixels)
     assert not any(module._forward_hooks for module in tiny_clip.model.modules())
 
 

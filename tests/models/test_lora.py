@@ -25,6 +25,7 @@ from condu_ray.models.lora import (
 
 TEXTS = ["a photo of a cat.", "a drawing of a dog."]
 BOTH = pytest.mark.parametrize("fixture", ["tiny_clip", "conv_clip"])
+TARGETS = pytest.mark.parametrize("targets", ["mlp", "linear", "attention"])
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def trained(clip: Clip, adapters: Adapters, pixels: Tensor) -> tuple[nn.Module, 
 
 
 @BOTH
-@pytest.mark.parametrize("targets", ["mlp", "linear"])
+@TARGETS
 def test_at_the_start_the_adapted_model_is_the_base_model(clip: Clip, targets: str, pixels: Tensor) -> None:
     adapters = plan_adapters(clip.model, 4, targets, seed=0)
     model = copy.deepcopy(clip.model)
@@ -70,7 +71,7 @@ def test_at_the_start_the_adapted_model_is_the_base_model(clip: Clip, targets: s
 
 
 @BOTH
-@pytest.mark.parametrize("targets", ["mlp", "linear"])
+@TARGETS
 def test_merged_weights_answer_as_the_trained_adapters(clip: Clip, targets: str, pixels: Tensor) -> None:
     adapters = plan_adapters(clip.model, 4, targets, seed=0)
     model, factors = trained(clip, adapters, pixels)
@@ -110,6 +111,31 @@ def test_the_start_is_the_same_in_every_release(tiny_clip: Clip) -> None:
     assert a.shape == (4, 64)
     np.testing.assert_allclose(a[0, :3] * 8, [1.7640524, 0.4001572, 0.978738], rtol=1e-6)
     assert a.std() * 8 == pytest.approx(1, abs=0.1)
+
+
+def test_attention_means_keys_and_values_and_leaves_queries(tiny_clip: Clip, pixels: Tensor) -> None:
+    adapters = plan_adapters(tiny_clip.model, 2, "attention", seed=0, towers="image")
+    assert adapters.layers == tuple(f"visual.transformer.resblocks.{block}.attn" for block in (0, 1))
+    _, factors = trained(tiny_clip, adapters, pixels)
+    for name, weight in merged_weights(tiny_clip.model, adapters, factors).items():
+        assert name.endswith(".attn.in_proj_weight")
+        change = (weight - tiny_clip.model.get_parameter(name)).abs().amax(1)
+        assert (change[:64] == 0).all() and (change[64:] > 0).all()
+
+
+def test_a_projection_as_a_layer_of_its_own_is_found_by_its_name() -> None:
+    block = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+    tower = nn.ModuleDict({"block": block, "timm": nn.ModuleDict({"qkv": nn.Linear(6, 18)})})
+    found = plan_adapters(nn.ModuleDict({"visual": tower}), 2, "attention", seed=0, towers="image")
+    assert found.layers == ("visual.block.k_proj", "visual.block.v_proj", "visual.timm.qkv")
+    assert [len(found.start[f"{name}.lora_B"]) for name in found.layers] == [6, 6, 12]
+
+
+def test_a_tower_without_attention_has_its_linear_layers_adapted(conv_clip: Clip) -> None:
+    attention, linear = (
+        plan_adapters(conv_clip.model, 2, targets, 0, "image").layers for targets in ("attention", "linear")
+    )
+    assert attention == linear
 
 
 def test_mlp_means_the_mlp_layers_of_both_towers(tiny_clip: Clip) -> None:

@@ -39,6 +39,12 @@ Written = Callable[..., tuple[Path, Sweep]]
         (1, LR, {"latency_ms": 5}, "latency follows from the vote"),
         (1, LR, {"objectives": ["average"]}, "need two tasks"),
         (2, LR, {"objectives": ["accuracy"]}, "of a single task"),
+        (
+            1,
+            {"method": {"choice": ["condu", "dmc"]}},
+            {"objectives": ["accuracy"]},
+            "dmc trains in its own way: use last",
+        ),
         (2, K, {"objectives": ["latency", "last"]}, "must be an accuracy"),
         (2, K, {"objectives": ["accuracy"]}, "asks no vote"),
         (2, K, {"labels": "task"}, "asks no vote"),
@@ -73,8 +79,10 @@ def test_what_a_file_leaves_open(written: Written) -> None:
     _, one = written(["colours"], LR)
     _, two = written(["colours", "stripes"], LR)
     _, vote = written(["colours", "stripes"], K)
-    assert [(each.kind, each.goals.names, each.asked) for each in (one, two, vote)] == [
+    _, own_way = written(["colours"], {"adapter.lr": {"log": [1e-4, 1e-2]}}, session={"method": "rapf"})
+    assert [(each.kind, each.goals.names, each.asked) for each in (one, own_way, two, vote)] == [
         ("training", ("accuracy",), "task"),
+        ("training", ("last",), "task"),
         ("training", ("last",), "task"),
         ("inference", ("last",), "union"),
     ]

@@ -12,6 +12,7 @@ from streams import SHARE, ended
 
 from condu_ray.data import open_task
 from condu_ray.errors import ConfigError
+from condu_ray.methods.training import all_steps_for
 from condu_ray.tuning import trial
 from condu_ray.tuning.objectives import figures_of
 from condu_ray.tuning.records import Report, Scores, Trials
@@ -61,6 +62,19 @@ def test_a_stream_is_looked_at_after_each_version(written: Written, tmp_path: Pa
     expected = figures_of(rows, [card.figures["zero_shot"] for card in last.tasks])
     assert found[-1].figures == pytest.approx(expected)
     assert found[-1].values == (found[-1].figures["average"], found[-1].figures["zero_shot_loss"])
+
+
+@pytest.mark.parametrize("method", ["rapf", "dmc"])
+def test_a_system_that_trains_in_its_own_way_is_looked_at_as_learning_leaves_it(
+    written: Written, tmp_path: Path, method: str
+) -> None:
+    _, sweep = written(["colours"], SPACE, session={"method": method, "adapter": {"epochs": 1}})
+    assignment = assigned(sweep, tmp_path / "sweep")
+    (found,) = reports(assignment)
+    config = applied(sweep.config, SETTINGS).model_copy(update={"store": str(tmp_path / "store")})
+    (manifest,) = learn_here(config, assignment.tasks)
+    assert found.values == (manifest.figures["accuracy"]["colours"],)
+    assert found.steps == all_steps_for(len(assignment.tasks[0].train), config)
 
 
 def test_what_ended_is_told_again_and_not_trained_again(

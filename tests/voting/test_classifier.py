@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condu_ray.config import VoteConfig
 from condu_ray.errors import DataError, NotFound
-from condu_ray.models.clip import Clip, Overrides, class_embeddings
+from condu_ray.models.clip import Clip, Features, Overrides, class_embeddings
 from condu_ray.voting.answer import Answer
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.combine import combine, probabilities, weights
@@ -158,7 +158,7 @@ def test_only_the_chosen_experts_run_and_each_once_a_batch(
 ) -> None:
     loaded: list[str] = []
     runs: list[tuple[int, bool]] = []
-    images = Clip.images
+    images, features = Clip.images, Clip.features
 
     def expert_of(task: str) -> Overrides:
         loaded.append(task)
@@ -168,7 +168,12 @@ def test_only_the_chosen_experts_run_and_each_once_a_batch(
         runs.append((len(pixels), expert is None))
         return images(self, pixels, expert)
 
+    def seen(self: Clip, pixels: Tensor) -> Features:
+        runs.append((len(pixels), True))
+        return features(self, pixels)
+
     monkeypatch.setattr(Clip, "images", counted)
+    monkeypatch.setattr(Clip, "features", seen)
     classifier = make(expert_of=expert_of, k=1, adaptive=False)
     answers = classifier.classify(pixels[:4])
     chosen = Counter(str(answer.votes[0].task) for answer in answers)

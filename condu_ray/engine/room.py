@@ -1,0 +1,67 @@
+"""Room for a session's workers: what the cluster has, or what its autoscaler brings in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.autoscaler.sdk import request_resources
+
+from condu_ray.config import SessionConfig
+from condu_ray.engine.cluster import Cluster, seen
+from condu_ray.engine.session import Stage
+from condu_ray.engine.train import check_workers
+from condu_ray.errors import TrainingError
+
+LOOK_SECONDS = 1.0
+
+
+@contextmanager
+def room(config: SessionConfig, jobs: int, cluster: Cluster, stage: Stage) -> Iterator[Cluster]:
+    """The cluster as it is once the workers of so many trainings fit, for as long as the block runs.
+
+    A cluster that was joined is given `config.node_wait_seconds` to grow; what its autoscaler is asked for stays asked
+    for until the block ends. Raises TrainingError where the cluster is, and stays, too small.
+    """
+    try:
+        check_workers(config, jobs, cluster)
+    except TrainingError:
+        if not cluster.joined or not config.node_wait_seconds:
+            raise
+    else:
+        yield cluster
+        return
+    try:
+        yield _grown(config, jobs, cluster, stage)
+    finally:
+        request_resources(bundles=[])
+
+
+def _grown(config: SessionConfig, jobs: int, cluster: Cluster, stage: Stage) -> Cluster:
+    begun, longest = time.monotonic(), config.node_wait_seconds
+    asked: list[dict[str, float]] = []
+    with stage("waiting for nodes") as update:
+        while True:
+            wanted = _bundles(config, cluster)
+            if wanted != asked:  # with the first GPU that is seen, each worker wants one
+                request_resources(bundles=wanted)
+                asked = wanted
+            waited = time.monotonic() - begun
+            update(min(int(waited), int(longest)), int(longest), f"s; the cluster has {len(cluster.nodes)} nodes")
+            try:
+                check_workers(config, jobs, cluster)
+                return cluster
+            except TrainingError:
+                if waited >= longest:
+                    raise
+            time.sleep(LOOK_SECONDS)
+            cluster = seen(cluster.joined)
+
+
+def _bundles(config: SessionConfig, cluster: Cluster) -> list[dict[str, float]]:
+    """What the workers need, each on one node."""
+    one: dict[str, float] = {"CPU": config.cpus_per_worker or 1}
+    if config.gpu == "auto" and cluster.gpus:
+        one["GPU"] = config.gpus_per_worker
+    return [one] * (config.workers or 1)

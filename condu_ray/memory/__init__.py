@@ -1,0 +1,1 @@
+"""What is kept of pictures that are gone: class statistics, and features drawn from them. No Ray, no files."""

@@ -1,0 +1,244 @@
+"""DMC and DMC-OT through sessions: two stages, a memory that follows the image tower, prompts that stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import encoder_drift
+import numpy as np
+import pytest
+import torch
+from in_process_crew import contents, learn_here, opened, settings
+from safetensors.torch import load_file
+
+from condu_ray.config import SessionConfig, resolve
+from condu_ray.data.loading import PictureSet
+from condu_ray.engine.export import export
+from condu_ray.engine.forget import forget
+from condu_ray.errors import ConfigError, TrainingError
+from condu_ray.memory.calibration import fit
+from condu_ray.methods import dmc
+from condu_ray.methods.checkpoint import Checkpoint, Resume
+from condu_ray.methods.remembered import Remembered
+from condu_ray.methods.training import Place, Trained
+from condu_ray.models.clip import Clip
+from condu_ray.store import open_store
+from condu_ray.voting.open import expert_maker, layout_of, load_classifier, state_of
+
+Folders = dict[str, Path]
+Made = Callable[..., SessionConfig]
+BOTH = pytest.mark.parametrize("method", ["dmc", "dmc-ot"])
+NAMES = ("colours", "stripes", "places")
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_model_dir: Path, picture_tasks: Folders, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """(method, other settings) -> those of a store with three tasks, made once."""
+    made: dict[str, SessionConfig] = {}
+
+    def make(method: str, **others: Any) -> SessionConfig:
+        key = repr((method, others))
+        if key not in made:
+            store = tmp_path_factory.mktemp("dmc") / "store"
+            made[key] = settings(store, tiny_model_dir, method=method, train__lr=1e-2, **others)
+            learn_here(made[key], opened(picture_tasks, *NAMES))
+        return made[key]
+
+    return make
+
+
+def memory(config: SessionConfig, version: int) -> dict[str, Remembered]:
+    store = open_store(config.store)
+    kept = state_of(store, store.manifest(version)).memory
+    return {name: Remembered.from_arrays(arrays) for name, arrays in kept.items()}
+
+
+@BOTH
+def test_every_task_is_remembered_under_the_newest_encoder(learned: Made, method: str) -> None:
+    config = learned(method)
+    for version in (1, 2, 3):
+        kept = memory(config, version)
+        assert set(kept) == set(NAMES[:version])
+        assert len({each.encoder for each in kept.values()}) == 1
+        assert all(each.gaussians.counts.tolist() == [12, 12, 12] for each in kept.values())
+    encoders = [memory(config, version)["colours"].encoder for version in (1, 2, 3)]
+    assert len(set(encoders)) == 3
+    assert memory(config, 1)["colours"].found is None
+    found = memory(config, 3)["places"].found
+    assert found is not None and found.mode == ("none" if method == "dmc" else "ot")
+    assert found.drift.relative > 0 and found.drift.residuals["none"] == 1
+    before, after = found.distances
+    assert (after < before) == (method == "dmc-ot")
+
+
+def test_a_prompt_of_its_own_stays_and_a_shared_one_moves(learned: Made) -> None:
+    own = [memory(learned("dmc-ot"), version) for version in (1, 3)]
+    assert torch.equal(own[0]["colours"].prompt, own[1]["colours"].prompt)
+    assert torch.equal(own[0]["colours"].texts, own[1]["colours"].texts)
+    assert not torch.equal(own[1]["colours"].prompt, own[1]["places"].prompt)
+    # A new one begins where the newest is: stripes, which comes last by name.
+    prompts = {name: own[1][name].prompt for name in NAMES}
+    apart = {name: float((prompts["places"] - prompts[name]).norm()) for name in ("colours", "stripes")}
+    assert apart["stripes"] < apart["colours"]
+    shared = [memory(learned("dmc"), version) for version in (1, 3)]
+    assert shared[0]["colours"].prompt.shape == (0, 32)
+    assert not torch.allclose(shared[0]["colours"].texts, shared[1]["colours"].texts)
+
+
+def test_without_calibration_statistics_stay_and_with_it_they_move(learned: Made) -> None:
+    stays = [memory(learned("dmc"), version)["colours"].gaussians.means for version in (1, 3)]
+    np.testing.assert_array_equal(*stays)
+    moves = [memory(learned("dmc-ot"), version)["colours"].gaussians.means for version in (1, 3)]
+    assert not np.allclose(*moves)
+
+
+@BOTH
+def test_the_answers_are_those_of_the_learned_vectors(
+    learned: Made, method: str, picture_tasks: Folders, tiny_clip: Any
+) -> None:
+    config = learned(method)
+    (task,) = opened(picture_tasks, "stripes")
+    store = open_store(config.store)
+    classifier = load_classifier(config.store)
+    pixels = torch.stack([PictureSet(task.test, tiny_clip.eval_transform)[each][0] for each in range(len(task.test))])
+    expert: Any = expert_maker(store, 3, tiny_clip)("stripes")
+    features = tiny_clip.images(pixels, expert)
+    kept = memory(config, 3)
+    by_task = [answer.label.name for answer in classifier.classify(pixels, task="stripes")]
+    assert by_task == [task.classes[i] for i in (features @ kept["stripes"].texts.T).argmax(1).tolist()]
+    every = torch.cat([kept[name].texts for name in NAMES])
+    names = [(name, label) for name in NAMES for label in opened(picture_tasks, name)[0].classes]
+    union = [(answer.label.task, answer.label.name) for answer in classifier.classify(pixels)]
+    assert union == [names[i] for i in (features @ every.T).argmax(1).tolist()]
+    assert not torch.allclose(features, tiny_clip.images(pixels), atol=1e-3)
+
+
+@BOTH
+def test_an_export_holds_the_image_tower_and_the_class_vectors(
+    learned: Made, method: str, tiny_clip: Clip, tmp_path: Path
+) -> None:
+    config = learned(method)
+    store = open_store(config.store)
+    export(store, store.manifest(), "stripes", tmp_path / "stripes.safetensors")
+    found = load_file(tmp_path / "stripes.safetensors")
+    for name, kept in memory(config, 3).items():
+        assert torch.equal(found[f"head.texts.{name}"], kept.texts)
+    own = dict(tiny_clip.model.state_dict())
+    moved = [name for name, tensor in own.items() if not torch.equal(found[name], tensor)]
+    assert moved == [f"visual.transformer.resblocks.{block}.attn.in_proj_weight" for block in (0, 1)]
+
+
+@BOTH
+def test_the_same_command_gives_the_same_bits(
+    learned: Made, method: str, picture_tasks: Folders, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Also where the sessions are three commands instead of one."""
+    once = learned(method)
+    again = once.model_copy(update={"store": str(tmp_path / "store")})
+    for name in NAMES:
+        learn_here(again, opened(picture_tasks, name))
+    first, second = contents(once.store), contents(again.store)
+    state = [name for name in first if name.startswith("objects/state-")]
+    assert state and {name: first[name] for name in state} == {name: second.get(name) for name in state}
+
+
+def test_a_forgotten_task_leaves_no_statistics_and_learning_goes_on(
+    learned: Made, picture_tasks: Folders, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir, method="dmc-ot")
+    learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    forget(open_store(config.store), "stripes")
+    assert tuple(memory(config, 3)) == ("colours",)
+    learn_here(config, opened(picture_tasks, "places"))
+    assert set(memory(config, 4)) == {"colours", "places"}
+
+
+@BOTH
+def test_killed_in_any_stage_the_same_command_ends_with_the_same_bits(
+    learned: Made, method: str, picture_tasks: Folders, tiny_clip: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = learned(method, train__checkpoint_seconds=1e-9)
+    store = open_store(config.store)
+    before = state_of(store, store.manifest(2))
+    (task,) = opened(picture_tasks, "places")
+    saved: list[Checkpoint] = []
+
+    def trained(resume: Resume) -> Trained:
+        layout = layout_of(store.header)
+        return dmc.learn(tiny_clip, layout, task, config, before, None, Place(), resume, lambda step: None)
+
+    def keep(checkpoint: Checkpoint) -> None:
+        saved.append({name: np.array(values) for name, values in checkpoint.items()})
+
+    whole = trained(Resume(save=keep)).arrays()
+    kinds = ["vision/delta" in each for each in saved]
+    assert kinds == [False] * 3 + [True] * 4  # three of four steps, the end of the first stage, three of four prompts
+    monkeypatch.setattr(dmc._Model, "train_vision", _only_where_it_must(dmc._Model.train_vision, saved))
+    for checkpoint in saved:
+        again = trained(Resume(lambda kept=checkpoint: kept)).arrays()  # type: ignore[misc]
+        assert set(again) == set(whole)
+        for name, values in whole.items():
+            np.testing.assert_array_equal(again[name], values, err_msg=name)
+
+
+def _only_where_it_must(real: Any, saved: list[Checkpoint]) -> Any:
+    """The first stage, which must not be run where a checkpoint holds its end."""
+
+    def train_vision(model: Any, task: Any, place: Place, resume: Resume, on_step: Any) -> Trained:
+        assert "vision/delta" not in (resume.load() or {})
+        return real(model, task, place, resume, on_step)  # type: ignore[no-any-return]
+
+    return train_vision
+
+
+def test_the_job_prints_what_sessions_measured(learned: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    store = learned("dmc-ot").store
+    encoder_drift.main([store, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["task"], row["calibration"]) for row in rows] == [("stripes", "ot"), ("places", "ot")]
+    for row in rows:
+        assert list(row["residuals"]) == ["none", "mean", "sdc", "ot", "linear"]
+        assert row["shift"] + row["symmetric"] + row["rotation"] + row["rest"] == pytest.approx(1)
+    encoder_drift.main([store])
+    assert f"{rows[1]['residuals']['linear']:.3f}" in capsys.readouterr().out
+
+
+def test_auto_takes_what_fits_pictures_that_were_held_out(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir, method="dmc", dmc__memory_calibration="auto")
+    learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    found = memory(config, 2)["stripes"].found
+    assert found is not None and found.drift.residuals[found.mode] == min(found.drift.residuals.values())
+
+
+def test_diagonal_statistics_are_moved_too(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir, method="dmc-ot", memory__covariance="diagonal")
+    learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    first, second = (memory(config, version)["colours"].gaussians for version in (1, 2))
+    assert first.scatter.shape == (3, 32) and not np.allclose(first.scatter, second.scatter)
+
+
+def test_statistics_of_another_encoder_are_refused(learned: Made) -> None:
+    kept = memory(learned("dmc-ot"), 2)["colours"]
+    rows = np.random.default_rng(0).standard_normal((20, 32))
+    map_of = fit("mean", rows, rows + 1, np.zeros(20, np.int64))
+    moved = kept.calibrated(map_of, kept.encoder, b"next", "colours")
+    np.testing.assert_allclose(moved.gaussians.means, kept.gaussians.means + 1)
+    with pytest.raises(TrainingError, match="colours belong to another encoder"):
+        moved.calibrated(map_of, kept.encoder, b"next", "colours")
+
+
+def test_without_any_prompt_there_is_nothing_to_learn(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no prompt to learn"):
+        settings(tmp_path, tiny_model_dir, method="dmc", dmc__shared_prompt=0)
+
+
+def test_a_store_keeps_the_calibration_it_was_made_with(learned: Made, tiny_model_dir: Path) -> None:
+    config = learned("dmc-ot")
+    fixed = open_store(config.store).header.settings
+    with pytest.raises(ConfigError, match="dmc.memory_calibration is linear"):
+        resolve({"store": config.store, "dmc.memory_calibration": "linear"}, fixed=fixed)

@@ -109,7 +109,10 @@ class Scores:
             file.write("".join(json.dumps(record.to_json()) + "\n" for record in records))
 
     def all(self) -> list[Record]:
-        """A last line that was cut off by a kill is left out. Raises StoreError for any other damage."""
+        """In the order proposed: batches end in any order. A last line that was cut off by a kill is left out.
+
+        Raises StoreError for any other damage.
+        """
         if not self._path.is_file():
             return []
         text = self._path.read_text(encoding="utf-8")
@@ -117,6 +120,7 @@ class Scores:
         if cut:
             self._path.write_text(whole + "\n" if whole else "", encoding="utf-8")
         try:
-            return [Record.from_json(json.loads(line)) for line in whole.splitlines()]
+            found = [Record.from_json(json.loads(line)) for line in whole.splitlines()]
         except (ValueError, TypeError, KeyError) as error:
             raise StoreError(f"{self._path} is damaged ({error})", "remove it, and all is scored again") from error
+        return sorted(found, key=lambda record: record.number)

@@ -80,6 +80,7 @@ def search(sweep: Sweep, tasks: list[TaskData], folder: Path, cluster: Cluster, 
             scheduler=_scheduler(sweep, assignment),
             num_samples=sweep.most,
             max_concurrent_trials=most,
+            reuse_actors=True,  # a process's start costs more than many a trial, and than all that is told again
         ),
         run_config=tune.RunConfig(
             name=name, storage_path=str(folder / "tune"), callbacks=[_Watch(trials, table)], verbose=0

@@ -120,5 +120,6 @@ def test_a_line_that_a_kill_cut_off_is_scored_again(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     path.write_text(path.read_text()[:-20])
     assert [record.number for record in scores.all()] == [0]
-    scores.add([ended(1, {"vote.k": 2}, 2.0)])
-    assert [record.number for record in scores.all()] == [0, 1]
+    scores.add([ended(2, {"vote.k": 3}, 2.0)])
+    scores.add([ended(1, {"vote.k": 2}, 2.0)])  # a batch may end after one that was proposed later
+    assert [record.number for record in scores.all()] == [0, 1, 2]

@@ -125,7 +125,7 @@ def test_settings_of_the_vote_are_searched_and_gone_on_with(
 ) -> None:
     names = list(stream.config.tasks)
     space = {"vote.k": {"integer": [1, 3]}, "vote.coverage": {"uniform": [0.3, 0.99]}}
-    _, sweep = written(names, space, trials=40, objectives=["average", "latency"])
+    _, sweep = written(names, space, session={"workers": 1}, trials=40, objectives=["average", "latency"])
     few = sweep.model_copy(update={"trials": 25})
     unseen = lambda done, total, note: None  # noqa: E731
 
@@ -163,12 +163,11 @@ def ended(folder: Path) -> dict[str, bytes]:
 def test_a_killed_sweep_goes_on_and_repeats_nothing(written: Written) -> None:
     file, _ = written(["colours"], {"train.lr": {"log": [1e-4, 1e-2]}}, trials=8)
     folder = file.with_suffix("")
-    child = sweeping(file)
-    deadline = time.monotonic() + DEADLINE
-    while len(ended(folder)) < 3 and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    with sweeping(file) as child:
+        deadline = time.monotonic() + DEADLINE
+        while len(ended(folder)) < 3 and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(child.pid, signal.SIGKILL)
     before = ended(folder)
     assert 3 <= len(before) < 8
 

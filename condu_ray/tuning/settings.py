@@ -132,7 +132,9 @@ class Sweep(BaseModel):
 
 
 def _told(config: SessionConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"store", "tracking", "workers", "gpu", "parallel"})
+    return config.model_dump(
+        mode="json", exclude={"store", "tracking", "workers", "gpu", "parallel", "node_wait_seconds"}
+    )
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -273,7 +273,7 @@ def under_load(work: Path) -> dict[str, Any]:
     data = work / "load-data"
     pictures = draw_tasks(data)
     url = str(work / f"load-store-{int(time.time())}")
-    common = {"store": url, "train.steps": "20", "tracking": "off", "workers": "1"}
+    common = {"store": url, "train.steps": "20", "tracking": "off", "workers": "1", "cpus_per_worker": "1"}
     cluster = connect()
     try:
         command.run(resolve({**common, "tasks": [f"one={data / 'one'}"]})[0], stage, "bench", cluster)

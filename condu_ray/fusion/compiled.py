@@ -15,7 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_TILE = 2048  # coordinates worked on at once; a multiple of 8, so that lanes go on from tile to tile
+from condu_ray.fusion.lanes import LANES, TASKS_AT_ONCE, WIDTH, add_masses, add_norms, elect
+
+_TILE = 8192  # coordinates worked on at once; a multiple of 8, so that lanes go on from tile to tile
+_ROWS = 32  # most rows in a tile
 
 
 def _read(dtype: Any, dims: int) -> Any:
@@ -52,6 +55,20 @@ def _compile(*signature: Any) -> Callable[[Any], Any]:
     return decorate
 
 
+@numba.njit(inline="always")
+def _spread(plane, words):  # type: ignore[no-untyped-def]
+    """A bit plane as bytes, not 0 where the bit is set: a word for each eight bits."""
+    for k in range(len(plane)):
+        word = np.uint64(plane[k]) * np.uint64(0x0101010101010101)
+        words[k] = word & np.uint64(0x8040201008040201)
+
+
+@numba.njit(inline="always")
+def _total(lanes):  # type: ignore[no-untyped-def]
+    """Of eight lanes, in the order of `kernels.lane_sums`."""
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
+
+
 @_compile(
     _BLOCKS,
     _read(types.float32, 1),
@@ -59,51 +76,38 @@ def _compile(*signature: Any) -> Callable[[Any], Any]:
     _read(types.int64, 2),
     _read(types.int64, 2),
     _read(types.float32, 2),
-    types.boolean,
     _write(types.float32, 1),
     _write(types.uint8, 1),
     _write(types.uint8, 1),
     types.Array(types.float64, 2, "A"),  # columns of a larger array
 )
-def fuse(table, u, delta, births, flipped, rescalers, per_row, out_u, birth, flips, sums):  # type: ignore[no-untyped-def]
+def fuse(table, u, delta, births, flipped, rescalers, out_u, birth, flips, sums):  # type: ignore[no-untyped-def]
     """`kernels.fuse_block` for the blocks of a span; see `kernels.fuse_span`."""
-    tasks, sessions = births.shape[1], flipped.shape[1]
-    groups, after = (tasks + 7) // 8, tasks // 8 + 1
-    width = 4 if per_row else 8
-    entries, parts = 1 << width, (tasks + width) // width
-    words = np.empty((after, _TILE // 8 + 1), np.uint64)
-    codes = words.view(np.uint8)
-    share, largest, result = np.empty(_TILE), np.empty(_TILE, np.float32), np.empty(_TILE, np.float32)
-    born_words, flip_words = np.empty(_TILE // 8 + 1, np.uint64), np.empty(_TILE // 8 + 1, np.uint64)
-    born, flip, held = born_words.view(np.uint8), flip_words.view(np.uint8), np.empty(_TILE, np.uint8)
-    stable, mtable = np.zeros((max(groups, 1), 256)), np.zeros((max(groups, 1), 256), np.float32)
-    bins = np.empty((parts, 4 * entries))
-    chosen, lost = np.empty(entries), np.empty(_TILE // 8 + 1, np.uint8)
-    last_bit = np.uint8(tasks % 8)
+    tasks, sessions, stride = births.shape[1], flipped.shape[1], _TILE // LANES
+    before = (tasks + TASKS_AT_ONCE - 1) // TASKS_AT_ONCE * TASKS_AT_ONCE
+    after = tasks // TASKS_AT_ONCE * TASKS_AT_ONCE + TASKS_AT_ONCE
+    alive, flip = np.zeros((after, stride), np.uint8), np.empty(stride, np.uint8)
+    lost, live = np.empty(stride + 1, np.uint8), np.empty(stride + 2, np.uint8)
+    wide, narrow = np.zeros(after), np.zeros(after, np.float32)
+    sizes, old, new, result = np.empty((4, _TILE), np.float32)
+    masses, norms = np.empty((_ROWS, after, LANES)), np.empty((_ROWS, LANES))
+    born = alive[tasks]
+    rescaling = (wide.ctypes.data, narrow.ctypes.data)
     for block in range(table.shape[0]):
         start, stop, rows = table[block, 0], table[block, 1], table[block, 2]
         length = (stop - start) // rows
-        for row in range(rows):
-            rescaler, slot = table[block, 4] + row, table[block, 3] + row
-            for task in range(tasks):
-                half = 1 << (task % 8)
-                value = rescalers[task, rescaler]
-                sums_of, max_of = stable[task // 8], mtable[task // 8]
-                for entry in range(half):
-                    sums_of[half + entry] = sums_of[entry] + value
-                    max_of[half + entry] = max(max_of[entry], value)
-            bins[:] = 0
-            n0 = n1 = n2 = n3 = n4 = n5 = n6 = n7 = 0.0
-            begin = start + row * length
-            end = begin + length
+        at_once = min(_ROWS, max(1, _TILE // length)) if length % WIDTH == 0 else 1  # rows of whole vectors share loops
+        for first in range(0, rows, at_once):
+            some = min(at_once, rows - first)
+            masses[:some] = 0
+            norms[:some] = 0
+            begin = start + first * length
+            end = begin + some * length
             for at in range(begin, end, _TILE):
                 count = min(_TILE, end - at)
-                head = at % 8
-                byte, size = at // 8, (head + count + 7) // 8
-
-                for group in range(after):
-                    for k in range(size):
-                        words[group, k] = 0
+                rest, vectors, eights = count % WIDTH, (count + WIDTH - 1) // WIDTH, (count + 7) // 8
+                head, byte = at % 8, at // 8
+                size = (head + count + 7) // 8
                 for k in range(size):
                     lost[k] = 0
                 session = sessions - 1
@@ -114,137 +118,82 @@ def fuse(table, u, delta, births, flipped, rescalers, per_row, out_u, birth, fli
                             lost[k] |= plane[k]
                         session -= 1
                     plane = numba.carray(_bytes_at(births[1, task] + byte), (size,))
-                    shift = np.uint64(8 * (task % 8))
-                    word = words[task // 8]
-                    for k in range(size):
-                        word[k] |= np.uint64(plane[k] & (lost[k] ^ np.uint8(255))) << shift
-                for group in range(after):
-                    word = words[group]
-                    for k in range(size):  # 8 x 8 bits: from a byte a task to a byte a coordinate
-                        x = word[k]
-                        t = (x ^ (x >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)
-                        x = x ^ t ^ (t << np.uint64(7))
-                        t = (x ^ (x >> np.uint64(14))) & np.uint64(0x0000CCCC0000CCCC)
-                        x = x ^ t ^ (t << np.uint64(14))
-                        t = (x ^ (x >> np.uint64(28))) & np.uint64(0x00000000F0F0F0F0)
-                        word[k] = x ^ t ^ (t << np.uint64(28))
+                    own = alive[task]
+                    if head == 0:
+                        for k in range(eights):
+                            own[k] = plane[k] & (lost[k] ^ np.uint8(255))
+                    else:  # a row need not start at a whole byte
+                        for k in range(size):
+                            live[k] = plane[k] & (lost[k] ^ np.uint8(255))
+                        live[size] = 0
+                        for k in range(eights):
+                            own[k] = (live[k] >> head) | (live[k + 1] << (8 - head))
+                    own[eights - 1] &= np.uint8(255) >> (-count % 8)
+                    own[eights : vectors * WIDTH // 8] = 0
+                born[: vectors * WIDTH // 8] = 0
 
-                code = codes[0, head:]
-                sums_of, max_of = stable[0], mtable[0]
-                for k in range(count):
-                    share[k] = sums_of[code[k]]
-                    largest[k] = max_of[code[k]]
-                    held[k] = code[k]
-                for group in range(1, groups):
-                    code = codes[group, head:]
-                    sums_of, max_of = stable[group], mtable[group]
-                    for k in range(count):
-                        share[k] += sums_of[code[k]]
-                        largest[k] = max(largest[k], max_of[code[k]])
-                        held[k] |= code[k]
+                u_at, delta_at, out_at = u.ctypes.data + 4 * at, delta.ctypes.data + 4 * at, out_u.ctypes.data + 4 * at
+                if rest > 0:
+                    old[count : vectors * WIDTH], new[count : vectors * WIDTH] = 0, 0
+                    old[:count], new[:count] = u[at : at + count], delta[at : at + count]
+                    u_at, delta_at, out_at = old.ctypes.data, new.ctypes.data, result.ctypes.data
+                for row in range(some):
+                    for task in range(tasks):
+                        wide[task] = narrow[task] = rescalers[task, table[block, 4] + first + row]
+                    bits, values = row * eights // some, row * eights // some * 32
+                    planes = (born.ctypes.data + bits, flip.ctypes.data + bits)
+                    written = (out_at + values, sizes.ctypes.data + values)
+                    given = (u_at + values, delta_at + values)
+                    elect(
+                        vectors // some, before, alive.ctypes.data + bits, stride, *rescaling, *given, *written, *planes
+                    )
+                if rest > 0:
+                    out_u[at : at + count] = result[:count]
+                for task in range(tasks):
+                    own = alive[task]
+                    for k in range(eights):
+                        own[k] &= flip[k] ^ np.uint8(255)
+                for row in range(some):
+                    bits, values = row * eights // some, row * eights // some * 32
+                    own_sizes, own_masses = sizes.ctypes.data + values, masses[row].ctypes.data
+                    add_masses(eights // some, after, alive.ctypes.data + bits, stride, own_sizes, own_masses)
+                    add_norms(eights // some, delta_at + values, norms[row].ctypes.data)
 
-                born_words[0] = flip_words[0] = 0
-                born_words[size - 1] = flip_words[size - 1] = 0
-                born_here, flip_here = born[head:], flip[head:]
-                old, new, out = u[at : at + count], delta[at : at + count], out_u[at : at + count]
-                for k in range(count):
-                    d, v = new[k], old[k]
-                    positive = share[k] * np.float64(v) + np.float64(d) > 0
-                    is_born = ((d > 0) == positive) & (d != 0)
-                    born_here[k] = is_born
-                    flip_here[k] = (held[k] != 0) & ((v < 0) == positive)
-                    magnitude = max(largest[k] * abs(v), abs(d) if is_born else np.float32(0))
-                    share[k] = magnitude
-                    result[k] = (magnitude if positive else -magnitude) + np.float32(0)
-                out[:] = result[:count]
-
-                for group in range(after):
-                    code = codes[group, head:]
-                    for k in range(count):
-                        code[k] &= flip_here[k] - np.uint8(1)
-                code = codes[after - 1, head:]
-                for k in range(count):
-                    code[k] |= born_here[k] << last_bit
-
-                for part in range(parts):
-                    sums_in = bins[part]
-                    if per_row:
-                        code = codes[part // 2, head:]
-                        nibble = np.uint8(4 * (part % 2))
-                        for k in range(count):
-                            sums_in[4 * ((code[k] >> nibble) & 15) + k % 4] += share[k]
-                    else:
-                        code = codes[part, head:]
-                        for k in range(count):
-                            sums_in[4 * np.int64(code[k]) + k % 4] += share[k]
-
-                whole = count // 8 * 8
-                for k in range(0, whole, 8):
-                    n0 += abs(np.float64(new[k]))
-                    n1 += abs(np.float64(new[k + 1]))
-                    n2 += abs(np.float64(new[k + 2]))
-                    n3 += abs(np.float64(new[k + 3]))
-                    n4 += abs(np.float64(new[k + 4]))
-                    n5 += abs(np.float64(new[k + 5]))
-                    n6 += abs(np.float64(new[k + 6]))
-                    n7 += abs(np.float64(new[k + 7]))
-                rest = count - whole
-                n0 += abs(np.float64(new[whole])) if rest > 0 else 0.0
-                n1 += abs(np.float64(new[whole + 1])) if rest > 1 else 0.0
-                n2 += abs(np.float64(new[whole + 2])) if rest > 2 else 0.0
-                n3 += abs(np.float64(new[whole + 3])) if rest > 3 else 0.0
-                n4 += abs(np.float64(new[whole + 4])) if rest > 4 else 0.0
-                n5 += abs(np.float64(new[whole + 5])) if rest > 5 else 0.0
-                n6 += abs(np.float64(new[whole + 6])) if rest > 6 else 0.0
-
-                born_plane, flip_plane = birth[at // 8 :], flips[at // 8 :]
-                for k in range(size):  # a row need not start at a whole byte
-                    born_plane[k] |= np.uint8((born_words[k] * np.uint64(0x0102040810204080)) >> np.uint64(56))
-                for k in range(size):
-                    flip_plane[k] |= np.uint8((flip_words[k] * np.uint64(0x0102040810204080)) >> np.uint64(56))
-
-            for part in range(parts):
-                sums_in = bins[part]
-                for entry in range(entries):
-                    lane = 4 * entry
-                    chosen[entry] = (sums_in[lane] + sums_in[lane + 1]) + (sums_in[lane + 2] + sums_in[lane + 3])
-                for bit in range(min(width, tasks + 1 - part * width)):
-                    total = 0.0
-                    for entry in range(entries):
-                        if entry >> bit & 1:
-                            total += chosen[entry]
-                    sums[part * width + bit, slot] = total
-            sums[tasks + 1, slot] = ((n0 + n1) + (n2 + n3)) + ((n4 + n5) + (n6 + n7))
+                born_plane, flip_plane = birth[byte : byte + size], flips[byte : byte + size]
+                if head == 0:
+                    for k in range(eights):
+                        born_plane[k] |= born[k]
+                        flip_plane[k] |= flip[k]
+                else:
+                    for k in range(eights):
+                        born_plane[k] |= born[k] << head
+                        flip_plane[k] |= flip[k] << head
+                    for k in range(size - 1):
+                        born_plane[k + 1] |= born[k] >> (8 - head)
+                        flip_plane[k + 1] |= flip[k] >> (8 - head)
+            for row in range(some):
+                slot = table[block, 3] + first + row
+                for task in range(tasks + 1):
+                    sums[task, slot] = _total(masses[row, task])
+                sums[tasks + 1, slot] = _total(norms[row])
 
 
 @_compile(_BLOCKS, _read(types.float32, 1), _write(types.float64, 1))
 def norm(table, delta, sums):  # type: ignore[no-untyped-def]
     """`kernels.norm_span`."""
+    lanes, rest = np.empty(LANES), np.zeros(LANES, np.float32)
     for block in range(table.shape[0]):
         start, rows = table[block, 0], table[block, 2]
         length = (table[block, 1] - start) // rows
         for row in range(rows):
-            values = delta[start + row * length : start + (row + 1) * length]
-            n0 = n1 = n2 = n3 = n4 = n5 = n6 = n7 = 0.0
-            whole = length // 8 * 8
-            for k in range(0, whole, 8):
-                n0 += abs(np.float64(values[k]))
-                n1 += abs(np.float64(values[k + 1]))
-                n2 += abs(np.float64(values[k + 2]))
-                n3 += abs(np.float64(values[k + 3]))
-                n4 += abs(np.float64(values[k + 4]))
-                n5 += abs(np.float64(values[k + 5]))
-                n6 += abs(np.float64(values[k + 6]))
-                n7 += abs(np.float64(values[k + 7]))
-            rest = length - whole
-            n0 += abs(np.float64(values[whole])) if rest > 0 else 0.0
-            n1 += abs(np.float64(values[whole + 1])) if rest > 1 else 0.0
-            n2 += abs(np.float64(values[whole + 2])) if rest > 2 else 0.0
-            n3 += abs(np.float64(values[whole + 3])) if rest > 3 else 0.0
-            n4 += abs(np.float64(values[whole + 4])) if rest > 4 else 0.0
-            n5 += abs(np.float64(values[whole + 5])) if rest > 5 else 0.0
-            n6 += abs(np.float64(values[whole + 6])) if rest > 6 else 0.0
-            sums[table[block, 3] + row] = ((n0 + n1) + (n2 + n3)) + ((n4 + n5) + (n6 + n7))
+            begin, end = start + row * length, start + (row + 1) * length
+            lanes[:] = 0
+            add_norms(length // LANES, delta.ctypes.data + 4 * begin, lanes.ctypes.data)
+            rest[:] = 0
+            for k in range(length % LANES):
+                rest[k] = delta[end - length % LANES + k]
+            add_norms(1, rest.ctypes.data, lanes.ctypes.data)
+            sums[table[block, 3] + row] = _total(lanes)
 
 
 @_compile(
@@ -280,3 +229,82 @@ def add(table, delta, scales, largest, magnitudes, signs):  # type: ignore[no-un
                 plane = signs[at // 8 :]
                 for k in range(size):
                     plane[k] |= np.uint8((words[k] * np.uint64(0x0102040810204080)) >> np.uint64(56))
+
+
+@_compile(
+    _BLOCKS,
+    _read(types.float32, 1),
+    _read(types.uint8, 1),
+    _read(types.float32, 1),
+    types.boolean,
+    _write(types.float32, 1),
+)
+def restore(table, u, mask, rescalers, adding, out):  # type: ignore[no-untyped-def]
+    """`kernels.restore_span`."""
+    words = np.empty(_TILE // 8 + 1, np.uint64)
+    bits = words.view(np.uint8)
+    for block in range(table.shape[0]):
+        start, rows = table[block, 0], table[block, 2]
+        length = (table[block, 1] - start) // rows
+        for row in range(rows):
+            rescaler = rescalers[table[block, 4] + row]
+            end = start + (row + 1) * length
+            for at in range(start + row * length, end, _TILE):
+                count = min(_TILE, end - at)
+                head = at % 8
+                _spread(mask[at // 8 : (at + count + 7) // 8], words)
+                held, values, to = bits[head:], u[at : at + count], out[at : at + count]
+                if adding:
+                    for k in range(count):
+                        to[k] += values[k] * rescaler if held[k] else np.float32(0)
+                else:
+                    for k in range(count):
+                        to[k] = values[k] * rescaler if held[k] else np.float32(0)
+
+
+@_compile(
+    _BLOCKS,
+    _read(types.uint32, 1),
+    _read(types.float64, 1),
+    _read(types.uint8, 1),
+    _read(types.boolean, 1),
+    _read(types.uint8, 1),
+    _read(types.float32, 2),
+    types.boolean,
+    _write(types.float32, 1),
+)
+def restore_signed(  # type: ignore[no-untyped-def]
+    table, magnitudes, factors, signs, second, large, levels, adding, out
+):
+    """`kernels.restore_signed_span`."""
+    words, large_words = np.empty(_TILE // 8 + 1, np.uint64), np.empty(_TILE // 8 + 1, np.uint64)
+    bits, large_bits = words.view(np.uint8), large_words.view(np.uint8)
+    sizes = np.empty(_TILE, np.float32)
+    for block in range(table.shape[0]):
+        start, rows = table[block, 0], table[block, 2]
+        length = (table[block, 1] - start) // rows
+        for row in range(rows):
+            group = table[block, 4] + row
+            factor, smaller, larger = factors[group], levels[group, 0], levels[group, 1]
+            end = start + (row + 1) * length
+            for at in range(start + row * length, end, _TILE):
+                count = min(_TILE, end - at)
+                head = at % 8
+                here = slice(at // 8, (at + count + 7) // 8)
+                if second[group]:
+                    _spread(large[here], large_words)
+                    is_large = large_bits[head:]
+                    for k in range(count):
+                        sizes[k] = larger if is_large[k] else smaller
+                else:
+                    shared = magnitudes[at : at + count]
+                    for k in range(count):
+                        sizes[k] = np.float32(np.float64(shared[k]) * factor)
+                _spread(signs[here], words)
+                above, to = bits[head:], out[at : at + count]
+                if adding:
+                    for k in range(count):
+                        to[k] += (sizes[k] if above[k] else -sizes[k]) + np.float32(0)
+                else:
+                    for k in range(count):
+                        to[k] = (sizes[k] if above[k] else -sizes[k]) + np.float32(0)

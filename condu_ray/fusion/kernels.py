@@ -10,6 +10,7 @@ makes from the same steps, and which gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from condu_ray.fusion.groups import Block, Span
 from condu_ray.fusion.layout import Layout
-from condu_ray.fusion.planes import Planes, write_bits
+from condu_ray.fusion.planes import Planes, read_bits, write_bits
 from condu_ray.fusion.planes import packed as packed_masks
 
 F32 = NDArray[np.float32]
@@ -50,12 +51,12 @@ def fuse_span(layout: Layout, span: Span, u: F32, delta: F32, planes: Planes, re
     if layout.total >= COMPILED_FROM:
         from condu_ray.fusion import compiled  # only where it pays: importing it costs half a second or more
 
-        per_row, delta = span.blocks[0].per_row, np.require(delta, requirements=["C", "A"])
+        delta = np.require(delta, requirements=["C", "A"])
         births, flips = planes.places()
         for places in (births, flips):
             places[1] += span.start // 8
         out = (written.u, written.birth, written.flips, written.sums)
-        compiled.fuse(span.table(), u, delta, births, flips, rescalers, per_row, *out)
+        compiled.fuse(span.table(), u, delta, births, flips, rescalers, *out)
     else:
         masks = planes.masks(slice(span.start // 8, span.stop // 8))
         _fuse_blocks(span, u, delta, masks, rescalers, written)
@@ -88,20 +89,93 @@ def add_span(
         delta = np.require(delta, requirements=["C", "A"])
         compiled.add(span.table(), delta, scales, largest, magnitudes, signs)
         return
-    for block in span.blocks:
-        here = slice(block.start - span.start, block.stop - span.start)
-        scale = scales[block.rescalers : block.rescalers + block.rows, None]
+    for block, here, own in _places(span):
         values = delta[here].reshape(block.rows, block.row_length)
-        summand = np.minimum(np.rint(np.abs(values) * scale), largest)
+        summand = np.minimum(np.rint(np.abs(values) * scales[own, None]), largest)
         magnitudes[here] += summand.astype(np.uint32).reshape(-1)
         write_bits(signs, here.start, delta[here] > 0)
 
 
+def restore_span(layout: Layout, span: Span, u: F32, mask: Packed, rescalers: F32, out: F32, adding: bool) -> None:
+    """A task's reconstruction on a span: rescaler * u where the mask bit is set, else +0; padding stays as it is.
+
+    u, out: f32[n]. mask: uint8[n / 8]. rescalers: f32[G], of the whole layout. adding: add to what stands in out.
+    """
+    if layout.total >= COMPILED_FROM:
+        from condu_ray.fusion import compiled
+
+        compiled.restore(span.table(), u, mask, rescalers, adding, out)
+        return
+    for block, here, own in _places(span):
+        value = (u[here].reshape(block.rows, block.row_length) * rescalers[own, None]).reshape(-1)
+        value.view(np.int32)[:] &= -read_bits(mask, here.start, here.stop).astype(np.int32)  # all ones or all zeros
+        _put(out, here, value, adding)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Which groups have a second bit (bool[G]), the bits (uint8[n / 8], or none where no group of the span has one),
+    and f32[G, 2]: what a small and a large value is."""
+
+    groups: Bits
+    large: Packed
+    values: F32
+
+
+def restore_signed_span(
+    layout: Layout,
+    span: Span,
+    magnitudes: NDArray[np.uint32],
+    factors: F64,
+    signs: Packed,
+    levels: Levels,
+    out: F32,
+    adding: bool,
+) -> None:
+    """A task's reconstruction on a span: factor * magnitude, or a level, with the task's sign; no -0.0.
+
+    magnitudes: uint32[n]. factors: f64[G], of the whole layout. signs: uint8[n / 8]. out, adding: see `restore_span`.
+    """
+    if layout.total >= COMPILED_FROM:
+        from condu_ray.fusion import compiled
+
+        second = (levels.groups, levels.large, levels.values)
+        compiled.restore_signed(span.table(), magnitudes, factors, signs, *second, adding, out)
+        return
+    for block, here, own in _places(span):
+        value = np.empty((block.rows, block.row_length), np.float32)
+        shared = magnitudes[here].reshape(value.shape)
+        np.multiply(shared, factors[own, None], out=value, casting="same_kind")
+        rows = levels.groups[own]
+        if rows.any():
+            bits = read_bits(levels.large, here.start, here.stop).reshape(value.shape)[rows]
+            smaller, larger = levels.values[own][rows].T[:, :, None]
+            value[rows] = np.where(bits, larger, smaller)
+        below = read_bits(signs, here.start, here.stop) ^ np.uint8(1)
+        flat = value.reshape(-1)
+        flat.view(np.uint32)[:] ^= below.astype(np.uint32) << np.uint32(31)
+        flat += np.float32(0)  # -0.0 becomes +0.0
+        _put(out, here, flat, adding)
+
+
+def _places(span: Span) -> Iterator[tuple[Block, slice, slice]]:
+    """Each block, its coordinates counted from the span's start, and its rescalers."""
+    for block in span.blocks:
+        here = slice(block.start - span.start, block.stop - span.start)
+        yield block, here, slice(block.rescalers, block.rescalers + block.rows)
+
+
+def _put(out: F32, here: slice, value: F32, adding: bool) -> None:
+    if adding:
+        out[here] += value
+    else:
+        out[here] = value
+
+
 def _fuse_blocks(span: Span, u: F32, delta: F32, masks: Packed, rescalers: F32, written: Written) -> None:
     at = 0
-    for block in span.blocks:
-        start, stop = block.start - span.start, block.stop - span.start
-        here, own = slice(start, stop), slice(block.rescalers, block.rescalers + block.rows)
+    for block, here, own in _places(span):
+        start, stop = here.start, here.stop
         packed, after = packed_masks(masks, start, stop), np.empty((len(masks) // 8 + 1, stop - start), np.uint8)
         fused = fuse_block(block, u[here], delta[here], packed, rescalers[:, own], written.u[here], after)
         write_bits(written.birth, start, fused.born)
@@ -193,26 +267,13 @@ def _tables(rescalers: F32) -> tuple[F64, F32]:
 
 
 def masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
-    """Sum of weights over each task's set bits, f64[tasks, rows]: one add a coordinate for many tasks at once.
-
-    Four interleaved tables, lane = (coordinate - block start) mod 4, of 256 sums, one a byte value; then
-    ((l0 + l1) + (l2 + l3)), and a task's sum is that of the byte values with its bit, ascending. With `row`: tables for
-    each row, lanes from the row's start, and 16 sums for half a byte, because rows can be short.
-    """
-    width = 4 if block.per_row else 8
-    base = _table_index(block.row_length, block.rows, 1 << width)
-    masses = np.empty((tasks, block.rows))
-    for first in range(0, tasks, width):
-        values = packed[first // 8]
-        if width == 4:
-            values = (values >> np.uint8(first % 8)) & np.uint8(15)
-        bins = np.bincount(base + values, weights=weights, minlength=block.rows * 4 << width)
-        lane = bins.reshape(block.rows, 4, 1 << width).swapaxes(0, 1)
-        table = (lane[0] + lane[1]) + (lane[2] + lane[3])
-        last = min(first + width, tasks)
-        chosen = table[:, _values_with_bit(width)[: last - first]]
-        masses[first:last] = np.add.accumulate(chosen, axis=2)[:, :, -1].T
-    return masses
+    """Sum of weights over each task's set bits, f64[tasks, rows], by `lane_sums`."""
+    every = np.empty((tasks, block.rows))
+    for task in range(tasks):
+        bits = (packed[task // 8] >> np.uint8(task % 8)) & np.uint8(1)
+        with np.errstate(invalid="ignore"):  # an infinite weight shows in the norm; the other sums mean nothing then
+            every[task] = lane_sums(block, weights * bits)
+    return every
 
 
 def lane_sums(block: Block, values: F64) -> F64:
@@ -235,16 +296,3 @@ def _lane_index(row_length: int, rows: int) -> NDArray[np.intp]:
 @lru_cache(maxsize=8)
 def _row_index(row_length: int, rows: int, entries: int) -> NDArray[np.intp]:
     return np.repeat(np.arange(rows, dtype=np.intp) * entries, row_length)
-
-
-@lru_cache(maxsize=8)
-def _table_index(row_length: int, rows: int, entries: int) -> NDArray[np.intp]:
-    lane = np.arange(row_length, dtype=np.intp) % 4
-    return ((np.arange(rows, dtype=np.intp)[:, None] * 4 + lane) * entries).reshape(-1)
-
-
-@lru_cache(maxsize=2)
-def _values_with_bit(width: int) -> NDArray[np.intp]:
-    """[width, 2^width / 2]: the values that have bit b, ascending."""
-    values = range(1 << width)
-    return np.array([[value for value in values if value >> bit & 1] for bit in range(width)], np.intp)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion.blockwise import added, written
-from condu_ray.fusion.groups import Span, blocks, group_of, spans
+from condu_ray.fusion.groups import Span, blank_gaps, blocks, group_of, spans
+from condu_ray.fusion.kernels import restore_span
 from condu_ray.fusion.layout import Layout, as_f32
-from condu_ray.fusion.planes import read_bits
-from condu_ray.fusion.state import FusionState
+from condu_ray.fusion.state import FusionState, checked
 from condu_ray.fusion.threads import each
 
 
@@ -40,7 +38,9 @@ def reconstruct(
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    return written(state.layout, lambda use: _each_block(state, task, use, threads), out)
+    vector = checked(np.empty(state.layout.total, np.float32) if out is None else out, state.layout.total)
+    _restore(state, task, vector, False, threads)
+    return blank_gaps(state.layout, vector)
 
 
 def add_to(state: FusionState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
@@ -48,31 +48,18 @@ def add_to(state: FusionState, task: str, start: NDArray[np.float32], threads: i
 
     Raises FusionError for an unknown task or another shape or dtype of `start`.
     """
-    added(state.layout, lambda use: _each_block(state, task, use, threads), start)
+    _restore(state, task, checked(start, state.layout.total), True, threads)
 
 
-def _each_block(
-    state: FusionState, task: str, use: Callable[[slice, NDArray[np.float32]], None], threads: int | None
-) -> None:
-    """Gives `use` each block's coordinates and its values of the reconstruction, f32[n]."""
+def _restore(state: FusionState, task: str, out: NDArray[np.float32], adding: bool, threads: int | None) -> None:
     rescalers = state.tasks[state.position(task)].rescalers
 
     def one(span: Span) -> None:
-        plane = state.mask_plane(task, slice(span.start // 8, span.stop // 8))
-        for block in span.blocks:
-            here = slice(block.start, block.stop)
-            scale = rescalers[block.rescalers : block.rescalers + block.rows]
-            value = state.u[here].reshape(block.rows, block.row_length) * scale[:, None]
-            bits = read_bits(plane, block.start - span.start, block.stop - span.start)
-            use(here, select(value.reshape(-1), bits))
+        here = slice(span.start, span.stop)
+        mask = state.mask_plane(task, slice(span.start // 8, span.stop // 8))
+        restore_span(state.layout, span, state.u[here], mask, rescalers, out[here], adding)
 
     each(one, spans(state.layout, state.granularity), threads)
-
-
-def select(values: NDArray[np.float32], bits: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The values, in place, where the bit is 1; +0 elsewhere."""
-    values.view(np.int32)[:] &= -bits.astype(np.int32)  # all ones or all zeros
-    return values
 
 
 def fidelity(state: FusionState, task: str, delta: Any) -> Fidelity:

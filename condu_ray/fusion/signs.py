@@ -11,7 +11,7 @@ A group that is zero everywhere is skipped: r = 0, c is not raised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.errors import FusionError
-from condu_ray.fusion.blockwise import added, written
-from condu_ray.fusion.groups import Block, Span, check_finite, group_count, group_of, spans, whole
-from condu_ray.fusion.kernels import add_span, norm_span
+from condu_ray.fusion.groups import Span, blank_gaps, check_finite, group_count, group_of, spans, whole
+from condu_ray.fusion.kernels import Levels, add_span, norm_span, restore_signed_span
 from condu_ray.fusion.layout import Layout, as_f32
-from condu_ray.fusion.planes import Plane, read_bits
+from condu_ray.fusion.planes import Plane
 from condu_ray.fusion.sizes import Sizes, sizes_of, tensor_of
 from condu_ray.fusion.state import checked, position_of
 from condu_ray.fusion.threads import each
@@ -255,7 +254,9 @@ def reconstruct(
 
     out: f32[total] to write into. Raises FusionError for an unknown task or another shape or dtype of `out`.
     """
-    return written(state.layout, lambda use: _each_block(state, task, use, threads), out)
+    vector = checked(np.empty(state.layout.total, np.float32) if out is None else out, state.layout.total)
+    _restore(state, task, vector, False, threads)
+    return blank_gaps(state.layout, vector)
 
 
 def add_to(state: SignState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
@@ -263,31 +264,18 @@ def add_to(state: SignState, task: str, start: NDArray[np.float32], threads: int
 
     Raises FusionError for an unknown task or another shape or dtype of `start`.
     """
-    added(state.layout, lambda use: _each_block(state, task, use, threads), start)
+    _restore(state, task, checked(start, state.layout.total), True, threads)
 
 
-def _each_block(
-    state: SignState, task: str, use: Callable[[slice, NDArray[np.float32]], None], threads: int | None
-) -> None:
-    """Gives `use` each block's coordinates and its values of the reconstruction, f32[n]."""
+def _restore(state: SignState, task: str, out: NDArray[np.float32], adding: bool, threads: int | None) -> None:
     held = state.tasks[state.position(task)]
-    small, large = _levels(state, held)
+    factors, values = _factors(state, held), _levels(state, held)
 
     def one(span: Span) -> None:
-        for block in span.blocks:
-            here, own = slice(block.start, block.stop), slice(block.rescalers, block.rescalers + block.rows)
-            value = np.empty((block.rows, block.row_length), np.float32)
-            factors = _factors(state, held, block)[:, None]
-            np.multiply(state.magnitudes[here].reshape(value.shape), factors, out=value, casting="same_kind")
-            rows = held.sizes.groups[own]
-            if rows.any():
-                bits = read_bits(held.sizes.large, block.start, block.stop).reshape(value.shape)[rows]
-                value[rows] = np.where(bits, large[own][rows, None], small[own][rows, None])
-            below = read_bits(held.signs, block.start, block.stop) ^ np.uint8(1)
-            flat = value.reshape(-1)
-            flat.view(np.uint32)[:] ^= below.astype(np.uint32) << np.uint32(31)
-            flat += np.float32(0)  # -0.0 becomes +0.0
-            use(here, flat)
+        here, bits = slice(span.start, span.stop), slice(span.start // 8, span.stop // 8)
+        levels = Levels(held.sizes.groups, held.sizes.large[bits], values)
+        shared, signs = state.magnitudes[here], held.signs[bits]
+        restore_signed_span(state.layout, span, shared, factors, signs, levels, out[here], adding)
 
     each(one, spans(state.layout, state.granularity), threads)
 
@@ -296,14 +284,11 @@ def values_at(state: SignState, task: str, coordinates: NDArray[np.int64]) -> ND
     """The task's reconstruction at some coordinates, f32[n], without making the rest."""
     held = state.tasks[state.position(task)]
     group = group_of(state.layout, state.granularity, coordinates)
-    counts = np.maximum(state.counts[group], 1) * float(FRACTION)
-    factor = (held.rescalers[group].astype(np.float64) / counts).astype(np.float32)
-    value = (state.magnitudes[coordinates] * factor.astype(np.float64)).astype(np.float32)
-    small, large = _levels(state, held)
+    value = (state.magnitudes[coordinates] * _factors(state, held)[group]).astype(np.float32)
     second = held.sizes.groups[group]
     if second.any():
-        bits = _bits_at(held.sizes.large, coordinates)
-        value = np.where(second, np.where(bits, large[group], small[group]), value)
+        small, large = _levels(state, held)[group].T
+        value = np.where(second, np.where(_bits_at(held.sizes.large, coordinates), large, small), value)
     above = _bits_at(held.signs, coordinates)
     found: NDArray[np.float32] = np.where(above, value, -value) + np.float32(0)  # no -0.0
     return found
@@ -331,19 +316,17 @@ def _means(some: Sequence[Span], sums: Sequence[NDArray[np.float64]], own: slice
     return np.where(means.astype(np.float32) >= np.finfo(np.float32).tiny, means, 0.0)
 
 
-def _factors(state: SignState, task: SignedTask, block: Block) -> NDArray[np.float64]:
-    """f64[rows], rounded to float32: what an A of the block is multiplied by."""
-    rows = slice(block.rescalers, block.rescalers + block.rows)
-    counts = np.maximum(state.counts[rows], 1) * float(FRACTION)
-    return (task.rescalers[rows].astype(np.float64) / counts).astype(np.float32).astype(np.float64)
+def _factors(state: SignState, task: SignedTask) -> NDArray[np.float64]:
+    """f64[G], rounded to float32: what an A is multiplied by."""
+    counts = np.maximum(state.counts, 1) * float(FRACTION)
+    return (task.rescalers.astype(np.float64) / counts).astype(np.float32).astype(np.float64)
 
 
-def _levels(state: SignState, task: SignedTask) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """f32[G] each: what a small and a large value of a group with a second bit are."""
+def _levels(state: SignState, task: SignedTask) -> NDArray[np.float32]:
+    """f32[G, 2]: what a small and a large value of a group with a second bit are."""
     tensors = tensor_of(state.layout, state.granularity)
     wide = task.rescalers.astype(np.float64)[:, None] * task.sizes.levels[tensors]
-    small, large = wide.astype(np.float32).T
-    return small, large
+    return wide.astype(np.float32)
 
 
 def _bits_at(plane: Plane, coordinates: NDArray[np.int64]) -> NDArray[np.bool_]:

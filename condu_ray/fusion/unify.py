@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 from condu_ray.errors import FusionError
 from condu_ray.fusion.groups import Block, Span, check_finite, combine, group_count, spans, whole
 from condu_ray.fusion.kernels import Written, fuse_span
-from condu_ray.fusion.layout import as_f32
+from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.fusion.planes import Plane
 from condu_ray.fusion.state import FusionState, Task, checked, needed_flips
 from condu_ray.fusion.threads import each
+
+if TYPE_CHECKING:
+    from condu_ray.config import Granularity
 
 
 class EmptyTrigger(UserWarning):
@@ -124,7 +127,7 @@ def joined(state: FusionState, task: str, parts: Sequence[Part]) -> FusionState:
     However the spans were dealt out, the result is the same to the last bit. Warns EmptyTrigger.
     """
     layout = state.layout
-    sums = combine(layout, state.granularity, (pair for part in parts for pair in part.sums_of_blocks()))
+    sums = combined(layout, state.granularity, parts)
     norms = np.vstack([*(old.norms for old in state.tasks), sums[-1]])
     new = rescale(norms, sums[:-1])
     kept = [replace(old, rescalers=new[position]) for position, old in enumerate(state.tasks)]
@@ -139,11 +142,21 @@ def joined(state: FusionState, task: str, parts: Sequence[Part]) -> FusionState:
     return result
 
 
+def combined(layout: Layout, granularity: Granularity, parts: Sequence[Part]) -> NDArray[np.float64]:
+    """f64[T + 2, G]: the sums of all parts, added in the order of the blocks."""
+    if granularity == "row":
+        every = parts[0].sums if len(parts) == 1 else np.concatenate([part.sums for part in parts], axis=1)
+        if every.shape[1] == group_count(layout, granularity):  # no row is longer than a block: nothing to add
+            return every
+    return combine(layout, granularity, (pair for part in parts for pair in part.sums_of_blocks()))
+
+
 def rescale(norms: NDArray[np.float64], masses: NDArray[np.float64]) -> NDArray[np.float32]:
     """f32[T, G] = norms of the original deltas over masses (norms of their masked u), f64[T, G]; 1 where that is 0."""
-    rescalers = np.ones(norms.shape)
-    np.divide(norms, masses, out=rescalers, where=masses > 0)
-    return np.minimum(rescalers, np.finfo(np.float32).max).astype(np.float32)
+    rescalers = np.ones(norms.shape, np.float32)
+    with np.errstate(over="ignore"):
+        np.divide(norms, masses, out=rescalers, where=masses > 0, casting="same_kind")
+    return np.minimum(rescalers, np.finfo(np.float32).max, out=rescalers)
 
 
 def _warn_of_empty(before: FusionState, after: FusionState, masses: NDArray[np.float64]) -> None:

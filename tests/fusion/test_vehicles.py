@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from numpy.typing import NDArray
 from test_fusion_properties import Case, cases, values
 
 from condu_ray.fusion import kernels, triggers
@@ -16,23 +19,47 @@ from condu_ray.fusion.triggers import State
 pytestmark = pytest.mark.filterwarnings("ignore::condu_ray.fusion.unify.EmptyTrigger")
 
 
-def learned(case: Case, kind: Any, compiled_from: int) -> State:
-    before, kernels.COMPILED_FROM = kernels.COMPILED_FROM, compiled_from
+@contextmanager
+def compiled_from(border: int) -> Iterator[None]:
+    before, kernels.COMPILED_FROM = kernels.COMPILED_FROM, border
     try:
-        state = triggers.empty(case.layout, case.granularity, kind)
-        for number, delta in enumerate(case.deltas):
-            state = triggers.unify(state, f"t{number}", delta)
-        return state
+        yield
     finally:
         kernels.COMPILED_FROM = before
 
 
+def learned(case: Case, kind: Any) -> State:
+    state = triggers.empty(case.layout, case.granularity, kind)
+    for number, delta in enumerate(case.deltas):
+        state = triggers.unify(state, f"t{number}", delta)
+        state = triggers.with_sizes(state, f"t{number}", delta)
+    return state
+
+
+def restored(state: State) -> dict[str, NDArray[np.float32]]:
+    """Every task's reconstruction, and it on top of a vector."""
+    found = dict[str, NDArray[np.float32]]()
+    for name in state.names:
+        found[name], above = triggers.reconstruct(state, name), np.full(state.layout.total, -0.0, np.float32)
+        above[1::3] = 0.1
+        triggers.add_to(state, name, above)
+        found[f"above {name}"] = above
+    return found
+
+
 def same(case: Case, kind: Any) -> None:
-    numpy, compiled = (triggers.objects(learned(case, kind, border)) for border in (1 << 62, 0))
+    states, vectors = list[State](), list[dict[str, NDArray[np.float32]]]()
+    for border in (1 << 62, 0):
+        with compiled_from(border):
+            states.append(learned(case, kind))
+            vectors.append(restored(states[0]))
+    numpy, compiled = (triggers.objects(state) for state in states)
     assert numpy.keys() == compiled.keys()
     for name, arrays in numpy.items():
         for key, array in arrays.items():
             assert array.tobytes() == compiled[name][key].tobytes(), f"{name}: {key}"
+    for name, vector in vectors[0].items():
+        assert vector.tobytes() == vectors[1][name].tobytes(), name
 
 
 @given(cases(most=19))

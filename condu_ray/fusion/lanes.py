@@ -2,6 +2,8 @@
 
 Two bytes of a bit plane are sixteen yes or no as they stand. Everything is an address, and what is read and written
 must be a whole number of vectors long. Nothing here may be contracted or reordered: no fast math.
+
+Numba's cache of machine code looks at compiled.py alone: after a change here, touch that file.
 """
 
 from __future__ import annotations

@@ -268,11 +268,12 @@ def _tables(rescalers: F32) -> tuple[F64, F32]:
 
 def masses(block: Block, packed: Packed, weights: F64, tasks: int) -> F64:
     """Sum of weights over each task's set bits, f64[tasks, rows], by `lane_sums`."""
-    every = np.empty((tasks, block.rows))
+    every, held = np.empty((tasks, block.rows)), np.empty_like(weights)
     for task in range(tasks):
         bits = (packed[task // 8] >> np.uint8(task % 8)) & np.uint8(1)
         with np.errstate(invalid="ignore"):  # an infinite weight shows in the norm; the other sums mean nothing then
-            every[task] = lane_sums(block, weights * bits)
+            np.multiply(weights, bits, out=held)
+        every[task] = lane_sums(block, held)
     return every
 
 

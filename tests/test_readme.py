@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
+from command_line import condu
 from PIL import Image
 
 from condu_ray.cli import app
@@ -108,28 +106,26 @@ def test_the_sweep_is_understood(tmp_path: Path) -> None:
     assert len(read_sweep(tmp_path / name).space) == 4
 
 
-@pytest.mark.timeout(900)
-def test_the_commands_run(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(600)
+def test_the_commands_run(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
+    """In this process; tests/cli/ starts some as processes of their own."""
     write_pictures(tmp_path)
     for name, body in files():
         (tmp_path / name).write_text(body, encoding="utf-8")
-    environment = os.environ | {
-        "CONDU_MODEL": f"local-dir:{tiny_model_dir}",
-        "CONDU_TRAIN__STEPS": "5",
-        "CONDU_TRACKING": "off",
-        "CONDU_CACHE": str(tmp_path / "cache"),
-    }
-    installed = str(Path(sys.executable).with_name("condu-ray"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONDU_MODEL", f"local-dir:{tiny_model_dir}")
+    monkeypatch.setenv("CONDU_TRAIN__STEPS", "5")
+    monkeypatch.setenv("CONDU_TRACKING", "off")
 
     def run(command: str) -> str:
         words = shlex.split(command)
         assert words[:3] == ["uv", "run", "condu-ray"], f"{command}: neither run here nor listed in NOT_RUN"
-        done = subprocess.run(
-            [installed, *words[3:]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        assert done.stdout.strip(), f"{command} said nothing"
-        return done.stdout
+        said = condu(*words[3:])
+        assert said.code == 0, f"{command}\n{said.out}\n{said.err}"
+        assert said.out.strip(), f"{command} said nothing"
+        return said.out
 
     said = {command: run(command) for command in commands() if not form(command)}
 
@@ -145,7 +141,6 @@ def test_the_commands_run(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pyt
     assert (answer["label_space"], answer["version"]) == ("candidates", 3)
     assert {each["label"] for each in answer["labels"]} == {"a lighthouse", "a bridge", "a castle"}
 
-    monkeypatch.chdir(tmp_path)
     (code,) = blocks(ROOT / "docs" / "store.md", "python")
     exec(compile(code, "docs/store.md", "exec"), {})
 

@@ -10,8 +10,7 @@ from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.evaluate import snapshot_of
-from condu_ray.engine.progress import Update
-from condu_ray.engine.session import Stage
+from condu_ray.engine.progress import Stage, Update
 from condu_ray.store import Manifest, Store
 
 Tests = Mapping[str, tuple[TaskData, Split]]

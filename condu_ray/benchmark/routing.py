@@ -12,7 +12,7 @@ from condu_ray.benchmark.evaluation import Tests
 from condu_ray.data import Split
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.evaluate import snapshot_of
-from condu_ray.engine.session import Stage
+from condu_ray.engine.progress import Stage
 from condu_ray.store import Manifest, Store
 
 

@@ -32,7 +32,8 @@ from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.figures import test_pictures
 from condu_ray.engine.plan import open_data
-from condu_ray.engine.session import Stage, learn, to_learn
+from condu_ray.engine.progress import Stage
+from condu_ray.engine.session import learn, to_learn
 from condu_ray.errors import StoreError
 from condu_ray.store import Store, open_store
 from condu_ray.store.header import open_existing

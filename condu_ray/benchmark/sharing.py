@@ -18,7 +18,7 @@ from condu_ray.data import TaskData
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.keys import features_key, train_key, training_settings
 from condu_ray.engine.plan import header_of
-from condu_ray.engine.session import Stage
+from condu_ray.engine.progress import Stage
 from condu_ray.engine.train import BASE, Job
 from condu_ray.store import Store, create_store
 from condu_ray.store.header import open_existing

@@ -55,10 +55,9 @@ def reporter(board: Any) -> Callable[[Step], None]:
 
 def show(steps: Mapping[str, Step], total: int, update: Update) -> None:
     """Moves a bar of `total` steps on."""
-    if steps:
-        note = "  ".join(
-            f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f} {s.pictures_per_second:.0f} pictures/s"
-            for s in steps.values()
-            if s.step < s.steps
-        )
-        update(sum(s.step for s in steps.values()), total, note)
+    note = "  ".join(
+        f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f} {s.pictures_per_second:.0f} pictures/s"
+        for s in steps.values()
+        if s.step < s.steps
+    )
+    update(sum(s.step for s in steps.values()), total, note)

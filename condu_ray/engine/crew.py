@@ -18,7 +18,7 @@ from condu_ray.data import Split, TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import NAMESPACE, Cluster
 from condu_ray.engine.fusing import Fused, Fuser, Shard
-from condu_ray.engine.progress import Update
+from condu_ray.engine.progress import Update, unseen
 from condu_ray.engine.scoring import Question, Scorer, Seen, Snapshot, threads_of
 from condu_ray.engine.train import Job, train, work_through
 from condu_ray.errors import ConduError, TrainingError
@@ -159,7 +159,7 @@ class RayCrew:
         return Seen.joined(self._spread([("features", (chunk,)) for chunk in chunks(pictures)], update))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
-        found = self._spread([("text_means", (tuple(classes), tuple(templates)))], lambda done, total, note: None)
+        found = self._spread([("text_means", (tuple(classes), tuple(templates)))], unseen)
         return np.asarray(found[0])
 
     def hold(self, version: Manifest | None) -> None:

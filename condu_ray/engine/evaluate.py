@@ -10,8 +10,8 @@ from condu_ray.engine import figures as measure
 from condu_ray.engine.cluster import connect, disconnect
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import open_data
+from condu_ray.engine.progress import Stage
 from condu_ray.engine.scoring import By, Snapshot
-from condu_ray.engine.session import Stage
 from condu_ray.errors import ConfigError, DataError, NotFound, nearest
 from condu_ray.store import Manifest, Store, TaskCard, open_store
 from condu_ray.voting.open import buffers_of, check_pictured, task_experts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from condu_ray.config import SessionConfig, check_task_name, fixed_by_store, resolve
 from condu_ray.engine.fusing import Fuser
 from condu_ray.engine.keys import state_key
-from condu_ray.engine.progress import Update
+from condu_ray.engine.progress import Stage
 from condu_ray.errors import ConfigError, DataError, FusionError
 from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
@@ -24,8 +24,6 @@ WEIGHTS = "weights:"
 """Before the path of the base in the header of such a store, where others have the name of a model."""
 
 _CHUNK = 1 << 22
-
-Stage = Callable[[str], AbstractContextManager[Update]]
 
 
 class Weights(Mapping[str, Any]):

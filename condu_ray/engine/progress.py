@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,9 @@ LINE_SECONDS = 5.0
 
 Update = Callable[[int, int, str], None]
 """(done, total, note) -> None"""
+
+Stage = Callable[[str], AbstractContextManager[Update]]
+"""Opens one stage of work, by its name."""
 
 
 @contextmanager
@@ -62,4 +65,8 @@ def _lines(name: str) -> Iterator[Update]:
 @contextmanager
 def silent(name: str) -> Iterator[Update]:
     """A stage that shows nothing."""
-    yield lambda done, total, note: None
+    yield unseen
+
+
+def unseen(done: int, total: int, note: str) -> None:
+    """Shows nothing."""

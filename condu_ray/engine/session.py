@@ -8,8 +8,8 @@ again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.fusing import Fused
 from condu_ray.engine.keys import FEATURES, features_key, state_key, tests_key, train_key, training_settings
-from condu_ray.engine.progress import Update
+from condu_ray.engine.progress import Stage, Update
 from condu_ray.engine.scoring import Snapshot
 from condu_ray.engine.train import BASE, Job
 from condu_ray.errors import DataError, StoreError, VersionTaken
@@ -52,8 +52,6 @@ PLACEMENT = {
     "gpu",
 }
 """Settings that say where a session runs, not what it does: no version remembers them."""
-
-Stage = Callable[[str], AbstractContextManager[Update]]
 
 
 @dataclass

@@ -172,7 +172,14 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     )
     try:
         total = sum(_steps(job, config) for job in pending)
-        _watch(trainer, board, lambda steps: show(steps, total, update))
+
+        def tell(steps: Mapping[str, Step]) -> None:
+            if steps:
+                show(steps, total, update)
+            else:
+                update(0, total, unplaced(group))
+
+        _watch(trainer, board, tell)
     finally:
         ray.kill(board)
         store.discard_work(name)
@@ -182,6 +189,22 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
+
+
+def unplaced(group: Group) -> str:
+    """What the workers wait for where Ray has not found them a place yet, else nothing."""
+    one = {"CPU": float(group.cpus_each), **({"GPU": float(group.gpus_each)} if group.gpus_each else {})}
+    wanted = [one] * group.workers
+    waiting = any(
+        place["state"] == "PENDING" and list(place["bundles"].values()) == wanted
+        for place in ray.util.placement_group_table().values()
+    )
+    if not waiting:
+        return ""
+    free = ray.available_resources()
+    left = " and ".join(f"{free.get(name, 0):g} {name}" for name in one)
+    needed = " and ".join(f"{amount:g} {name}" for name, amount in one.items())
+    return f"waiting for {group.workers} x {needed}: {left} free; others hold the rest (see ray status)"
 
 
 def _storage(place: str) -> dict[str, Any]:

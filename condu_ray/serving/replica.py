@@ -50,6 +50,10 @@ class Replica:
         self._decoders = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2))
         self._answer.set_max_batch_size(config.batch)
         self._answer.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)
+        # Serve makes a batch of what comes within the wait even while the model is busy, so under load batches would
+        # stay as small as they began: pictures queue here, before it, until the model is free.
+        self._free = asyncio.Event()
+        self._free.set()
         self._following: asyncio.Task[None] | None = None
         self._shading: asyncio.Task[None] | None = None
 
@@ -138,6 +142,7 @@ class Replica:
             raise DataError(f"picture {place} ({name}) {error.message}", error.mend) from None
 
     async def _timed(self, asked: Asked) -> Timed:
+        await self._free.wait()
         found: Timed | Exception = await self._answer(asked)
         if isinstance(found, Exception):
             raise found
@@ -145,7 +150,11 @@ class Replica:
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
     async def _answer(self, batch: list[Asked]) -> list[Timed | Exception]:
-        found: list[Timed | Exception] = await run_in(self._model, answer_batch, batch)
+        self._free.clear()
+        try:
+            found: list[Timed | Exception] = await run_in(self._model, answer_batch, batch)
+        finally:
+            self._free.set()
         self._figures.answered(found)
         return found
 

@@ -17,8 +17,9 @@ from condu_ray.data import PictureSet, Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.evaluate import snapshot_of
+from condu_ray.engine.progress import Stage
 from condu_ray.engine.scoring import threads_of
-from condu_ray.engine.session import Stage, learn
+from condu_ray.engine.session import learn
 from condu_ray.errors import ConfigError
 from condu_ray.models.load import load
 from condu_ray.store import Manifest, ObjectRef, Store

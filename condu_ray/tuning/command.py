@@ -11,7 +11,7 @@ from condu_ray.benchmark.work import read, write
 from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import open_data
-from condu_ray.engine.session import Stage
+from condu_ray.engine.progress import Stage
 from condu_ray.errors import ConfigError, TrainingError
 from condu_ray.tracking.mlflow_run import open_tracking
 from condu_ray.tracking.pictures import draw_importance, draw_parallel

@@ -22,7 +22,7 @@ from condu_ray.engine.crew import Crew
 from condu_ray.engine.evaluate import BY, snapshot_of
 from condu_ray.engine.in_process import InProcessCrew
 from condu_ray.engine.keys import train_key
-from condu_ray.engine.progress import silent
+from condu_ray.engine.progress import silent, unseen
 from condu_ray.engine.scoring import threads_of
 from condu_ray.engine.session import learn
 from condu_ray.engine.train import BASE, checkpoints
@@ -151,7 +151,7 @@ def _stream(assignment: Assignment, config: SessionConfig, tell: Tell) -> None:
 
 
 def _zero_shot(crew: Crew, tests: dict[str, tuple[TaskData, Split]]) -> list[float | None]:
-    return [*crew.score([measure.ask("base", *pair) for pair in tests.values()], None, _unseen)]
+    return [*crew.score([measure.ask("base", *pair) for pair in tests.values()], None, unseen)]
 
 
 def _row(
@@ -163,9 +163,5 @@ def _row(
     asked = [name for name in tests if name in learned or assignment.goals.unseen]
     crew.hold(manifest)
     questions = [measure.ask(by[name], *tests[name]) for name in asked]
-    scores = dict(zip(asked, crew.score(questions, snapshot_of(store, manifest), _unseen), strict=True))
+    scores = dict(zip(asked, crew.score(questions, snapshot_of(store, manifest), unseen), strict=True))
     return [scores.get(name) for name in tests]
-
-
-def _unseen(done: int, total: int, note: str) -> None:
-    pass

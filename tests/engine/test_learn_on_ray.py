@@ -48,6 +48,12 @@ def delta_of(store: Store, key: str) -> Any:
     return store.get(ref)
 
 
+def test_what_needs_the_cluster_is_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Else each process of the run would start one: see the version of pytest in pyproject.toml."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert request.node.nodeid.endswith("@ray")
+
+
 def test_a_session_on_ray_gives_what_one_process_gives(
     learned: Learned, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
 ) -> None:
@@ -160,6 +166,26 @@ def test_a_killed_training_goes_on_to_the_same_bits(
     ours, theirs = delta_of(store, jobs[0].key), delta_of(undisturbed, jobs[0].key)
     np.testing.assert_array_equal(ours["delta"], theirs["delta"])
     np.testing.assert_array_equal(ours["losses"], theirs["losses"])
+
+
+def test_workers_that_find_no_place_say_so_until_they_find_one(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir, workers=1, cpus_per_worker=3)
+    store = make_store(config)
+    jobs = _jobs(store, config, opened(picture_tasks, "colours"))
+    others = ray.util.placement_group([{"CPU": 2}])  # of the cluster's four cores
+    assert others.wait(30)
+    notes: list[str] = []
+
+    def give_way(done: int, total: int, note: str) -> None:
+        if note.startswith("waiting") and not notes:
+            ray.util.remove_placement_group(others)
+            notes.append(note)
+
+    train(store, config, jobs, Cluster(((4, 0),), joined=True), give_way)
+    assert notes == ["waiting for 1 x 3 CPU: 2 CPU free; others hold the rest (see ray status)"]
+    assert delta_of(store, jobs[0].key)
 
 
 def test_two_processes_train_a_task_together(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from in_process_crew import learn_here, opened, settings
+from ray import serve
 
 from condu_ray.config import ServeConfig
 from condu_ray.errors import NotFound
+from condu_ray.serving import replica as replicas
 from condu_ray.serving.answering import Asked, Timed, answer_batch
 from condu_ray.serving.messages import Question
 from condu_ray.serving.replica import Replica
@@ -73,6 +77,43 @@ def test_a_version_that_is_not_there_changes_nothing_and_a_store_without_any_is_
         manifest.unlink()
     with pytest.raises(NotFound):
         asyncio.run(Replica(replica._config).reconfigure({}))
+
+
+def test_pictures_that_come_while_the_model_is_busy_go_through_it_together(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve alone would make a batch of each: they come further apart than a batch waits."""
+    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=1000))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    sizes: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(batch: list[Asked]) -> Any:
+        sizes.append(len(batch))
+        begun.set()
+        assert go_on.wait(60)
+        return answer_batch(batch)
+
+    monkeypatch.setattr(replicas, "answer_batch", slow)
+
+    async def run() -> list[Timed]:
+        await replica.reconfigure({})
+        asked = [
+            Asked(replica._shelf.current, Question(), pixels, time.monotonic() + 60)
+            for pixels in torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        ]
+        waiting = [asyncio.create_task(replica._timed(asked[0]))]
+        await asyncio.to_thread(begun.wait, 60)
+        for one in asked[1:]:
+            waiting.append(asyncio.create_task(replica._timed(one)))
+            await asyncio.sleep(2 * replica._config.batch_wait_ms / 1000)
+        go_on.set()
+        answered = await asyncio.gather(*waiting)
+        replica._following.cancel()  # type: ignore[union-attr]
+        return answered
+
+    assert all(one.answer.version == 2 for one in asyncio.run(run()))
+    assert sizes == [1, 8]
 
 
 def test_a_shadow_version_answers_beside_and_what_differs_is_logged(

@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-# How often OpenMP threads look before they sleep at a barrier: for ever costs fivefold as soon as a core is shared, never
-# costs a fifth where it is not (docs/decisions.md).
+# How often OpenMP threads look before they sleep at a barrier: for long costs fivefold as soon as a core is shared,
+# not at all costs a fifth where it is not (docs/decisions.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")

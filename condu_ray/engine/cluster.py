@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -76,14 +77,19 @@ def disconnect(cluster: Cluster) -> None:
         ray.shutdown()
 
 
-@contextmanager
+@contextlib.contextmanager
 def connected(given: Cluster | None = None) -> Iterator[Cluster]:
-    """A cluster for as long as the block runs: the one given, which goes on after, else one from `connect`."""
+    """A cluster for as long as the block runs: the one given, which goes on after, else one from `connect`.
+
+    What is printed in the block goes to standard error: Ray's own listener prints what died on standard output, which
+    belongs to the command's answer.
+    """
     if given is not None:
         yield given
         return
-    cluster = connect()
-    try:
-        yield cluster
-    finally:
-        disconnect(cluster)
+    with contextlib.redirect_stdout(sys.stderr):
+        cluster = connect()
+        try:
+            yield cluster
+        finally:
+            disconnect(cluster)

@@ -7,7 +7,7 @@ from typing import Any
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
-from condu_ray.engine.cluster import connect, disconnect
+from condu_ray.engine.cluster import connected
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import open_data
 from condu_ray.engine.progress import Stage
@@ -36,16 +36,15 @@ def evaluate(url: str, version: int | None, labels: str, data: list[str], stage:
     config, _ = resolve({"store": url, **({"tasks": data} if data else {})}, fixed=store.header.settings)
     config = config.model_copy(update={"vote": config.vote.model_validate(manifest.settings["vote"])})
     asked = _given(config, manifest, stage) if data else _kept(store, manifest)
-    cluster = connect()
-    crew = RayCrew(store, config, cluster)
-    try:
-        questions = [measure.ask(BY[labels], card, pictures) for card, pictures in asked]
-        with stage(f"evaluating version {manifest.version}") as update:
-            crew.hold(manifest)
-            scores = crew.score(questions, snapshot_of(store, manifest), update)
-    finally:
-        crew.close()
-        disconnect(cluster)
+    with connected() as cluster:
+        crew = RayCrew(store, config, cluster)
+        try:
+            questions = [measure.ask(BY[labels], card, pictures) for card, pictures in asked]
+            with stage(f"evaluating version {manifest.version}") as update:
+                crew.hold(manifest)
+                scores = crew.score(questions, snapshot_of(store, manifest), update)
+        finally:
+            crew.close()
     rows = [
         {"name": card.name, "pictures": len(pictures), "accuracy": score}
         for (card, pictures), score in zip(asked, scores, strict=True)

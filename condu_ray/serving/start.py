@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from ray import serve
 
@@ -46,8 +47,10 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
 
 def run(config: ServeConfig, say: Callable[[str], None], wait: Callable[[], None]) -> None:
     """Serves until `wait` returns, or Ctrl-C."""
+    out = sys.stdout  # of the command; what is printed while Ray is connected goes to standard error
     with serving(config) as url:
-        say(f"serving {config.store} at {url} (Ctrl-C stops it)")
+        with redirect_stdout(out):
+            say(f"serving {config.store} at {url} (Ctrl-C stops it)")
         wait()
 
 

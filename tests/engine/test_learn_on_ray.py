@@ -18,7 +18,7 @@ from ray_processes import ray_processes
 
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.data import load_picture
-from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import CHUNK, RayCrew
 from condu_ray.engine.evaluate import evaluate, snapshot_of
 from condu_ray.engine.figures import learned_pictures
@@ -52,6 +52,13 @@ def test_what_needs_the_cluster_is_in_one_process(request: pytest.FixtureRequest
     """Else each process of the run would start one: see the version of pytest in pyproject.toml."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         assert request.node.nodeid.endswith("@ray")
+
+
+def test_what_ray_prints_is_no_part_of_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    with connected() as cluster:
+        print("(raylet) a worker died")
+    out, err = capsys.readouterr()
+    assert (cluster.joined, out, err) == (True, "", "(raylet) a worker died\n")
 
 
 def test_a_session_on_ray_gives_what_one_process_gives(

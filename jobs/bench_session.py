@@ -49,7 +49,7 @@ from condu_ray.store import create_store
 
 PARTS = ("steps", "workers", "fixed")
 BEGIN = 0.2  # of the steps, left out: caches fill, clocks settle
-STEPS, LARGE_STEPS = 600, 12
+STEPS, LARGE_STEPS = 200, 12
 THREE = ("textures", "shapes", "metal")
 
 
@@ -78,8 +78,8 @@ class Pace:
 # ---- a step
 
 
-def plain(config: SessionConfig, task: TaskData, steps: int) -> float:
-    """Steps a second of a loop as one would write it, on the same batches."""
+def plain(config: SessionConfig, task: TaskData, steps: int) -> tuple[float, float]:
+    """(steps a second of a loop as one would write it, share of its time that it waits for pictures), same batches."""
     torch.set_num_threads(os.cpu_count() or 1)
     clip, method = load(config.model_spec), registry.get(config.method)
     model, parameters = method.prepare(clip, method.layout(clip, config), config, None)
@@ -90,8 +90,12 @@ def plain(config: SessionConfig, task: TaskData, steps: int) -> float:
     words = clip.tokenizer([task.templates[0].format(c=name) for name in task.classes])
     peak = learning_rate_for(clip.parameter_count(), config)
     optimiser = torch.optim.AdamW(list(parameters.values()), lr=peak, weight_decay=config.train.weight_decay)
-    pace = Pace(steps)
-    for step, (pixels, labels) in enumerate(batches(task, clip, config, range(steps))):
+    pace, waited, begun = Pace(steps), 0.0, time.monotonic()
+    drawn = iter(batches(task, clip, config, range(steps)))
+    for step in range(steps):
+        asked = time.monotonic()
+        pixels, labels = next(drawn)
+        waited += time.monotonic() - asked
         for group in optimiser.param_groups:
             group["lr"] = peak * schedule(step, steps, config.train.warmup)
         optimiser.zero_grad()
@@ -105,7 +109,7 @@ def plain(config: SessionConfig, task: TaskData, steps: int) -> float:
         optimiser.step()
         loss.item()
         pace(step + 1)
-    return pace.rate()
+    return pace.rate(), waited / (time.monotonic() - begun)
 
 
 def with_ray(config: SessionConfig, task: TaskData, steps: int, cluster: Cluster) -> float:
@@ -122,14 +126,15 @@ def with_ray(config: SessionConfig, task: TaskData, steps: int, cluster: Cluster
 def steps_part(work: Path) -> dict[str, Any]:
     config = config_of(work, "textures", train__steps=STEPS, workers=1, store=str(work / "steps-store"))
     (task,) = open_data(config, stage)
-    before = plain(config, task, STEPS)
+    before, share = plain(config, task, STEPS)
     cluster = connect()
     try:
         inside = with_ray(config, task, STEPS, cluster)
     finally:
         disconnect(cluster)
-    after = plain(config, task, STEPS)
+    after, _ = plain(config, task, STEPS)
     return {
+        "loading_share": share,
         "train_ratio_to_plain": 2 * inside / (before + after),
         "steps_per_second": inside,
         "plain_steps_per_second": [before, after],

@@ -204,7 +204,7 @@ def unplaced(group: Group) -> str:
     free = ray.available_resources()
     left = " and ".join(f"{free.get(name, 0):g} {name}" for name in one)
     needed = " and ".join(f"{amount:g} {name}" for name, amount in one.items())
-    return f"waiting for {group.workers} x {needed}: {left} free; others hold the rest (see ray status)"
+    return f"waiting for {group.workers} x {needed}: {left} free (`ray status`); fewer --cpus-per-worker need less"
 
 
 def _storage(place: str) -> dict[str, Any]:

@@ -48,8 +48,8 @@ class Replica:
         # One thread answers and one loads: a version's modules serve one thread at a time (models/clip.py).
         self._model, self._loader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._decoders = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2))
-        self._answer.set_max_batch_size(config.batch)
-        self._answer.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)
+        wait = config.batch_wait_ms / 1000
+        self._answer = serve.batch(max_batch_size=config.batch, batch_wait_timeout_s=wait)(self._answer_together)
         # Serve makes a batch of what comes within the wait even while the model is busy, so under load batches would
         # stay as small as they began: pictures queue here, before it, until the model is free.
         self._free = asyncio.Event()
@@ -148,8 +148,7 @@ class Replica:
             raise found
         return found
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.005)
-    async def _answer(self, batch: list[Asked]) -> list[Timed | Exception]:
+    async def _answer_together(self, batch: list[Asked]) -> list[Timed | Exception]:
         self._free.clear()
         try:
             found: list[Timed | Exception] = await run_in(self._model, answer_batch, batch)

@@ -191,7 +191,7 @@ def test_workers_that_find_no_place_say_so_until_they_find_one(
             notes.append(note)
 
     train(store, config, jobs, Cluster(((4, 0),), joined=True), give_way)
-    assert notes == ["waiting for 1 x 3 CPU: 2 CPU free; others hold the rest (see ray status)"]
+    assert notes == ["waiting for 1 x 3 CPU: 2 CPU free (`ray status`); fewer --cpus-per-worker need less"]
     assert delta_of(store, jobs[0].key)
 
 

@@ -34,8 +34,8 @@ settings.load_profile("untimed")
 
 @pytest.hookimpl(tryfirst=True)  # before the name of the group goes into the name of the test
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps all that needs the one Ray cluster in one process of the run, and what serves there at its end: a controller
-    of Serve that was shut down comes back as often as somebody's handle asks for it (Ray 2.60)."""
+    """Keeps all that needs the one Ray cluster in one process of the run, and what serves there at its end: Serve's
+    controller, once shut down, comes back as often as somebody's handle asks for it (Ray 2.60)."""
     items.sort(key=lambda item: "serving" in item.path.parts)
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):

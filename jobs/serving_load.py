@@ -86,7 +86,9 @@ def load(url: str, pictures: Sequence[Path], clients: int = 16) -> Iterator[Load
                     continue
                 busy = response.status_code == 503
                 clean = busy and "retry-after" in response.headers and response.json()["status"] == 503
-                answer = response.json()["answers"][0] if response.status_code == 200 else None
+                answer = None
+                if response.status_code == 200:  # by the version that the whole response names
+                    answer = {**response.json()["answers"][0], "version": response.json()["version"]}
                 found.seen.append(Seen(place, response.status_code, time.monotonic() - begun, answer, clean))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]

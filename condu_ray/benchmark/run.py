@@ -33,6 +33,7 @@ from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.figures import test_pictures
 from condu_ray.engine.plan import open_data
 from condu_ray.engine.progress import Stage
+from condu_ray.engine.room import room
 from condu_ray.engine.session import learn, to_learn
 from condu_ray.errors import StoreError
 from condu_ray.store import Store, open_store
@@ -50,7 +51,8 @@ def run(benchmark: Benchmark, stage: Stage) -> dict[str, Any]:
 
         def crews(store: Store, config: SessionConfig) -> closing[RayCrew]:
             if not clusters:
-                clusters.append(held.enter_context(connected()))
+                joined = held.enter_context(connected())
+                clusters.append(held.enter_context(room(config, max(1, len(config.tasks)), joined, stage)))
             return closing(RayCrew(store, config, clusters[0]))
 
         return measure(benchmark, crews, stage)

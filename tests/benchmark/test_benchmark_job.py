@@ -13,7 +13,10 @@ import pytest
 from in_process_crew import InProcessCrew, silent
 
 from condu_ray import reports
+from condu_ray.benchmark import run as run_module
 from condu_ray.benchmark.run import measure
+from condu_ray.config import SessionConfig
+from condu_ray.engine.cluster import Cluster
 
 
 def given(*arguments: str | Path) -> list[str]:
@@ -55,6 +58,31 @@ def test_a_finished_benchmark_prints_one_document(
     ]
     job.main(asked[:-1])
     assert "labels union, percent" in capsys.readouterr().out
+
+
+def test_a_cluster_that_is_joined_may_grow_before_the_first_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--node-wait-seconds`, as `learn` does it: see tests/engine/test_room.py."""
+    small, grown = Cluster((), joined=True), Cluster(((4, 0),), joined=True)
+    asked: list[Any] = []
+    crews: list[Any] = []
+
+    def room(config: SessionConfig, jobs: int, cluster: Cluster, stage: Any) -> Any:
+        asked.append((config.node_wait_seconds, jobs, cluster))
+        return nullcontext(grown)
+
+    def measure_twice(benchmark: Any, crew: Any, stage: Any) -> dict[str, Any]:
+        config = SessionConfig(node_wait_seconds=60, tasks={"a": "x", "b": "y"})
+        for _ in range(2):
+            crew("a store", config)
+        return {}
+
+    monkeypatch.setattr(run_module, "connected", lambda: nullcontext(small))
+    monkeypatch.setattr(run_module, "room", room)
+    monkeypatch.setattr(run_module, "measure", measure_twice)
+    monkeypatch.setattr(run_module, "RayCrew", lambda store, config, cluster: crews.append(cluster))
+    run_module.run(object(), silent)  # type: ignore[arg-type]
+    assert asked == [(60, 2, small)]
+    assert crews == [grown, grown]
 
 
 def test_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

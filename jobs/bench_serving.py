@@ -45,7 +45,7 @@ from condu_ray.benchmark.stream import parse_stream
 from condu_ray.config import ServeConfig, from_dotted, resolve
 from condu_ray.data import load_picture, open_task, sample
 from condu_ray.engine import command
-from condu_ray.engine.cluster import NAMESPACE, connect, disconnect
+from condu_ray.engine.cluster import NAMESPACE, connected
 from condu_ray.engine.progress import stage
 from condu_ray.models.load import load as load_model
 from condu_ray.models.lora import LowRank, plan_adapters
@@ -274,8 +274,7 @@ def under_load(work: Path) -> dict[str, Any]:
     pictures = draw_tasks(data)
     url = str(work / f"load-store-{int(time.time())}")
     common = {"store": url, "train.steps": "20", "tracking": "off", "workers": "1", "cpus_per_worker": "1"}
-    cluster = connect()
-    try:
+    with connected() as cluster:
         command.run(resolve({**common, "tasks": [f"one={data / 'one'}"]})[0], stage, "bench", cluster)
         store = open_store(url)
         expected = {1: offline(url, 1, pictures)}
@@ -304,8 +303,6 @@ def under_load(work: Path) -> dict[str, Any]:
             swap(rollback(store, 2).version)
         figures = seen.figures()
         return {**figures, "wrong_answers": len(seen.wrong(expected)), "versions": dict(seen.versions)}
-    finally:
-        disconnect(cluster)
 
 
 def draw_tasks(folder: Path) -> list[Path]:

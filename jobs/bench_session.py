@@ -36,7 +36,7 @@ from condu_ray import reports
 from condu_ray.benchmark.worlds import write_worlds
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.data import TaskData
-from condu_ray.engine.cluster import NAMESPACE, Cluster, connect, disconnect
+from condu_ray.engine.cluster import NAMESPACE, Cluster, connect, connected
 from condu_ray.engine.keys import train_key
 from condu_ray.engine.plan import header_of, open_data
 from condu_ray.engine.progress import Update, stage
@@ -127,11 +127,8 @@ def steps_part(work: Path) -> dict[str, Any]:
     config = config_of(work, "textures", train__steps=STEPS, workers=1, store=str(work / "steps-store"))
     (task,) = open_data(config, stage)
     before, share = plain(config, task, STEPS)
-    cluster = connect()
-    try:
+    with connected() as cluster:
         inside = with_ray(config, task, STEPS, cluster)
-    finally:
-        disconnect(cluster)
     after, _ = plain(config, task, STEPS)
     return {
         "loading_share": share,

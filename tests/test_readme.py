@@ -118,6 +118,7 @@ def test_the_commands_run(
     monkeypatch.setenv("CONDU_MODEL", f"local-dir:{tiny_model_dir}")
     monkeypatch.setenv("CONDU_TRAIN__STEPS", "5")
     monkeypatch.setenv("CONDU_TRACKING", "off")
+    monkeypatch.setenv("CONDU_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CONDU_CPUS_PER_WORKER", "1")  # what other tests left behind may hold a part of a core
 
     def run(command: str) -> str:

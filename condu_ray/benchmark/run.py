@@ -5,8 +5,8 @@ Every step's result is in the work folder before the next begins: a run that was
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,13 @@ def run(benchmark: Benchmark, stage: Stage) -> dict[str, Any]:
     with ExitStack() as held:
         clusters: list[Cluster] = []
 
-        def crews(store: Store, config: SessionConfig) -> closing[RayCrew]:
+        @contextmanager
+        def crews(store: Store, config: SessionConfig) -> Iterator[RayCrew]:
             if not clusters:
-                joined = held.enter_context(connected())
-                clusters.append(held.enter_context(room(config, max(1, len(config.tasks)), joined, stage)))
-            return closing(RayCrew(store, config, clusters[0]))
+                clusters.append(held.enter_context(connected()))
+            jobs = max(1, len(config.tasks))
+            with room(config, jobs, clusters[0], stage) as found, closing(RayCrew(store, config, found)) as crew:
+                yield crew
 
         return measure(benchmark, crews, stage)
 

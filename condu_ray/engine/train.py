@@ -172,14 +172,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     )
     try:
         total = sum(_steps(job, config) for job in pending)
-
-        def tell(steps: Mapping[str, Step]) -> None:
-            if steps:
-                show(steps, total, update)
-            else:
-                update(0, total, unplaced(group))
-
-        _watch(trainer, board, tell)
+        _watch(trainer, board, lambda s: show(s, total, update) if s else update(0, total, unplaced(group)))
     finally:
         ray.kill(board)
         store.discard_work(name)

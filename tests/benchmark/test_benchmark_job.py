@@ -60,9 +60,10 @@ def test_a_finished_benchmark_prints_one_document(
     assert "labels union, percent" in capsys.readouterr().out
 
 
-def test_a_cluster_that_is_joined_may_grow_before_the_first_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_is_joined_may_grow_before_each_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--node-wait-seconds`, as `learn` does it: see tests/engine/test_room.py."""
     small, grown = Cluster((), joined=True), Cluster(((4, 0),), joined=True)
+    closing_well = argparse.Namespace(close=lambda: None)
     asked: list[Any] = []
     crews: list[Any] = []
 
@@ -73,15 +74,16 @@ def test_a_cluster_that_is_joined_may_grow_before_the_first_session(monkeypatch:
     def measure_twice(benchmark: Any, crew: Any, stage: Any) -> dict[str, Any]:
         config = SessionConfig(node_wait_seconds=60, tasks={"a": "x", "b": "y"})
         for _ in range(2):
-            crew("a store", config)
+            with crew("a store", config):
+                pass
         return {}
 
     monkeypatch.setattr(run_module, "connected", lambda: nullcontext(small))
     monkeypatch.setattr(run_module, "room", room)
     monkeypatch.setattr(run_module, "measure", measure_twice)
-    monkeypatch.setattr(run_module, "RayCrew", lambda store, config, cluster: crews.append(cluster))
+    monkeypatch.setattr(run_module, "RayCrew", lambda store, config, cluster: crews.append(cluster) or closing_well)
     run_module.run(object(), silent)  # type: ignore[arg-type]
-    assert asked == [(60, 2, small)]
+    assert asked == [(60, 2, small)] * 2
     assert crews == [grown, grown]
 
 

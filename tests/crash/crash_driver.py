@@ -280,7 +280,7 @@ class Everything:
 CALLS = Calls()
 GUARDS: dict[str, list[tuple[Any, str, Any]]] = {
     "whole-files": [(local, "publish", half_published)],
-    "exclusive-names": [(local, "publish", replaced), (local, "lock", unlocked)],  # each alone would do
+    "exclusive-names": [(local, "publish", replaced), (local, "lock", unlocked)],  # the lock alone would do
     "find-before-work": [(LocalStore, "find", lambda self, key, name: None)],
     "checksum": [(local, "_checked", Everything())],
     "retries": [(bucket, "TRIES", 1)],

@@ -128,8 +128,8 @@ def joined(state: FusionState, task: str, parts: Sequence[Part]) -> FusionState:
     """
     layout = state.layout
     sums = combined(layout, state.granularity, parts)
-    norms = np.vstack([*(old.norms for old in state.tasks), sums[-1]])
-    new = rescale(norms, sums[:-1])
+    norms = [*(old.norms for old in state.tasks), sums[-1]]
+    new = each(lambda pair: rescale(*pair), zip(norms, sums[:-1], strict=True))
     kept = [replace(old, rescalers=new[position]) for position, old in enumerate(state.tasks)]
     uid = state.next_uid
     added = Task(task, uid, norms[-1], new[-1], whole([part.birth for part in parts]), uid)
@@ -152,7 +152,7 @@ def combined(layout: Layout, granularity: Granularity, parts: Sequence[Part]) ->
 
 
 def rescale(norms: NDArray[np.float64], masses: NDArray[np.float64]) -> NDArray[np.float32]:
-    """f32[T, G] = norms of the original deltas over masses (norms of their masked u), f64[T, G]; 1 where that is 0."""
+    """f32[..., G] = norms of the original deltas over masses (norms of their masked u), both f64; 1 where that is 0."""
     rescalers = np.ones(norms.shape, np.float32)
     with np.errstate(over="ignore"):
         np.divide(norms, masses, out=rescalers, where=masses > 0, casting="same_kind")

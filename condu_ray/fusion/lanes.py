@@ -111,8 +111,9 @@ def elect(typing, vectors, tasks, alive, stride, sums, maxima, u, delta, out, si
                     bits, before = v.bits(mask), builder.load(group)
                     more = builder.fadd(before, v.splat(v.load(sums, _DOUBLE, task)))
                     builder.store(builder.select(bits, more, before), group)
-                    other = builder.select(bits, v.splat(v.load(maxima, _FLOAT, task)), zero)
-                    builder.store(v.larger(builder.load(largest), other), largest)
+                    most = builder.load(largest)
+                    other = v.larger(most, v.splat(v.load(maxima, _FLOAT, task)))
+                    builder.store(builder.select(bits, other, most), largest)  # one instruction, under a mask
                     builder.store(builder.or_(builder.load(held), mask), held)
                 # eight tasks are summed, ascending, before they join the sum
                 odd = builder.trunc(four, ir.IntType(1))

@@ -41,17 +41,22 @@ SESSIONS, LONGEST_WAIT_S = 8, 300.0
 
 @dataclass
 class Count:
-    """What one kind of disturbance came to. seconds: of the session that was given again, where there was one."""
+    """What one kind of disturbance came to.
+
+    ended: sessions that one spoilt request ended, which retries are there to prevent. seconds: of the session that was
+    given again, where there was one.
+    """
 
     trials: int = 0
     lost_versions: int = 0
     wrong_bytes: int = 0
     trained_twice: int = 0
     hung: int = 0
+    ended: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def bad(self) -> int:
-        return self.lost_versions + self.wrong_bytes + self.trained_twice + self.hung
+        return self.lost_versions + self.wrong_bytes + self.trained_twice + self.hung + self.ended
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def kills(asked: dict[str, Any]) -> Count:
     count, found = Count(), output(driver(asked))
     for each in found["results"]:
         count.trials += 1
+        count.ended += asked["at"] == "fault" and bool(each["status"])
         if each["again"] is None:
             continue  # left the very same files as a trial before
         count.seconds.append(each["seconds"])
@@ -265,7 +271,7 @@ def main() -> None:
 
 
 def report(table: dict[str, Count], as_json: bool) -> None:
-    keys = ("trials", "lost_versions", "wrong_bytes", "trained_twice", "hung")
+    keys = ("trials", "lost_versions", "wrong_bytes", "trained_twice", "hung", "ended")
     seconds = [each for count in table.values() for each in count.seconds]
     rows = {what: {key: getattr(count, key) for key in keys} for what, count in table.items()}
     total: dict[str, Any] = {key: sum(row[key] for row in rows.values()) for key in keys}

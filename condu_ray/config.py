@@ -270,6 +270,10 @@ class VoteConfig(_Section):
         default="own",
         description="own: each chosen expert scores its task's classes; routed: all chosen tasks' classes; joint: all",
     )
+    within: Literal["both", "expert"] = Field(
+        default="both",
+        description="union own, router lda: a task's classes are told apart by its expert and the router, or it alone",
+    )
 
 
 def _word_for_false(word: str) -> BeforeValidator:

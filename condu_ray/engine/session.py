@@ -194,7 +194,8 @@ def _features(
         sums = FeatureSums.zero(classes, features.shape[1]).add(features[rest], labels)
         made = make_prototypes(sums, crew.text_means(task.classes, task.templates), features[held])
         prototypes = store.put(key, "prototypes", made.arrays())
-        domain = store.put(key, "domain", make_domain(domains[rest], labels, classes, domains[held]).arrays())
+        own = make_domain(domains[rest], labels, classes, domains[held], task.train.labels[held])
+        domain = store.put(key, "domain", own.arrays())
     return prototypes, domain
 
 

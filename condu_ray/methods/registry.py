@@ -145,7 +145,7 @@ def vote_of(name: str, vote: VoteConfig) -> VoteConfig:
     """How this system's experts answer: as set, or, where one model answers everything, by that model alone."""
     if not info(name).single:
         return vote
-    return VoteConfig(k=1, combine="weighted", base_weight=0.0, adaptive=False, union="joint")
+    return VoteConfig(k=1, combine="weighted", base_weight=0.0, adaptive=False, union="joint", within="expert")
 
 
 def get(name: str) -> Method:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from condu_ray.config import VoteConfig
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import strangeness
-from condu_ray.voting.router import STRANGE, Calibrated, Prior, prior_of, router_of
+from condu_ray.voting.router import STRANGE, Calibrated, DomainRouter, Prior, prior_of, router_of
 from condu_ray.voting.routing import UNCALIBRATED, Thresholds, calibrate
 
 Doubles = NDArray[np.float64]
@@ -76,7 +76,7 @@ class Version:
         self._learned = len(self._experts)
         self._thresholds = lru_cache(maxsize=None)(self._calibrate)
         self._ranked = lru_cache(maxsize=None)(self._rank)
-        self._own = self._best_of_own()
+        self._own = lru_cache(maxsize=None)(self._best_of_own)
 
     def row(self, vote: VoteConfig, labels: str, unseen: bool) -> tuple[list[float | None], float]:
         """(accuracy in percent by task of the stream, experts that run for a picture of a learned task, on average).
@@ -130,24 +130,34 @@ class Version:
 
     # ---- what they say
 
-    def _best_of_own(self) -> tuple[Doubles, Indices]:
+    def _best_of_own(self, evidence: bool) -> tuple[Doubles, Indices]:
         """(log probability f64[N, T] of the likeliest of its own labels by each expert, which label i64[N, T])."""
         size = self._logits.shape[1], self._learned
         surest, best = np.empty(size), np.empty(size, dtype=np.int64)
+        told = self._evidence() if evidence else []
         for task in range(self._learned):
             columns = self._pictures.columns(task)
             own = self._logits[task, :, columns].astype(np.float64)
+            if told:
+                own += told[task]
             top = own.max(axis=1)
             surest[:, task] = -np.log(np.exp(own - top[:, None]).sum(axis=1))
             best[:, task] = own.argmax(axis=1) + columns.start
         return surest, best
+
+    def _evidence(self) -> list[Doubles]:
+        """What the router says of each task's classes, f64[N, c]; nothing where a task has no domain."""
+        domains = [expert.domain for expert in self._experts if expert.domain is not None]
+        if self._domains is None or len(domains) < self._learned:
+            return []
+        return DomainRouter(domains, VoteConfig(), self._domains).evidence(self._pictures.domains)
 
     def union(self, vote: VoteConfig) -> tuple[Indices, Indices]:
         """For the pictures of all learned tasks: (label answered among all that are learned, experts that run)."""
         rows = slice(0, self._pictures.rows(self._learned - 1).stop)
         routed = self._route(vote, rows, None)
         if vote.union == "own":
-            surest, best = (each[rows] for each in self._own)
+            surest, best = (each[rows] for each in self._own(vote.within == "both" and vote.router == "lda"))
             with np.errstate(divide="ignore"):
                 scores = np.where(routed.chosen, np.log(routed.shares) + surest, -np.inf)
             # Of equals the likelier task answers, as in the classifier.

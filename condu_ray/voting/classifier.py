@@ -43,13 +43,15 @@ class TaskExpert:
 class _Ballot:
     """Who votes for a picture, which blocks of the label space count (indices), and which of them each voter scores.
 
-    apart: every voter scores a block of its own, so that weights belong to blocks.
+    apart: every voter scores a block of its own, so that weights belong to blocks. evidence: of the router on these
+    blocks, where it has any.
     """
 
     votes: tuple[Vote, ...]
     blocks: tuple[int, ...]
     scored: tuple[tuple[int, ...], ...]
     apart: bool = False
+    evidence: tuple[NDArray[np.float64], ...] | None = None
 
 
 class Classifier:
@@ -171,7 +173,10 @@ class Classifier:
                 for vote, blocks in zip(ballot.votes, ballot.scored, strict=True)
             ]
             shares = np.array([vote.weight for vote in ballot.votes])
-            scores = side_by_side(rows, shares) if ballot.apart else combine(np.stack(rows), shares, self._vote)
+            if ballot.apart:
+                scores = side_by_side(rows, shares, ballot.evidence)
+            else:
+                scores = combine(np.stack(rows), shares, self._vote)
             scored.append((ballot.votes, columns, scores))
         return scored
 
@@ -184,7 +189,7 @@ class Classifier:
             votes, blocks = self._votes(one, 0.0 if union == "own" else one.base), every
             if union == "own":
                 own = tuple(place[vote.task] for vote in votes)
-                ballots.append(_Ballot(votes, own, tuple((block,) for block in own), apart=True))
+                ballots.append(_Ballot(votes, own, tuple((block,) for block in own), True, one.evidence))
                 continue
             if union == "routed":
                 blocks = tuple(sorted(place[self._names[task]] for task in one.experts))

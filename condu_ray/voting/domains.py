@@ -4,6 +4,9 @@ One Gaussian a class, one covariance within classes that all tasks share (linear
 the relative Mahalanobis distance (Ren et al. 2021, arXiv 2106.09022). What a task keeps are its own moments, so tasks
 may come in any order, be forgotten, and none needs another's pictures. As a router of experts: our reconstruction.
 
+The same discriminant tells a task's classes apart beside the task's expert (`evidence`, ours): it looks at earlier
+layers than the expert's answer does, and at no text.
+
 Legend: B pictures, T tasks, C classes of a task, K classes of all tasks, W width of the domain features, N held out.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,7 @@ FLOOR = 1e-5  # variance of channels that never moved, in medians of the others
 PRIOR = 0.05  # share of pictures that are expected to be of no task, where nothing else is known
 KNOWN_QUANTILE = 0.01
 TEMPERATURES = np.geomspace(2.0, 2000.0, 31)
+EVIDENCE = 0.5  # power of the discriminant's probabilities: the expert looks at the same picture
 STEPS, RIDGE = 50, 1e-3  # of the logistic regression
 CHUNK = 8192  # pictures whose features are held in double precision at once
 
@@ -37,6 +42,7 @@ class Domain:
     counts i64[C]: pictures behind each mean. means f32[C, W]: 0 for a class without pictures. deviations f32[W] and
     correlations f16[W (W - 1) / 2] (upper triangle, row by row): of the pictures around the means of their classes.
     held_out f16[N, W]: domain features of training pictures that are in none of these, for calibration.
+    held_out_labels i64[N]: their classes; -1 where an older release did not keep them.
     """
 
     counts: NDArray[np.int64]
@@ -44,6 +50,7 @@ class Domain:
     deviations: NDArray[np.float32]
     correlations: NDArray[np.float16]
     held_out: NDArray[np.float16]
+    held_out_labels: NDArray[np.int64]
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays by name, for the store."""
@@ -52,7 +59,8 @@ class Domain:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Domain:
         """The inverse of `arrays`."""
-        return cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+        unknown = {"held_out_labels": np.full(len(arrays["held_out"]), -1, np.int64)}
+        return cls(**{name: {**unknown, **arrays}[name] for name in cls.__dataclass_fields__})
 
     def scatter(self) -> Doubles:
         """f64[W, W]: sum of (z - mean of its class)(z - mean of its class)ᵀ over the task's pictures."""
@@ -65,9 +73,13 @@ class Domain:
 
 
 def make_domain(
-    features: NDArray[np.float32], labels: NDArray[np.int64], classes: int, held_out: NDArray[np.float32]
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    classes: int,
+    held_out: NDArray[np.float32],
+    held_out_labels: NDArray[np.int64],
 ) -> Domain:
-    """From the domain features f32[B, W] of a task's pictures and their classes i64[B].
+    """From the domain features f32[B, W] of a task's pictures and their classes i64[B]; held out: f32[N, W], i64[N].
 
     Raises DataError for features that are not finite.
     """
@@ -91,6 +103,7 @@ def make_domain(
         deviations.astype(np.float32),
         correlations.astype(np.float16),
         _half(held_out.reshape(-1, width)),
+        np.asarray(held_out_labels, np.int64),
     )
 
 
@@ -102,11 +115,24 @@ def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
 @dataclass(frozen=True)
 class Calibration:
     """temperature: of the softmax over tasks, in units of squared distance. middle, slope: P(of none of the tasks) =
-    1 / (1 + exp(slope (r - middle))) for a picture's relative distance r."""
+    1 / (1 + exp(slope (r - middle))) for a picture's relative distance r. within: temperature of the softmax over a
+    task's classes; None where no class of a held-out picture is known."""
 
     temperature: float
     middle: float
     slope: float
+    within: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Distances:
+    """tasks f64[B, T]: smallest squared Mahalanobis distance to a class of each task. relative f64[B]: squared distance
+    to all that was learned as one Gaussian, less the smallest. classes: of each task f64[B, C], infinite to a class
+    without pictures."""
+
+    tasks: Doubles
+    relative: Doubles
+    classes: list[Doubles]
 
 
 class Discriminant:
@@ -114,12 +140,13 @@ class Discriminant:
 
     def __init__(self, domains: Sequence[Domain], scatter: Doubles | None = None) -> None:
         """scatter: the sum of all `Domain.scatter`, where the caller has it."""
-        self._tasks = len(domains)
+        edges = np.cumsum([0, *(len(each.counts) for each in domains)])
+        self.columns = tuple(slice(int(a), int(b)) for a, b in pairwise(edges))
+        """Of each task's classes among all."""
         counts = np.concatenate([each.counts for each in domains])
-        seen = counts > 0
+        self._seen = seen = counts > 0
         means = np.concatenate([each.means for each in domains]).astype(np.float64)[seen]
         counts = counts[seen].astype(np.float64)
-        self._task = np.repeat(np.arange(self._tasks), [len(each.counts) for each in domains])[seen]
         total = counts.sum()
         within = sum(each.scatter() for each in domains) if scatter is None else scatter
         center = counts @ means / total
@@ -129,15 +156,15 @@ class Discriminant:
         self._white_all = _whitening((within + between) / total)
         self._center = center @ self._white_all
 
-    def distances(self, features: NDArray[Any]) -> tuple[Doubles, Doubles]:
-        """Domain features [B, W] -> (smallest squared Mahalanobis distance to a class of each task f64[B, T],
-        relative distance f64[B]: squared distance to all that was learned as one Gaussian, less the smallest)."""
+    def distances(self, features: NDArray[Any]) -> Distances:
+        """Of domain features [B, W]."""
         values = np.asarray(features, dtype=np.float64)
         near = values @ self._white
-        squared = (near**2).sum(1)[:, None] - 2 * near @ self._means.T + (self._means**2).sum(1)
-        by_task = np.stack([squared[:, self._task == task].min(axis=1) for task in range(self._tasks)], axis=1)
+        squared = np.full((len(values), len(self._seen)), np.inf)
+        squared[:, self._seen] = (near**2).sum(1)[:, None] - 2 * near @ self._means.T + (self._means**2).sum(1)
+        tasks = np.stack([squared[:, columns].min(axis=1) for columns in self.columns], axis=1)
         far = ((values @ self._white_all - self._center) ** 2).sum(1)
-        return by_task, far - by_task.min(axis=1)
+        return Distances(tasks, far - tasks.min(axis=1), [squared[:, columns] for columns in self.columns])
 
 
 def _scatters_without_each(domains: Sequence[Domain]) -> Iterator[Doubles]:
@@ -168,6 +195,21 @@ def probabilities(distances: Doubles, calibration: Calibration) -> Doubles:
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
+def evidence(classes: Doubles, calibration: Calibration) -> Doubles:
+    """What the discriminant says of a task's classes beside its expert: EVIDENCE times the logarithm of their softmax
+    probabilities, f64[B, C]. classes: distances f64[B, C].
+
+    A class without pictures counts as the mean of the others. Zeros where the temperature is not known.
+    """
+    if calibration.within is None:
+        return np.zeros(classes.shape)
+    known = np.isfinite(classes)
+    scores = np.where(known, -classes / calibration.within, -np.inf)
+    logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    mean = np.where(known, logs, 0).sum(axis=1, keepdims=True) / known.sum(axis=1, keepdims=True)
+    return np.asarray(EVIDENCE * np.where(known, logs, mean))
+
+
 def strangeness(relative: Doubles, calibration: Calibration, prior: float = PRIOR) -> Doubles:
     """Relative distances f64[B] -> probability that the picture is of no task, f64[B].
 
@@ -184,32 +226,48 @@ def _logit(probability: float) -> float:
 def calibrate(domains: Sequence[Domain]) -> Calibration:
     """From every task's held-out pictures: known ones to all tasks, and strange ones to the tasks without their own.
 
-    temperature: the likeliest of a fixed list. middle, slope: logistic regression, a PRIOR share of pictures being
-    strange; of a single task, for which nothing is strange, the middle is the 1 % quantile of its own.
+    temperature, within: the likeliest of a fixed list. middle, slope: logistic regression, a PRIOR share of pictures
+    being strange; of a single task, for which nothing is strange, the middle is the 1 % quantile of its own.
     """
     whole = Discriminant(domains)
     likelihoods = np.zeros(len(TEMPERATURES))
+    within: Doubles | None = None
     known, strange = [], []
     for task, (domain, scatter) in enumerate(zip(domains, _scatters_without_each(domains), strict=True)):
         if not len(domain.held_out):
             continue
-        by_task, relative = whole.distances(domain.held_out)
-        known.append(relative)
+        found = whole.distances(domain.held_out)
+        known.append(found.relative)
         for place, temperature in enumerate(TEMPERATURES):
-            share = probabilities(by_task, Calibration(temperature, 0.0, 1.0))[:, task]
+            share = probabilities(found.tasks, Calibration(temperature, 0.0, 1.0))[:, task]
             likelihoods[place] += np.log(np.maximum(share, 1e-12)).mean()
+        told = domain.held_out_labels >= 0
+        if told.any():
+            right = _of_own_class(found.classes[task][told], domain.held_out_labels[told])
+            within = right if within is None else within + right
         others = [each for other, each in enumerate(domains) if other != task]
         if others:
-            strange.append(Discriminant(others, scatter).distances(domain.held_out)[1])
+            strange.append(Discriminant(others, scatter).distances(domain.held_out).relative)
     if not known:
         return Calibration(float(TEMPERATURES[0]), -np.finfo(np.float32).max.item(), 1.0)
     inside = np.concatenate(known)
     scale = float(inside.std()) or 1.0
     temperature = float(TEMPERATURES[int(np.argmax(likelihoods))])
+    inner = None if within is None else float(TEMPERATURES[int(np.argmax(within))])
     if not strange:
-        return Calibration(temperature, float(np.quantile(inside, KNOWN_QUANTILE)), 4 / scale)
+        return Calibration(temperature, float(np.quantile(inside, KNOWN_QUANTILE)), 4 / scale, inner)
     middle, slope = _logistic(inside, np.concatenate(strange), scale)
-    return Calibration(temperature, middle + _logit(PRIOR) / slope, slope)
+    return Calibration(temperature, middle + _logit(PRIOR) / slope, slope, inner)
+
+
+def _of_own_class(classes: Doubles, labels: NDArray[np.int64]) -> Doubles:
+    """Mean log probability of the right class at each of TEMPERATURES, from distances f64[N, C] and labels i64[N]."""
+    found = []
+    for temperature in TEMPERATURES:
+        scores = -classes / temperature
+        logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+        found.append(np.maximum(logs[np.arange(len(labels)), labels], np.log(1e-12)).mean())
+    return np.array(found)
 
 
 def _logistic(known: Doubles, strange: Doubles, scale: float) -> tuple[float, float]:

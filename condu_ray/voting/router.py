@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from condu_ray.config import VoteConfig
 from condu_ray.voting.combine import Scores, weights
-from condu_ray.voting.domains import PRIOR, Calibration, Discriminant, Domain, calibrate, probabilities, strangeness
+from condu_ray.voting.domains import (
+    PRIOR,
+    Calibration,
+    Discriminant,
+    Distances,
+    Domain,
+    calibrate,
+    evidence,
+    probabilities,
+    strangeness,
+)
 from condu_ray.voting.prototypes import Prototypes
 from condu_ray.voting.routing import UNCALIBRATED, Thresholds, choose, similarities
 from condu_ray.voting.routing import calibrate as calibrate_cosines
@@ -29,13 +39,15 @@ class Routed:
 
     experts: task indices, the likeliest first, at least one where there are tasks. nearness f64[M]: cosine to the
     nearest prototype, or probability of the task. shares f64[M]: of the experts among themselves, sum 1. base: θ⁰'s
-    share of the whole; at 1 no expert is asked.
+    share of the whole; at 1 no expert is asked. evidence: for each expert what the router says of its classes, to be
+    added to the logarithm of the expert's probabilities, f64[C]; None where it says nothing of classes.
     """
 
     experts: tuple[int, ...]
     nearness: NDArray[np.float64]
     shares: Scores
     base: float
+    evidence: tuple[Scores, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,20 +166,32 @@ class DomainRouter:
         self._discriminant, self._vote, self._calibration = Discriminant(domains), vote, calibration
 
     def ranked(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> tuple[Scores, Scores]:
-        distances, relative = self._discriminant.distances(domains)
-        return probabilities(distances, self._calibration), relative
+        return self._rank(self._discriminant.distances(domains))
+
+    def evidence(self, domains: NDArray[np.float32]) -> list[Scores]:
+        """What domain features [B, W] say of each task's classes, f64[B, C]; see `domains.evidence`."""
+        found = self._discriminant.distances(domains)
+        return [evidence(classes, self._calibration) for classes in found.classes]
+
+    def _rank(self, found: Distances) -> tuple[Scores, Scores]:
+        return probabilities(found.tasks, self._calibration), found.relative
 
     def route(
         self, features: NDArray[np.float32], domains: NDArray[np.float32], prior: Prior | None = None
     ) -> list[Routed]:
-        likely, relative = self.ranked(features, domains)
+        found = self._discriminant.distances(domains)
+        likely, relative = self._rank(found)
         if prior is None:
             strange = strangeness(relative, self._calibration)
         else:
             likely = likely * prior.tasks
             likely /= likely.sum(axis=1, keepdims=True)
             strange = strangeness(relative, self._calibration, prior.none)
-        return [self._route(*pair) for pair in zip(likely, strange, strict=True)]
+        routed = [self._route(*pair) for pair in zip(likely, strange, strict=True)]
+        if self._vote.within == "expert" or self._calibration.within is None:
+            return routed
+        told = [evidence(classes, self._calibration) for classes in found.classes]
+        return [replace(one, evidence=tuple(told[task][row] for task in one.experts)) for row, one in enumerate(routed)]
 
     def _route(self, likely: Scores, strange: float) -> Routed:
         order = np.argsort(-likely, kind="stable")[: self._vote.k]

@@ -39,6 +39,7 @@ VOTES = st.fixed_dictionaries(
         "gap": st.sampled_from([None, 0.0, 0.02, 0.5]),
         "prototypes": st.sampled_from(["both", "image", "text"]),
         "union": st.sampled_from(["own", "routed", "joint"]),
+        "within": st.sampled_from(["both", "expert"]),
     }
 )
 

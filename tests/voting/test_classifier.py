@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from condu_ray.models.clip import Clip, Features, Overrides, class_embeddings
 from condu_ray.voting.answer import Answer
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.combine import combine, probabilities, weights
+from condu_ray.voting.domains import make_domain
 from condu_ray.voting.labels import Label, LabelSpace
-from condu_ray.voting.router import Calibrated
+from condu_ray.voting.router import Calibrated, DomainRouter, calibrated
 from condu_ray.voting.routing import Thresholds, similarities
 from condu_ray.voting.voters import ExpertCache
 
@@ -329,3 +331,35 @@ def test_answering_leaves_the_base_model_as_it_was(make: Make, pixels: Tensor, t
 def test_a_name_in_two_tasks_gives_both_labels(make: Make, pixels: Tensor) -> None:
     (answer,) = make(adaptive=False).classify(pixels[:1])
     assert {label for label, _ in answer.ranked if label.name == "cat"} == {Label("pets", "cat"), Label("signs", "cat")}
+
+
+@pytest.mark.parametrize("within", ["both", "expert"])
+def test_in_the_union_the_router_speaks_of_classes_beside_the_expert(
+    make: Make,
+    pixels: Tensor,
+    coloured: Callable[[int, int], Tensor],
+    tiny_clip: Clip,
+    experts: tuple[TaskExpert, ...],
+    overrides: dict[str, Overrides],
+    within: str,
+) -> None:
+    known = []
+    for seed, expert in enumerate(experts):
+        seen = tiny_clip.features(coloured(8 * len(expert.classes), seed)).domains.numpy()
+        labels = np.arange(len(seen)) // 8
+        known.append(replace(expert, domain=make_domain(seen, labels, len(expert.classes), seen[::3], labels[::3])))
+    found = calibrated(known, VoteConfig())
+    assert found.domains and found.domains.within
+    classifier = make(experts=tuple(known), calibrated=found, adaptive=False, k=2, within=within)
+    domains = tiny_clip.features(pixels).domains.numpy()
+    told = DomainRouter([each.domain for each in known], VoteConfig(), found.domains).evidence(domains)
+    changed = 0
+    for row, answer in enumerate(classifier.classify(pixels)):
+        for vote in answer.votes:
+            place = list(CLASSES).index(str(vote.task))
+            own = classifier.label_space(vote.task)
+            logits = expert_logits(tiny_clip, pixels[row : row + 1], own, overrides[str(vote.task)])[0]
+            evidence = told[place][row] if within == "both" else 0.0
+            np.testing.assert_allclose(shares(answer, own), vote.weight * probabilities(logits + evidence), atol=1e-5)
+            changed += probabilities(logits + told[place][row]).argmax() != logits.argmax()
+    assert changed, "the test says nothing where the expert is right anyway"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from condu_ray.config import VoteConfig
-from condu_ray.voting.combine import combine, probabilities, weights
+from condu_ray.voting.combine import combine, probabilities, side_by_side, weights
 
 VOTES = [
     VoteConfig(combine="mean_logits"),
@@ -78,3 +78,10 @@ def test_probabilities_survive_extreme_logits() -> None:
     np.testing.assert_array_equal(probabilities(np.array([1e4, -1e4])), [1, 0])
     sure = combine(np.array([[1e4, -1e4]]), np.ones(1), VoteConfig(average="probabilities"))
     np.testing.assert_array_equal(probabilities(sure), [1, 0])
+
+
+def test_side_by_side_by_hand() -> None:
+    logits, share = [np.log([0.5, 0.5]), np.log([0.9, 0.1])], np.array([0.25, 0.75])
+    np.testing.assert_allclose(np.exp(side_by_side(logits, share)), [0.125, 0.125, 0.675, 0.075])
+    told = [np.log([0.8, 0.2]), np.log([0.1, 0.9])]  # the second expert and what is said beside it cancel out
+    np.testing.assert_allclose(np.exp(side_by_side(logits, share, told)), [0.2, 0.05, 0.375, 0.375])

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 from condu_ray.errors import DataError
 from condu_ray.voting.domains import (
+    TEMPERATURES,
     Calibration,
     Discriminant,
     Domain,
     calibrate,
+    evidence,
     make_domain,
     probabilities,
     strangeness,
@@ -34,17 +36,17 @@ def pictures(place: float, count: int, seed: int) -> tuple[NDArray[np.float32], 
 
 def domain(place: float, seed: int = 0, count: int = 120) -> Domain:
     features, labels = pictures(place, count, seed)
-    held_out, _ = pictures(place, 40, seed + 1000)
-    return make_domain(features, labels, CLASSES, held_out)
+    return make_domain(features, labels, CLASSES, *pictures(place, 40, seed + 1000))
 
 
+NOTHING = np.empty((0, WIDTH), np.float32), np.empty(0, np.int64)
 NEAR_AND_FAR = [domain(0.0), domain(3.0), domain(9.0)]
 
 
 def test_a_picture_is_nearest_to_its_own_domain() -> None:
     discriminant = Discriminant(NEAR_AND_FAR)
     for task, place in enumerate((0.0, 3.0, 9.0)):
-        distances, _ = discriminant.distances(pictures(place, 50, 7)[0])
+        distances = discriminant.distances(pictures(place, 50, 7)[0]).tasks
         assert (distances.argmin(axis=1) == task).mean() > 0.95
 
 
@@ -54,36 +56,39 @@ def test_distances_are_those_of_the_shared_covariance() -> None:
 
     random = np.random.default_rng(3)
     parts = [(random.normal(i, 1, (60, 4)).astype(np.float32), random.integers(2, size=60)) for i in range(2)]
-    discriminant = Discriminant([make_domain(x, y, 2, x[:0]) for x, y in parts])
+    discriminant = Discriminant([make_domain(x, y, 2, x[:0], y[:0]) for x, y in parts])
     means = np.concatenate([[x[y == c].mean(0) for c in range(2)] for x, y in parts]).astype(np.float64)
     within = sum((x - means[2 * i + y]).T @ (x - means[2 * i + y]) for i, (x, y) in enumerate(parts)) / (120 - 4)
     shrunk = (1 - SHRINKAGE) * within + SHRINKAGE * np.diag(np.diag(within))
     asked = random.normal(size=(5, 4))
     away = asked[:, None] - means
-    expected = np.einsum("bkw,wv,bkv->bk", away, np.linalg.inv(shrunk), away).reshape(5, 2, 2).min(axis=2)
-    np.testing.assert_allclose(discriminant.distances(asked)[0], expected, rtol=2e-3)  # correlations are kept in half
+    expected = np.einsum("bkw,wv,bkv->bk", away, np.linalg.inv(shrunk), away).reshape(5, 2, 2)
+    found = discriminant.distances(asked)  # correlations are kept in half
+    np.testing.assert_allclose(found.tasks, expected.min(axis=2), rtol=2e-3)
+    np.testing.assert_allclose(np.stack(found.classes, axis=1), expected, rtol=2e-3)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(3)))
 def test_tasks_may_come_in_any_order(order: list[int]) -> None:
     features, _ = pictures(3.0, 20, 8)
-    distances, relative = Discriminant(NEAR_AND_FAR).distances(features)
-    shuffled, also = Discriminant([NEAR_AND_FAR[task] for task in order]).distances(features)
-    np.testing.assert_allclose(shuffled, distances[:, order], rtol=1e-8)
-    np.testing.assert_allclose(also, relative, rtol=1e-6, atol=1e-6)
+    found = Discriminant(NEAR_AND_FAR).distances(features)
+    shuffled = Discriminant([NEAR_AND_FAR[task] for task in order]).distances(features)
+    np.testing.assert_allclose(shuffled.tasks, found.tasks[:, order], rtol=1e-8)
+    np.testing.assert_allclose(shuffled.classes, [found.classes[task] for task in order], rtol=1e-8)
+    np.testing.assert_allclose(shuffled.relative, found.relative, rtol=1e-6, atol=1e-6)
 
 
 def test_the_units_of_a_channel_do_not_matter() -> None:
     scale = np.geomspace(0.1, 10, WIDTH).astype(np.float32)
     (x, y), (asked, _) = pictures(0.0, 100, 1), pictures(0.0, 10, 2)
-    plain = Discriminant([make_domain(x, y, CLASSES, x[:0])]).distances(asked)[0]
-    scaled = Discriminant([make_domain(x * scale, y, CLASSES, x[:0])]).distances(asked * scale)[0]
+    plain = Discriminant([make_domain(x, y, CLASSES, x[:0], y[:0])]).distances(asked).tasks
+    scaled = Discriminant([make_domain(x * scale, y, CLASSES, x[:0], y[:0])]).distances(asked * scale).tasks
     np.testing.assert_allclose(scaled, plain, rtol=0.02)
 
 
 def test_probabilities_sum_to_one_and_sharpen_as_the_temperature_falls() -> None:
-    distances, _ = Discriminant(NEAR_AND_FAR).distances(pictures(0.0, 30, 9)[0])
+    distances = Discriminant(NEAR_AND_FAR).distances(pictures(0.0, 30, 9)[0]).tasks
     cool, warm = (probabilities(distances, Calibration(t, 0.0, 1.0)) for t in (5.0, 50.0))
     np.testing.assert_allclose(cool.sum(axis=1), 1)
     np.testing.assert_allclose(warm.sum(axis=1), 1)
@@ -95,20 +100,20 @@ def test_pictures_of_no_domain_are_strange_and_those_of_one_are_not() -> None:
     discriminant = Discriminant(NEAR_AND_FAR)
     strange = np.concatenate([pictures(place, 50, 11)[0] for place in (-40.0, 30.0)])
     known = np.concatenate([pictures(place, 50, 12)[0] for place in (0.0, 3.0, 9.0)])
-    assert np.median(strangeness(discriminant.distances(strange)[1], calibration)) > 0.5
-    assert np.median(strangeness(discriminant.distances(known)[1], calibration)) < 0.5
+    assert np.median(strangeness(discriminant.distances(strange).relative, calibration)) > 0.5
+    assert np.median(strangeness(discriminant.distances(known).relative, calibration)) < 0.5
 
 
 def test_a_single_domain_knows_its_own_pictures() -> None:
     alone = [domain(0.0)]
-    relative = Discriminant(alone).distances(pictures(0.0, 200, 13)[0])[1]
+    relative = Discriminant(alone).distances(pictures(0.0, 200, 13)[0]).relative
     assert (strangeness(relative, calibrate(alone)) < 0.5).mean() > 0.9
 
 
 def test_without_held_out_pictures_nothing_is_strange() -> None:
     features, labels = pictures(0.0, 50, 1)
-    alone = [make_domain(features, labels, CLASSES, features[:0])]
-    far = Discriminant(alone).distances(pictures(50.0, 5, 2)[0])[1]
+    alone = [make_domain(features, labels, CLASSES, features[:0], labels[:0])]
+    far = Discriminant(alone).distances(pictures(50.0, 5, 2)[0]).relative
     assert (strangeness(far, calibrate(alone)) == 0).all()
 
 
@@ -120,24 +125,26 @@ def test_what_a_store_gives_back_is_the_same_domain() -> None:
 
 def test_classes_without_pictures_attract_nothing() -> None:
     features, labels = pictures(0.0, 60, 1)
-    more = make_domain(features, labels, CLASSES + 5, features[:0])
-    less = make_domain(features, labels, CLASSES, features[:0])
+    more = make_domain(features, labels, CLASSES + 5, features[:0], labels[:0])
+    less = make_domain(features, labels, CLASSES, features[:0], labels[:0])
     asked, _ = pictures(0.0, 10, 2)
-    np.testing.assert_array_equal(Discriminant([more]).distances(asked)[0], Discriminant([less]).distances(asked)[0])
+    np.testing.assert_array_equal(
+        Discriminant([more]).distances(asked).tasks, Discriminant([less]).distances(asked).tasks
+    )
 
 
 def test_fewer_pictures_than_channels_are_enough() -> None:
-    tiny = [make_domain(*pictures(place, 4, 1), CLASSES, np.empty((0, WIDTH), np.float32)) for place in (0.0, 20.0)]
-    distances, relative = Discriminant(tiny).distances(pictures(20.0, 10, 3)[0])
-    assert np.isfinite(distances).all() and np.isfinite(relative).all()
-    assert (distances.argmin(axis=1) == 1).all()
+    tiny = [make_domain(*pictures(place, 4, 1), CLASSES, *NOTHING) for place in (0.0, 20.0)]
+    found = Discriminant(tiny).distances(pictures(20.0, 10, 3)[0])
+    assert np.isfinite(found.tasks).all() and np.isfinite(found.relative).all()
+    assert (found.tasks.argmin(axis=1) == 1).all()
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
     features, labels = pictures(0.0, 10, 1)
     features[3, 2] = np.nan
     with pytest.raises(DataError, match="not finite"):
-        make_domain(features, labels, CLASSES, features[:0])
+        make_domain(features, labels, CLASSES, features[:0], labels[:0])
 
 
 def test_a_channel_that_one_task_alone_moves_calibrates_like_the_others() -> None:
@@ -146,8 +153,54 @@ def test_a_channel_that_one_task_alone_moves_calibrates_like_the_others() -> Non
     for seed in range(3):
         seen, labels = pictures(4.0 * seed, 120, seed)
         seen[:, -1] = np.random.default_rng(seed).normal(size=len(seen)) if seed == 1 else 0.0
-        domains.append(make_domain(seen[:100], labels[:100], 3, seen[100:]))
+        domains.append(make_domain(seen[:100], labels[:100], 3, seen[100:], labels[100:]))
     found = calibrate(domains)
     assert np.isfinite([found.temperature, found.middle, found.slope]).all() and found.slope > 0
     whole = Discriminant([domains[0], domains[2]]).distances(domains[1].held_out)
-    assert np.isfinite(whole[0]).all()
+    assert np.isfinite(whole.tasks).all()
+
+
+def test_evidence_is_half_of_what_the_discriminant_says_of_classes() -> None:
+    calibration = calibrate(NEAR_AND_FAR)
+    asked, labels = pictures(3.0, 60, 21)
+    classes = Discriminant(NEAR_AND_FAR).distances(asked).classes[1]
+    told = evidence(classes, calibration)
+    assert calibration.within is not None
+    np.testing.assert_allclose(np.exp(2 * told).sum(axis=1), 1)
+    np.testing.assert_allclose(2 * (told[:, 0] - told[:, 1]), (classes[:, 1] - classes[:, 0]) / calibration.within)
+    assert (told.argmax(axis=1) == labels).mean() > 0.9
+
+
+def test_the_temperature_of_classes_is_the_likeliest_for_pictures_that_were_held_out() -> None:
+    found = calibrate(NEAR_AND_FAR).within
+
+    def likelihood(temperature: float) -> float:
+        total = 0.0
+        for task, place in enumerate((0.0, 3.0, 9.0)):
+            features, labels = pictures(place, 40, 1000)
+            told = evidence(
+                Discriminant(NEAR_AND_FAR).distances(features).classes[task], Calibration(1, 0, 1, temperature)
+            )
+            total += float(told[np.arange(40), labels].mean())
+        return total
+
+    assert found in TEMPERATURES
+    assert likelihood(found) == max(likelihood(temperature) for temperature in TEMPERATURES[TEMPERATURES < 200])
+
+
+def test_a_domain_that_an_older_release_kept_says_nothing_of_classes() -> None:
+    arrays = NEAR_AND_FAR[0].arrays()
+    del arrays["held_out_labels"]
+    old = Domain.from_arrays(arrays)
+    assert (old.held_out_labels == -1).all()
+    alone = calibrate([old])
+    assert alone.within is None
+    assert not evidence(Discriminant([old]).distances(pictures(0.0, 5, 3)[0]).classes[0], alone).any()
+    assert calibrate([old, NEAR_AND_FAR[1]]).within is not None
+
+
+def test_evidence_neither_helps_nor_harms_a_class_without_pictures() -> None:
+    features, labels = pictures(0.0, 60, 1)
+    more = make_domain(features, labels, CLASSES + 1, features[:9], labels[:9])
+    told = evidence(Discriminant([more]).distances(features).classes[0], calibrate([more]))
+    np.testing.assert_allclose(told[:, -1], told[:, :-1].mean(axis=1))

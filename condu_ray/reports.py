@@ -301,13 +301,14 @@ def show_benchmark(found: dict[str, Any]) -> None:
         show_table(f"labels {labels}, percent", ("method", *shown), rows)
     show_table(
         "router and cost",
-        ("method", "task first %", "among two %", "AUROC", "s a task", "MB a task", "MB shared", "rank"),
+        ("method", "task first %", "among two %", "AUROC", "alone %", "s a task", "MB a task", "MB shared", "rank"),
         [
             (
                 method,
                 _spread(runs, "router_accuracy"),
                 _spread(runs, "router_top2"),
                 _spread(runs, "auroc", digits=3),
+                _spread(runs, "router_alone"),
                 _spread(runs, "seconds"),
                 _spread(runs, "bytes_per_task", scale=1e-6, digits=2),
                 _spread(runs, "bytes_shared", scale=1e-6, digits=2),

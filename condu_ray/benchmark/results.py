@@ -34,7 +34,7 @@ class Result:
     pictures: test pictures of each task.
 
     seconds: of training, rescaling and fusing a task, None where nothing is trained. bytes_per_task, bytes_shared: see
-    `state_bytes`. rank: of its adapters, None without. routing: {"accuracy", "top2", "auroc"}, None where nobody votes.
+    `state_bytes`. rank: of its adapters, None without. routing: see `route_versions`, None where nobody votes.
     """
 
     matrices: Mapping[str, AccuracyMatrix]
@@ -108,6 +108,7 @@ def report(benchmark: Benchmark, results: Mapping[tuple[str, int], Result]) -> d
                 "router_accuracy": (result.routing or {}).get("accuracy"),
                 "router_top2": (result.routing or {}).get("top2"),
                 "auroc": (result.routing or {}).get("auroc"),
+                "router_alone": (result.routing or {}).get("alone"),
                 "seconds": result.seconds,
                 "bytes_per_task": result.bytes_per_task,
                 "bytes_shared": result.bytes_shared,

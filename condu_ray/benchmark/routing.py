@@ -19,9 +19,10 @@ from condu_ray.store import Manifest, Store
 def route_versions(
     store: Store, versions: Sequence[Manifest], tests: Tests, crew: Crew, stage: Stage
 ) -> dict[str, Any]:
-    """{"accuracy", "top2": percent or None, "auroc": 0 to 1 or None}, see `router_shares` and `known_auroc`.
+    """{"accuracy", "top2": percent or None, "auroc": 0 to 1 or None, "alone": percent}, see `router_shares`,
+    `known_auroc` and `nearest_right`.
 
-    accuracy, top2: of the last version. auroc: mean over the versions that have tasks still to come.
+    accuracy, top2, alone: of the last version. auroc: mean over the versions that have tasks still to come.
     """
     owners = np.repeat(np.arange(len(tests)), [len(pictures) for _, pictures in tests.values()])
     every = [pictures for _, pictures in tests.values()]
@@ -32,12 +33,33 @@ def route_versions(
     aurocs = []
     for manifest in versions:
         with stage(f"routing, version {manifest.version}") as update:
-            order, sure = crew.route(pictures, snapshot_of(store, manifest), update)
+            sent = crew.route(pictures, snapshot_of(store, manifest), update)
         known = np.isin(owners, [place[card.name] for card in manifest.tasks])
         if not known.all():
-            aurocs.append(known_auroc(sure, known))
-    first, two = router_shares(np.array([place[card.name] for card in versions[-1].tasks])[order], owners)
-    return {"accuracy": first, "top2": two, "auroc": float(np.mean(aurocs)) if aurocs else None}
+            aurocs.append(known_auroc(sent.score, known))
+    learned = np.array([place[card.name] for card in versions[-1].tasks])
+    first, two = router_shares(learned[sent.order], owners)
+    alone = nearest_right(sent.nearest, [len(card.classes) for card in versions[-1].tasks], learned, owners, pictures)
+    return {"accuracy": first, "top2": two, "auroc": float(np.mean(aurocs)) if aurocs else None, "alone": alone}
+
+
+def nearest_right(
+    nearest: NDArray[np.int64],
+    sizes: Sequence[int],
+    learned: NDArray[np.int64],
+    owners: NDArray[np.int64],
+    tests: Split,
+) -> float:
+    """Percent of pictures whose nearest class by the router is theirs, mean over the tasks: no expert, all classes
+    competing.
+
+    nearest: i64[N], see `Sent`. sizes: classes of each task in the version's order, learned: i64[T], which task of the
+    tests that is. owners: i64[N].
+    """
+    starts = np.empty(len(sizes), np.int64)
+    starts[learned] = np.cumsum([0, *sizes[:-1]])
+    right = nearest == starts[owners] + tests.labels
+    return 100 * float(np.mean([right[owners == task].mean() for task in range(len(sizes))]))
 
 
 def router_shares(order: NDArray[np.int64], owners: NDArray[np.int64]) -> tuple[float | None, float | None]:

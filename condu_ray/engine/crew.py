@@ -19,7 +19,7 @@ from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import NAMESPACE, Cluster
 from condu_ray.engine.fusing import Fused, Fuser, Shard
 from condu_ray.engine.progress import Update, unseen
-from condu_ray.engine.scoring import Question, Scorer, Seen, Snapshot, threads_of
+from condu_ray.engine.scoring import Question, Scorer, Seen, Sent, Snapshot, threads_of
 from condu_ray.engine.train import Job, train, work_through
 from condu_ray.errors import ConduError, TrainingError
 from condu_ray.fusion.triggers import Part
@@ -72,10 +72,8 @@ class Crew(Protocol):
     ) -> NDArray[np.float32]:
         """What one voter (None: θ⁰) of the version held says of every label, f32[N, C]."""
 
-    def route(
-        self, pictures: Split, snapshot: Snapshot, update: Update
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Where the router sends pictures: (order i64[N, T], score f64[N]), see `Scorer.routed`."""
+    def route(self, pictures: Split, snapshot: Snapshot, update: Update) -> Sent:
+        """Where the router of the version sends pictures."""
 
 
 class FusionActor(Fuser):
@@ -215,14 +213,9 @@ class RayCrew:
             )
         )
 
-    def route(
-        self, pictures: Split, snapshot: Snapshot, update: Update
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def route(self, pictures: Split, snapshot: Snapshot, update: Update) -> Sent:
         shared = ray.put(snapshot)
-        orders, scores = zip(
-            *self._spread([("routed", (chunk, shared)) for chunk in chunks(pictures)], update), strict=True
-        )
-        return np.concatenate(orders), np.concatenate(scores)
+        return Sent.joined(self._spread([("routed", (chunk, shared)) for chunk in chunks(pictures)], update))
 
     def close(self) -> None:
         """Gives the pool's cores back; the fusion actor of a cluster that was joined goes on."""

@@ -13,7 +13,7 @@ from condu_ray.data import Split, TaskData
 from condu_ray.engine.crew import chunks
 from condu_ray.engine.fusing import Fused, Fuser
 from condu_ray.engine.progress import Update
-from condu_ray.engine.scoring import Question, Scorer, Seen, Snapshot, threads_of
+from condu_ray.engine.scoring import Question, Scorer, Seen, Sent, Snapshot, threads_of
 from condu_ray.engine.train import Job, work_through
 from condu_ray.methods.training import Place
 from condu_ray.store import Manifest, ObjectRef, Store
@@ -73,8 +73,5 @@ class InProcessCrew:
         state = self._fuser.state
         return np.concatenate([self._scorer.logits(part, voter, space, snapshot, state) for part in chunks(pictures)])
 
-    def route(
-        self, pictures: Split, snapshot: Snapshot, update: Update
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        orders, scores = zip(*[self._scorer.routed(part, snapshot) for part in chunks(pictures)], strict=True)
-        return np.concatenate(orders), np.concatenate(scores)
+    def route(self, pictures: Split, snapshot: Snapshot, update: Update) -> Sent:
+        return Sent.joined(self._scorer.routed(part, snapshot) for part in chunks(pictures))

@@ -65,6 +65,20 @@ class Seen(NamedTuple):
         return Seen(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
+class Sent(NamedTuple):
+    """Where the router sends pictures. order i64[N, T]: the version's tasks by number, the likeliest first. score
+    f64[N]: how surely a picture is of one of them, without a unit. nearest i64[N]: the class that is nearest, its place
+    among those of all tasks, one task after another."""
+
+    order: NDArray[np.int64]
+    score: NDArray[np.float64]
+    nearest: NDArray[np.int64]
+
+    @staticmethod
+    def joined(parts: Iterable[Sent]) -> Sent:
+        return Sent(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What answers besides the state itself: a version, or one that is about to be committed."""
@@ -120,16 +134,13 @@ class Scorer:
         """Mean of the unit vectors of each class's prompts by θ⁰, f32[C, D]."""
         return class_means(self._clip, [prompts(name, templates) for name in classes]).cpu().numpy()
 
-    def routed(self, pictures: Split, snapshot: Snapshot) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Where the router sends pictures: (order i64[N, T], score f64[N]).
-
-        order: the snapshot's tasks by number, the likeliest first. score: how surely a picture is of one of them,
-        without a unit. Asks for no state: θ⁰ routes.
-        """
+    def routed(self, pictures: Split, snapshot: Snapshot) -> Sent:
+        """Asks for no state: θ⁰ routes."""
         router = router_of(snapshot.experts, self._vote, snapshot.calibrated)
         seen = self.features(pictures)
         near, sure = router.ranked(seen.unit, seen.domains)
-        return np.argsort(-near, axis=1, kind="stable").astype(np.int64), sure
+        order = np.argsort(-near, axis=1, kind="stable").astype(np.int64)
+        return Sent(order, sure, router.nearest(seen.unit, seen.domains))
 
     def right(self, asked: Question, snapshot: Snapshot | None, state: TaskState | None) -> int:
         """Number of right answers."""

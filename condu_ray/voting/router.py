@@ -85,6 +85,9 @@ class Router(Protocol):
         """Unit features [B, D] and domain features [B, W] by θ⁰ -> (how near each task is f64[B, T], how surely the
         picture is of one of them f64[B]: higher is surer, without a unit)."""
 
+    def nearest(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> NDArray[np.int64]:
+        """The class that is nearest, i64[B]: its place among those of all tasks, one task after another."""
+
     def route(
         self, features: NDArray[np.float32], domains: NDArray[np.float32], prior: Prior | None = None
     ) -> list[Routed]:
@@ -146,6 +149,10 @@ class CosineRouter:
         similarity = similarities(features, self._prototypes).astype(np.float64)
         return similarity, similarity.max(axis=1, initial=-1.0)
 
+    def nearest(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> NDArray[np.int64]:
+        every = np.concatenate([task.unit for task in self._prototypes])
+        return np.asarray((features @ every.T).argmax(axis=1))
+
     def route(
         self, features: NDArray[np.float32], domains: NDArray[np.float32], prior: Prior | None = None
     ) -> list[Routed]:
@@ -167,6 +174,9 @@ class DomainRouter:
 
     def ranked(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> tuple[Scores, Scores]:
         return self._rank(self._discriminant.distances(domains))
+
+    def nearest(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> NDArray[np.int64]:
+        return np.asarray(np.concatenate(self._discriminant.distances(domains).classes, axis=1).argmin(axis=1))
 
     def evidence(self, domains: NDArray[np.float32]) -> list[Scores]:
         """What domain features [B, W] say of each task's classes, f64[B, C]; see `domains.evidence`."""

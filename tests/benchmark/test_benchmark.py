@@ -13,12 +13,13 @@ import pytest
 from in_process_crew import InProcessCrew, silent
 
 from condu_ray.benchmark.results import OF_ALL_TASKS, OF_ONE_TASK, bounds_of, state_bytes
-from condu_ray.benchmark.routing import known_auroc, router_shares
+from condu_ray.benchmark.routing import known_auroc, nearest_right, router_shares
 from condu_ray.benchmark.run import measure
 from condu_ray.benchmark.settings import Benchmark
 from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import METHODS, SYSTEMS, check_methods, plane_rank
 from condu_ray.config import ModelSpec, SessionConfig
+from condu_ray.data import Picture, Split
 from condu_ray.engine import train
 from condu_ray.errors import ConfigError
 from condu_ray.methods import registry
@@ -38,6 +39,7 @@ FIGURES = [
     "router_accuracy",
     "router_top2",
     "auroc",
+    "router_alone",
 ]
 COSTS = ["seconds", "bytes_per_task", "bytes_shared", "rank"]
 SETTINGS = "train: {steps: 12, batch_size: 8, lr: 1.0e-3, towers: image}\nlora: {rank: 4}\nvote: {k: 2}\n"
@@ -131,7 +133,7 @@ def test_one_model_for_all_does_not_care_whether_the_task_is_named(done: Any) ->
     for name in ("zero-shot", "sequential", "wise-ft"):
         assert row(found, name, "candidates")["matrix"] == row(found, name)["matrix"]
         assert row(found, name)["router_accuracy"] is None
-        assert row(found, name)["auroc"] is None
+        assert row(found, name)["auroc"] is row(found, name)["router_alone"] is None
 
 
 def test_every_competing_class_can_only_cost_a_single_model(done: Any) -> None:
@@ -157,10 +159,11 @@ def test_figures_follow_from_the_matrix(done: Any) -> None:
 def test_the_router_is_the_same_for_all_that_vote(done: Any) -> None:
     _, found, _ = done
     figures = {
-        tuple(row(found, name)[key] for key in ("router_accuracy", "router_top2", "auroc"))
+        tuple(row(found, name)[key] for key in ("router_accuracy", "router_top2", "auroc", "router_alone"))
         for name in ("finetune", "lora-bank", "condu", "condu-lora", "condu-sign")
     }
-    ((first, two, auroc),) = figures
+    ((first, two, auroc, alone),) = figures
+    assert 0 <= alone <= 100
     assert 0 <= first <= two <= 100
     assert 0 <= auroc <= 1
 
@@ -341,6 +344,14 @@ def test_router_shares_by_hand() -> None:
     assert router_shares(order, owners) == (50, 75)
     assert router_shares(order[:, :1] * 0, owners * 0) == (None, None)
     assert router_shares(np.array([[0, 1], [0, 1]]), np.array([0, 1])) == (50, None)
+
+
+def test_nearest_right_by_hand() -> None:
+    """Two tasks of two and three classes, which the version learned the other way round; means over tasks."""
+    tests = Split(tuple(Picture("") for _ in range(5)), np.array([0, 1, 0, 2, 2]))
+    owners, learned = np.array([0, 0, 1, 1, 1]), np.array([1, 0])
+    assert nearest_right(np.array([3, 4, 0, 2, 2]), [3, 2], learned, owners, tests) == 100
+    assert nearest_right(np.array([3, 3, 0, 1, 4]), [3, 2], learned, owners, tests) == pytest.approx((50 + 100 / 3) / 2)
 
 
 def test_auroc_by_hand() -> None:

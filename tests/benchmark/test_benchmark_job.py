@@ -130,7 +130,15 @@ def test_the_seed_is_the_protocols_own(protocol: str | None, seeds: tuple[int, .
 
 def test_several_seeds_are_shown_by_mean_and_spread(capsys: pytest.CaptureFixture[str]) -> None:
     figures: dict[str, Any] = dict.fromkeys(("transfer", "average", "retention", "router_accuracy", "router_top2"), 1.0)
-    figures |= {"auroc": None, "seconds": 0.5, "bytes_per_task": 2e6, "bytes_shared": 0, "rank": None, "matrix": [[0]]}
+    figures |= {
+        "auroc": None,
+        "router_alone": 1.0,
+        "seconds": 0.5,
+        "bytes_per_task": 2e6,
+        "bytes_shared": 0,
+        "rank": None,
+        "matrix": [[0]],
+    }
     rows = [{"method": "condu", "labels": "task", "seed": seed, "last": 40.0 + 10 * seed, **figures} for seed in (0, 2)]
     reports.show_benchmark({"stream": ["a", "b"], "model": "default", "results": rows})
     said = capsys.readouterr().out

@@ -105,13 +105,14 @@ def test_pictures_are_routed_in_their_order_by_however_many_actors(learned: Lear
     pictures = some[1].take(np.arange(CHUNK + 5) % len(some[1]))
     crew = RayCrew(store, config, TWO)
     try:
-        order, score = crew.route(pictures, snapshot, nothing)
+        order, score, nearest = crew.route(pictures, snapshot, nothing)
     finally:
         crew.close()
-    expected, sure = Scorer(store.url, config).routed(pictures, snapshot)
+    expected, sure, near = Scorer(store.url, config).routed(pictures, snapshot)
     assert np.array_equal(order, expected)
     assert np.array_equal(np.sort(order, axis=1), np.tile([0, 1], (len(pictures), 1)))
     np.testing.assert_allclose(score, sure, rtol=1e-5)
+    assert np.array_equal(nearest, near)
 
 
 def test_a_copy_of_a_store_is_not_written_to_by_the_actor_of_the_other(

@@ -51,6 +51,8 @@ Calibration = Literal["none", "fixed", "schedule", "learnable", "search"]
 Shrinkage = Literal["rapf", "convex", "none"]
 MemoryCalibration = Literal["none", "mean", "sdc", "ot", "linear", "auto"]
 DMC = ("dmc", "dmc-ot")
+REMEMBER = ("rapf", "calfuse", *DMC)
+"""Methods that keep class Gaussians."""
 DEFAULT_MODEL = "default"
 
 # Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
@@ -200,6 +202,9 @@ class MemoryConfig(_Section):
     )
     gamma: float = Field(default=0.1, ge=0, le=1, description="share of the mean variance, for convex shrinkage")
     per_epoch: int = Field(default=2000, ge=0, description="features drawn an epoch, over all old classes together")
+    discriminant: bool | None = Field(
+        default=None, description="whether the Gaussians answer too, beside the class vectors; unset: yes for dmc-ot"
+    )
 
 
 class DmcConfig(_Section):
@@ -513,6 +518,12 @@ def shrinkage_of(config: SessionConfig) -> Shrinkage:
     return config.memory.shrinkage or ("none" if config.method == "rapf" else "convex")
 
 
+def gaussians_answer(config: SessionConfig) -> bool:
+    """As set, or what the method stands for."""
+    asked = config.memory.discriminant
+    return config.method == "dmc-ot" if asked is None else asked
+
+
 def rescaler_steps(config: SessionConfig, trained: int) -> int:
     """Steps that train the rescalers of a task once it is fused: as set, or a share of the `trained` ones of the task
     itself; 0 where its triggers are masks."""
@@ -551,6 +562,7 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
         **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
         **{f"fusion.{name}": value for name, value in config.fusion.model_dump(exclude={"shards"}).items()},
         **{f"adapter.{name}": value for name, value in config.adapter.model_dump(include=ADAPTER_FIXED).items()},
+        **({"memory.discriminant": config.memory.discriminant} if config.method in REMEMBER else {}),
         **({f"dmc.{name}": value for name, value in config.dmc.model_dump().items()} if config.method in DMC else {}),
     }
 

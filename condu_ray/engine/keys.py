@@ -16,7 +16,7 @@ from condu_ray.store import Manifest
 FEATURES = "features"
 """Name of what θ⁰ sees of a task's pictures, where a system learns on it: kept until its session is over."""
 
-# What changes neither the trained bits nor what is kept of them.
+# What changes neither the trained bits nor what is kept of them; no more does whether Gaussians answer.
 _PLACEMENT = {"checkpoint_seconds", "loader_processes"}
 
 
@@ -28,7 +28,7 @@ def _key(kind: str, *parts: Any) -> str:
 def training_settings(config: SessionConfig) -> dict[str, Any]:
     """The settings that decide what training gives."""
     train = {name: value for name, value in config.train.model_dump().items() if name not in _PLACEMENT}
-    memory = {**config.memory.model_dump(), "shrinkage": shrinkage_of(config)}
+    memory = {**config.memory.model_dump(exclude={"discriminant"}), "shrinkage": shrinkage_of(config)}
     if config.method in DMC:
         return {"train": train, "dmc": config.dmc.model_dump(), "memory": memory, "seed": config.seed}
     if not adapts(config):

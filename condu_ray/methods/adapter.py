@@ -22,11 +22,12 @@ from condu_ray.fusion.adapter import fuse
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.adapter_fit import Adapter, fit
 from condu_ray.methods.checkpoint import Resume
+from condu_ray.methods.discriminants import discriminants
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
 from condu_ray.methods.states import LatestState
 from condu_ray.methods.training import Place, Step, Trained
 from condu_ray.models.clip import Clip, Overrides
-from condu_ray.models.head import Head
+from condu_ray.models.head import Head, mixed
 
 WEIGHT, SHARE = "head.weight", "head.share"
 
@@ -114,4 +115,6 @@ def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) ->
 
 def head(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector, memory: Memory) -> Head:
     found = adapter_of(layout, delta)
-    return Head(torch.tensor(found.weight, device=clip.device), found.share, config.adapter.mix)
+    weight, mix = torch.tensor(found.weight), config.adapter.mix
+    told = discriminants(memory, config, lambda raw: mixed(raw, weight, found.share, mix), clip.device)
+    return Head(weight.to(clip.device), found.share, mix, discriminants=told)

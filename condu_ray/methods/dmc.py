@@ -10,7 +10,8 @@ encoders by optimal transport, and task-specific prompts. Everything else is our
     between   what both encoders see of the current pictures says how old Gaussians move (memory/calibration.py)
     stage 2   `dmc`: one prompt for all tasks, moved on; `dmc-ot`: a prompt for each task, kept as it is afterwards
 
-One model answers: the newest encoder, and for each class the vector of its prompt.
+One model answers: the newest encoder, and for each class the vector of its prompt. In `dmc-ot` the Gaussians, which
+have followed the encoder, answer beside it (memory/discriminant.py; ours).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods import registry
 from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.condu_lora import factors_of
+from condu_ray.methods.discriminants import discriminants
 from condu_ray.methods.prompt_tuning import PromptedTask, tune_prompts
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
 from condu_ray.methods.remembered import Found, Remembered, fingerprint
@@ -114,7 +116,8 @@ def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) ->
 
 
 def head(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector, memory: Memory) -> Head:
-    return Head(texts={task: torch.tensor(kept["texts"], device=clip.device) for task, kept in memory.items()})
+    texts = {task: torch.tensor(kept["texts"], device=clip.device) for task, kept in memory.items()}
+    return Head(texts=texts, discriminants=discriminants(memory, config, device=clip.device))
 
 
 def learn(

@@ -36,20 +36,25 @@ class Head:
     """Callable: unit features f32[B, D] by the image tower -> unit features f32[B, D] that meet the class vectors.
 
     weight: f32[D, D]; None: features stay. share: β. texts: task -> unit vectors f32[C, D] of its classes, which stand
-    in for those of the text tower; a caller's own labels always have the text tower's.
+    in for those of the text tower; a caller's own labels always have the text tower's. discriminants: task -> (weights
+    f32[C, D], bias f32[C]), whose scores of the features are added to the logits of its classes.
     """
 
     weight: Tensor | None = None
     share: float = 1.0
     mix: Mix = "normalized"
     texts: Mapping[str, Tensor] = field(default_factory=dict)
+    discriminants: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, unit: Tensor) -> Tensor:
         return unit if self.weight is None else mixed(unit, self.weight, self.share, self.mix)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, for a file of weights: W, β (the name says the mix), and the class vectors of each task."""
+        """By name, for a file of weights: W, β (the name says the mix), and for each task class vectors and what is
+        added to their logits."""
         found = {f"head.texts.{task}": vectors for task, vectors in self.texts.items()}
+        for task, (weights, bias) in self.discriminants.items():
+            found |= {f"head.discriminant.weight.{task}": weights, f"head.discriminant.bias.{task}": bias}
         if self.weight is not None:
             found |= {"head.weight": self.weight, f"head.share.{self.mix}": torch.tensor(self.share)}
         return found

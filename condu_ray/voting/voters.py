@@ -119,5 +119,12 @@ class LocalVoters:
 
     def _by_block(self, one: Asked, expert: models.Expert | None, features: Tensor) -> list[NDArray[np.float32]]:
         name = None if expert is None else one.voter
-        tables = [self._tables.of(name, expert, block) for block in one.blocks]
-        return [(self.clip.logit_scale * features @ table.T).cpu().numpy() for table in tables]
+        found = []
+        for block in one.blocks:
+            logits = self.clip.logit_scale * features @ self._tables.of(name, expert, block).T
+            told = expert.head.discriminants.get(block.task or "") if isinstance(expert, Headed) else None
+            if told is not None:
+                weights, bias = told
+                logits = logits + features @ weights.T + bias
+            found.append(logits.cpu().numpy())
+        return found

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from in_process_crew import contents, learn_here, opened, settings
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from condu_ray.config import SessionConfig, resolve
@@ -20,6 +21,8 @@ from condu_ray.engine.export import export
 from condu_ray.engine.forget import forget
 from condu_ray.errors import ConfigError, TrainingError
 from condu_ray.memory.calibration import fit
+from condu_ray.memory.discriminant import discriminant
+from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods import dmc
 from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.remembered import Remembered
@@ -95,8 +98,12 @@ def test_without_calibration_statistics_stay_and_with_it_they_move(learned: Made
     assert not np.allclose(*moves)
 
 
+def unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(features / np.linalg.norm(features, axis=1, keepdims=True))
+
+
 @BOTH
-def test_the_answers_are_those_of_the_learned_vectors(
+def test_the_answers_are_those_of_the_learned_vectors_and_for_dmc_ot_of_the_gaussians(
     learned: Made, method: str, picture_tasks: Folders, tiny_clip: Any
 ) -> None:
     config = learned(method)
@@ -107,12 +114,17 @@ def test_the_answers_are_those_of_the_learned_vectors(
     expert: Any = expert_maker(store, 3, tiny_clip)("stripes")
     features = tiny_clip.images(pixels, expert)
     kept = memory(config, 3)
+    logits = {name: tiny_clip.logit_scale * features @ kept[name].texts.T for name in NAMES}
+    every = Gaussians.joined([kept[name].gaussians for name in NAMES])
+    if method == "dmc-ot":
+        told = discriminant(every, Sampler(every, "convex", 0.1), unit)
+        own = np.split(features.numpy() @ told[0].T + told[1], 3, axis=1)
+        logits = {name: logits[name] + torch.from_numpy(more) for name, more in zip(NAMES, own, strict=True)}
     by_task = [answer.label.name for answer in classifier.classify(pixels, task="stripes")]
-    assert by_task == [task.classes[i] for i in (features @ kept["stripes"].texts.T).argmax(1).tolist()]
-    every = torch.cat([kept[name].texts for name in NAMES])
+    assert by_task == [task.classes[i] for i in logits["stripes"].argmax(1).tolist()]
     names = [(name, label) for name in NAMES for label in opened(picture_tasks, name)[0].classes]
     union = [(answer.label.task, answer.label.name) for answer in classifier.classify(pixels)]
-    assert union == [names[i] for i in (features @ every.T).argmax(1).tolist()]
+    assert union == [names[i] for i in torch.cat([logits[name] for name in NAMES], dim=1).argmax(1).tolist()]
     assert not torch.allclose(features, tiny_clip.images(pixels), atol=1e-3)
 
 
@@ -126,6 +138,8 @@ def test_an_export_holds_the_image_tower_and_the_class_vectors(
     found = load_file(tmp_path / "stripes.safetensors")
     for name, kept in memory(config, 3).items():
         assert torch.equal(found[f"head.texts.{name}"], kept.texts)
+        told = [f"head.discriminant.{part}.{name}" in found for part in ("weight", "bias")]
+        assert told == [method == "dmc-ot"] * 2
     own = dict(tiny_clip.model.state_dict())
     moved = [name for name, tensor in own.items() if not torch.equal(found[name], tensor)]
     assert moved == [f"visual.transformer.resblocks.{block}.attn.in_proj_weight" for block in (0, 1)]

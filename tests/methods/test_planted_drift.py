@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from condu_ray.config import from_dotted
 from condu_ray.data.task import Picture, Sizes, Split, TaskData
@@ -50,8 +52,14 @@ class World:
                 self.clip, layout, task(number), config, state, None, Place(), Resume(), lambda step: None
             )
             state = state.add(f"{number}", trained.delta, trained.memory)
-        texts = np.concatenate([state.memory[f"{number}"]["texts"] for number in range(3)])
-        right = [(self.seen(self.test[number], 3) @ texts.T).argmax(1) == 4 * number + LABELS for number in range(3)]
+        head = dmc.head(self.clip, layout, config, trained.delta, state.memory)
+        right = []
+        for number in range(3):
+            features = head(functional.normalize(torch.from_numpy(self.seen(self.test[number], 3)), dim=-1))
+            logits = [self.clip.logit_scale * features @ head.texts[f"{each}"].T for each in range(3)]
+            for each, (weights, bias) in head.discriminants.items():
+                logits[int(each)] += features @ weights.T + bias
+            right.append(torch.cat(logits, dim=1).numpy().argmax(1) == 4 * number + LABELS)
         return float(np.mean(right))
 
 
@@ -116,3 +124,5 @@ def test_a_turn_of_the_space_is_followed_by_regression_alone(world_of: Any) -> N
     world = world_of(basis @ planes @ basis.T)
     last = {mode: world.last(dmc__memory_calibration=mode) for mode in ("none", "ot", "linear")}
     assert last["linear"] > max(last["none"], last["ot"]) + 0.05, last
+    told = world.last(dmc__memory_calibration="linear", memory__discriminant=True)
+    assert told > last["linear"] + 0.05, "Gaussians that followed know more than prompts learned from them"

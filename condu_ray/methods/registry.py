@@ -124,7 +124,7 @@ METHODS = {
         MethodInfo(
             "dmc-ot",
             "dmc",
-            "dmc with a prompt a task, and Gaussians that follow the image tower by optimal transport and answer too",
+            "dmc with a prompt a task, and Gaussians that follow by optimal transport and answer too",
             "DMC-OT, arXiv 2511.10974 (calibration, task prompts); the transport is our reconstruction, answering ours",
             trains=True,
             ordered=True,

@@ -204,10 +204,15 @@ def evidence(classes: Doubles, calibration: Calibration) -> Doubles:
     if calibration.within is None:
         return np.zeros(classes.shape)
     known = np.isfinite(classes)
-    scores = np.where(known, -classes / calibration.within, -np.inf)
-    logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    logs = _log_shares(classes, calibration.within)
     mean = np.where(known, logs, 0).sum(axis=1, keepdims=True) / known.sum(axis=1, keepdims=True)
     return np.asarray(EVIDENCE * np.where(known, logs, mean))
+
+
+def _log_shares(classes: Doubles, temperature: float) -> Doubles:
+    """Logarithm of the softmax of -distance / temperature, f64[B, C]; -inf for an infinite distance."""
+    scores = -classes / temperature
+    return np.asarray(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
 
 
 def strangeness(relative: Doubles, calibration: Calibration, prior: float = PRIOR) -> Doubles:
@@ -264,8 +269,7 @@ def _of_own_class(classes: Doubles, labels: NDArray[np.int64]) -> Doubles:
     """Mean log probability of the right class at each of TEMPERATURES, from distances f64[N, C] and labels i64[N]."""
     found = []
     for temperature in TEMPERATURES:
-        scores = -classes / temperature
-        logs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+        logs = _log_shares(classes, temperature)
         found.append(np.maximum(logs[np.arange(len(labels)), labels], np.log(1e-12)).mean())
     return np.array(found)
 

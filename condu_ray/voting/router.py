@@ -198,7 +198,8 @@ class DomainRouter:
             likely /= likely.sum(axis=1, keepdims=True)
             strange = strangeness(relative, self._calibration, prior.none)
         routed = [self._route(*pair) for pair in zip(likely, strange, strict=True)]
-        if self._vote.within == "expert" or self._calibration.within is None:
+        asked = prior is None and self._vote.union == "own" and self._vote.within == "both"
+        if not asked or self._calibration.within is None:  # nobody would read it
             return routed
         told = [evidence(classes, self._calibration) for classes in found.classes]
         return [replace(one, evidence=tuple(told[task][row] for task in one.experts)) for row, one in enumerate(routed)]

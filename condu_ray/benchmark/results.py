@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from condu_ray.benchmark.evaluation import read_evaluation
+from condu_ray.benchmark.evaluation import Spaces, read_evaluation, spaces_of
 from condu_ray.benchmark.probe import read_probe
 from condu_ray.benchmark.settings import Benchmark, common, figures_of, probe_of, routing_of, shared_of, store_of
 from condu_ray.benchmark.sharing import given_seconds
@@ -55,7 +55,7 @@ def result_of(benchmark: Benchmark, method: str, seed: int) -> Result | None:
     if versions is None:
         return None
     figures = figures_of(benchmark, system, seed)
-    evaluations = [read_evaluation(manifest, figures) for manifest in versions]
+    evaluations = [read_evaluation(manifest, spaces_of(system), figures) for manifest in versions]
     routing = read(routing_of(benchmark, seed)) if system.votes else None
     if None in evaluations or (system.votes and routing is None):
         return None
@@ -147,23 +147,22 @@ def _cards(benchmark: Benchmark, seed: int) -> Iterator[tuple[System, Sequence[T
             yield system, versions[-1].tasks
 
 
-def _matrices(
-    versions: Sequence[Manifest], evaluations: Sequence[Mapping[str, Mapping[str, float]]]
-) -> dict[str, AccuracyMatrix]:
+def _matrices(versions: Sequence[Manifest], evaluations: Sequence[Spaces]) -> dict[str, AccuracyMatrix]:
     tasks = [card.name for card in versions[-1].tasks]
-    candidates = [[each["candidates"][name] for name in tasks] for each in evaluations]
-    union = [{**each["candidates"], **each["union"]} for each in evaluations]
-    named = accuracy_matrix(versions)
-    assert named is not None
-    # Tasks that a session was not told of were not measured by it; they are answered as candidates all the same.
-    task = [
-        [values[column] if column <= row else candidates[row][column] for column in range(len(tasks))]
-        for row, values in enumerate(named.values)
-    ]
+    experts = accuracy_matrix(versions)
+    assert experts is not None
+    rows = {"task": [dict(zip(tasks[: n + 1], values, strict=False)) for n, values in enumerate(experts.values)]}
+    rows |= {space: [each[space] for each in evaluations] for space in evaluations[-1]}
+    # Before a task is learned the vote answers, whatever the labels; nor was every session told of all tasks to come.
     return {
-        "task": AccuracyMatrix(tasks, task),
-        "candidates": AccuracyMatrix(tasks, candidates),
-        "union": AccuracyMatrix(tasks, [[row[name] for name in tasks] for row in union]),
+        space: AccuracyMatrix(
+            tasks,
+            [
+                [{**each["candidates"], **row}[name] for name in tasks]
+                for each, row in zip(evaluations, of, strict=True)
+            ],
+        )
+        for space, of in rows.items()
     }
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from condu_ray.benchmark.evaluation import Tests, evaluate_versions
+from condu_ray.benchmark.evaluation import Tests, evaluate_versions, spaces_of
 from condu_ray.benchmark.probe import probe_tasks
 from condu_ray.benchmark.results import Result, report, result_of
 from condu_ray.benchmark.routing import route_versions
@@ -125,7 +125,8 @@ def _measure_system(
         if versions is None:
             raise StoreError(f"{store.url} holds other tasks than the stream", "use another --work")
         tests = _tests(config, [task for _, part in parts for task in part])
-        evaluate_versions(store, versions, tests, crew, figures_of(benchmark, system, seed), stage)
+        figures = figures_of(benchmark, system, seed)
+        evaluate_versions(store, versions, tests, spaces_of(system), crew, figures, stage)
         routing = routing_of(benchmark, seed)
         if system.votes and read(routing) is None:
             write(routing, route_versions(store, versions, tests, crew, stage))

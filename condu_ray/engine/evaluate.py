@@ -17,7 +17,7 @@ from condu_ray.store import Manifest, Store, TaskCard, open_store
 from condu_ray.voting.open import buffers_of, check_pictured, task_experts
 from condu_ray.voting.router import Calibrated
 
-BY: dict[str, By] = {"task": "expert", "candidates": "vote", "union": "union"}
+BY: dict[str, By] = {"task": "named", "candidates": "vote", "union": "union"}
 """Label space -> who answers."""
 
 

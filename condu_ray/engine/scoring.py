@@ -39,7 +39,7 @@ BATCH = 64
 _UNROUTED = make_prototypes(FeatureSums.zero(1, 1), np.ones((1, 1), np.float32), np.empty((0, 1), np.float32))
 
 
-By = Literal["base", "own", "expert", "vote", "union"]
+By = Literal["base", "own", "expert", "named", "vote", "union"]
 
 
 @contextmanager
@@ -93,9 +93,10 @@ class Snapshot:
 class Question:
     """How many of these pictures are answered rightly, among the classes of their own task?
 
-    by: `base` (θ⁰), `own` (the delta as trained), `expert` (what is left of it in the state), `vote` (θ⁰ and the
-    nearest experts, for a task that is not learned yet), `union` (the same, and all learned classes compete; the right
-    answer names task and class). own: where the delta is, and the buffers that training changed.
+    by: `base` (θ⁰), `own` (the delta as trained), `expert` (what is left of it in the state, and nothing beside it),
+    `named` (what the version answers when it is told the task), `vote` (θ⁰ and the nearest experts, told the task's
+    classes), `union` (the same, and all learned classes compete; the right answer names task and class). own: where the
+    delta is, and the buffers that training changed.
     """
 
     by: By
@@ -145,6 +146,8 @@ class Scorer:
     def right(self, asked: Question, snapshot: Snapshot | None, state: TaskState | None) -> int:
         """Number of right answers."""
         classifier = self._alone(asked) if asked.by in ("base", "own") else self._together(snapshot, state)
+        if asked.by == "expert":
+            classifier = classifier.by_experts()
         if asked.by == "vote":
             space = LabelSpace.of_candidates(asked.classes, asked.templates)
         else:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from condu_ray.config import VoteConfig
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import strangeness
-from condu_ray.voting.router import STRANGE, Calibrated, DomainRouter, Prior, prior_of, router_of
+from condu_ray.voting.router import STRANGE, Calibrated, Prior, places_of, prior_of, router_of
 from condu_ray.voting.routing import UNCALIBRATED, Thresholds, calibrate
 
 Doubles = NDArray[np.float64]
@@ -77,6 +77,7 @@ class Version:
         self._thresholds = lru_cache(maxsize=None)(self._calibrate)
         self._ranked = lru_cache(maxsize=None)(self._rank)
         self._own = lru_cache(maxsize=None)(self._best_of_own)
+        self._told = lru_cache(maxsize=None)(self._evidence)
 
     def row(self, vote: VoteConfig, labels: str, unseen: bool) -> tuple[list[float | None], float]:
         """(accuracy in percent by task of the stream, experts that run for a picture of a learned task, on average).
@@ -130,11 +131,11 @@ class Version:
 
     # ---- what they say
 
-    def _best_of_own(self, evidence: bool) -> tuple[Doubles, Indices]:
+    def _best_of_own(self, router: str, within: str) -> tuple[Doubles, Indices]:
         """(log probability f64[N, T] of the likeliest of its own labels by each expert, which label i64[N, T])."""
         size = self._logits.shape[1], self._learned
         surest, best = np.empty(size), np.empty(size, dtype=np.int64)
-        told = self._evidence() if evidence else []
+        told = self._told(router, within)
         for task in range(self._learned):
             columns = self._pictures.columns(task)
             own = self._logits[task, :, columns].astype(np.float64)
@@ -145,19 +146,18 @@ class Version:
             best[:, task] = own.argmax(axis=1) + columns.start
         return surest, best
 
-    def _evidence(self) -> list[Doubles]:
-        """What the router says of each task's classes, f64[N, c]; nothing where a task has no domain."""
-        domains = [expert.domain for expert in self._experts if expert.domain is not None]
-        if self._domains is None or len(domains) < self._learned:
-            return []
-        return DomainRouter(domains, VoteConfig(), self._domains).evidence(self._pictures.domains)
+    def _evidence(self, router: str, within: str) -> list[Doubles]:
+        """What the router says of each task's classes, f64[N, c]; nothing where the vote does not listen to it."""
+        vote = VoteConfig.model_validate({"router": router, "within": within})
+        found = router_of(self._experts, vote, Calibrated(UNCALIBRATED, self._domains))
+        return found.evidence(self._pictures.domains) if found.tells_classes else []
 
     def union(self, vote: VoteConfig) -> tuple[Indices, Indices]:
         """For the pictures of all learned tasks: (label answered among all that are learned, experts that run)."""
         rows = slice(0, self._pictures.rows(self._learned - 1).stop)
         routed = self._route(vote, rows, None)
         if vote.union == "own":
-            surest, best = (each[rows] for each in self._own(vote.within == "both" and vote.router == "lda"))
+            surest, best = (each[rows] for each in self._own(vote.router, vote.within))
             with np.errstate(divide="ignore"):
                 scores = np.where(routed.chosen, np.log(routed.shares) + surest, -np.inf)
             # Of equals the likelier task answers, as in the classifier.
@@ -177,11 +177,15 @@ class Version:
         rows, columns = self._pictures.rows(task), self._pictures.columns(task)
         prior = prior_of(self._pictures.classes[task], [expert.classes for expert in self._experts])
         routed = self._route(vote, rows, prior)
-        answers = self._answer(vote, routed, self._logits[:, rows, columns], None) + columns.start
-        return answers, _run(routed)
+        logits = self._logits[:, rows, columns].astype(np.float64)
+        for voter, told in enumerate(self._told(vote.router, vote.within)):
+            places = places_of(self._pictures.classes[task], self._experts[voter].classes)
+            if places is not None:
+                logits[voter] += told[rows, places]
+        return self._answer(vote, routed, logits, None) + columns.start, _run(routed)
 
     def _answer(
-        self, vote: VoteConfig, routed: _Routed, logits: NDArray[np.float32], counted: NDArray[np.bool_] | None
+        self, vote: VoteConfig, routed: _Routed, logits: NDArray[np.floating[Any]], counted: NDArray[np.bool_] | None
     ) -> Indices:
         """Which label wins, i64[n]. logits: f32[V, n, c]. counted bool[n, c]: which labels count, None: all."""
         weights = np.concatenate([(1 - routed.base)[:, None] * routed.shares, routed.base[:, None]], axis=1)

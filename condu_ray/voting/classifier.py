@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from condu_ray.voting.combine import combine, probabilities, side_by_side
 from condu_ray.voting.domains import Domain
 from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.prototypes import Prototypes
-from condu_ray.voting.router import Calibrated, Prior, Routed, Router, prior_of, router_of
+from condu_ray.voting.router import Calibrated, Prior, Routed, Router, places_of, prior_of, router_of
 from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
 
 
@@ -43,15 +44,15 @@ class TaskExpert:
 class _Ballot:
     """Who votes for a picture, which blocks of the label space count (indices), and which of them each voter scores.
 
-    apart: every voter scores a block of its own, so that weights belong to blocks. evidence: of the router on these
-    blocks, where it has any.
+    apart: every voter scores a block of its own, so that weights belong to blocks. evidence: of the router on what each
+    voter scores, where it has any, to be added to the voter's logits.
     """
 
     votes: tuple[Vote, ...]
     blocks: tuple[int, ...]
     scored: tuple[tuple[int, ...], ...]
     apart: bool = False
-    evidence: tuple[NDArray[np.float64], ...] | None = None
+    evidence: tuple[NDArray[np.float64] | None, ...] = ()
 
 
 class Classifier:
@@ -88,19 +89,26 @@ class Classifier:
 
     def asking(self, k: int | None = None, voters: Voters | None = None) -> Classifier:
         """The same version with at most `k` experts a picture, or with other voters than those of this process."""
-        other = copy.copy(self)
-        if k is not None:
-            other._vote = self._vote.model_copy(update={"k": k})
-            other.__dict__.pop("_router", None)
+        other = copy.copy(self) if k is None else self._voting(k=k)
         other.voters = voters or self.voters
+        return other
+
+    def by_experts(self) -> Classifier:
+        """The same version, where the router chooses experts and says nothing of classes."""
+        return self._voting(within="expert")
+
+    def _voting(self, **settings: Any) -> Classifier:
+        other = copy.copy(self)
+        other._vote = self._vote.model_copy(update=settings)
+        other.__dict__.pop("_router", None)
         return other
 
     def classify(self, pixels: Tensor, task: str | None = None, labels: Sequence[str] | None = None) -> list[Answer]:
         """Answers for pictures f32[B, 3, H, W] as the base model's eval_transform makes them.
 
-        task: only that expert answers, among its own classes. labels: θ⁰ and the chosen experts answer among these
-        words. Neither: among all classes learned. Raises NotFound for an unknown task, and where nothing is learned and
-        neither is given; DataError for both at once and for labels that cannot be told apart.
+        task: that expert answers, among its own classes, and the router beside it. labels: θ⁰ and the chosen experts
+        answer among these words. Neither: among all classes learned. Raises NotFound for an unknown task, and where
+        nothing is learned and neither is given; DataError for both at once and for labels that cannot be told apart.
         """
         space = self.label_space(task, labels)
         return [self._answer(space, *scored) for scored in self._scores(pixels, space)]
@@ -156,9 +164,7 @@ class Classifier:
             return []
         base: Tensor | None = None
         if space.kind == "task":
-            task = str(space.labels[0].task)
-            self._check_task(task)
-            ballots = [_Ballot((Vote(task, None, 1.0),), (0,), ((0,),))] * len(pixels)
+            base, ballots = self._named(pixels, str(space.labels[0].task))
         else:
             base, domains, _ = self.clip.features(pixels)
             routed = self._router.route(base.cpu().numpy(), domains.cpu().numpy(), self._prior(space))
@@ -172,29 +178,52 @@ class Classifier:
                 np.concatenate([logits[vote.task, block][picture] for block in blocks])
                 for vote, blocks in zip(ballot.votes, ballot.scored, strict=True)
             ]
+            if ballot.evidence:
+                told = zip(rows, ballot.evidence, strict=True)
+                rows = [row if more is None else row + more for row, more in told]
             shares = np.array([vote.weight for vote in ballot.votes])
-            if ballot.apart:
-                scores = side_by_side(rows, shares, ballot.evidence)
-            else:
-                scores = combine(np.stack(rows), shares, self._vote)
+            scores = side_by_side(rows, shares) if ballot.apart else combine(np.stack(rows), shares, self._vote)
             scored.append((ballot.votes, columns, scores))
         return scored
+
+    def _named(self, pixels: Tensor, task: str) -> tuple[Tensor | None, list[_Ballot]]:
+        """(θ⁰'s unit features, where it has to look at the pictures; ballots, when the task is known beforehand)."""
+        self._check_task(task)
+        alone = _Ballot((Vote(task, None, 1.0),), (0,), ((0,),))
+        if not self._router.tells_classes:
+            return None, [alone] * len(pixels)
+        base, domains, _ = self.clip.features(pixels)
+        told = self._router.evidence(domains.cpu().numpy())[self._names.index(task)]
+        return base, [replace(alone, evidence=(row,)) for row in told]
 
     def _ballots(self, routed: Sequence[Routed], space: LabelSpace) -> list[_Ballot]:
         every = tuple(range(len(space.blocks)))
         union = self._vote.union if space.kind == "union" else None
         place = {block.task: index for index, block in enumerate(space.blocks)}
+        asked = self._asked(space) if space.kind == "candidates" else {}
         ballots = []
         for one in routed:
             votes, blocks = self._votes(one, 0.0 if union == "own" else one.base), every
             if union == "own":
                 own = tuple(place[vote.task] for vote in votes)
-                ballots.append(_Ballot(votes, own, tuple((block,) for block in own), True, one.evidence))
+                ballots.append(_Ballot(votes, own, tuple((block,) for block in own), True, one.evidence or ()))
                 continue
             if union == "routed":
                 blocks = tuple(sorted(place[self._names[task]] for task in one.experts))
-            ballots.append(_Ballot(votes, blocks, (blocks,) * len(votes)))
+            told: dict[str | None, NDArray[np.float64]] = {}
+            if one.evidence:
+                each = zip(one.experts, one.evidence, strict=True)
+                told = {self._names[task]: said[asked[task]] for task, said in each if task in asked}
+            ballots.append(
+                _Ballot(votes, blocks, (blocks,) * len(votes), False, tuple(told.get(vote.task) for vote in votes))
+            )
         return ballots
+
+    def _asked(self, space: LabelSpace) -> dict[int, NDArray[np.int64]]:
+        """Of each task that has all the caller's labels: which of its classes they are."""
+        labels = [label.name for label in space.labels]
+        places = {task: places_of(labels, expert.classes) for task, expert in enumerate(self.experts)}
+        return {task: found for task, found in places.items() if found is not None}
 
     def _votes(self, routed: Routed, base: float) -> tuple[Vote, ...]:
         """Those that have a share; θ⁰ alone where no task is learned."""

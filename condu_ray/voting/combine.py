@@ -47,15 +47,11 @@ def combine(logits: NDArray[Any], weights: Scores, vote: VoteConfig) -> Scores:
         return np.asarray(np.log(mixed))
 
 
-def side_by_side(logits: Sequence[NDArray[Any]], weights: Scores, evidence: Sequence[Scores] | None = None) -> Scores:
+def side_by_side(logits: Sequence[NDArray[Any]], weights: Scores) -> Scores:
     """Each expert scores labels of its own: probability of a label = weight of its task · probability within the task.
 
-    logits: one array an expert, over its own labels. evidence: of the router on the same labels, added to the logarithm
-    of the probability within the task, which is made 1 in sum again. Returns the logarithms, one after another. Our
-    reconstruction.
+    logits: one array an expert, over its own labels. Returns the logarithms, one after another. Our reconstruction.
     """
-    if evidence is not None:
-        logits = [np.asarray(row, np.float64) + more for row, more in zip(logits, evidence, strict=True)]
     with np.errstate(divide="ignore"):
         parts = [np.log(weight) + np.log(probabilities(row)) for row, weight in zip(logits, weights, strict=True)]
     return np.concatenate(parts)

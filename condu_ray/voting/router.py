@@ -39,8 +39,8 @@ class Routed:
 
     experts: task indices, the likeliest first, at least one where there are tasks. nearness f64[M]: cosine to the
     nearest prototype, or probability of the task. shares f64[M]: of the experts among themselves, sum 1. base: θ⁰'s
-    share of the whole; at 1 no expert is asked. evidence: for each expert what the router says of its classes, to be
-    added to the logarithm of the expert's probabilities, f64[C]; None where it says nothing of classes.
+    share of the whole; at 1 no expert is asked. evidence: for each expert what the router says of its classes, see
+    `Router.evidence`; None where it says nothing of classes.
     """
 
     experts: tuple[int, ...]
@@ -93,6 +93,14 @@ class Router(Protocol):
     ) -> list[Routed]:
         """Who answers for each picture. prior: what the labels say beforehand, if any were given."""
 
+    @property
+    def tells_classes(self) -> bool:
+        """Whether the vote listens to what the router says of classes, and it says something."""
+
+    def evidence(self, domains: NDArray[np.float32]) -> list[Scores]:
+        """What domain features [B, W] say of each task's classes, f64[B, C]: to be added to the logarithm of the
+        probabilities of the task's expert. Only where `tells_classes`."""
+
 
 def router_of(tasks: Sequence[Known], vote: VoteConfig, calibrated: Calibrated) -> Router:
     """By domains where the vote says so and every task has one; else by prototypes."""
@@ -139,6 +147,15 @@ def prior_of(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Prior:
     return Prior((1 - DOUBT) * tasks + DOUBT * even, PRIOR + (1 - 2 * PRIOR) * unknown)
 
 
+def places_of(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64] | None:
+    """Where the labels stand among a task's classes, i64[C]; None where one of them is none. Case counts only where
+    the task has both."""
+    exact = {name: place for place, name in enumerate(classes)}
+    folded = {name.casefold(): place for name, place in exact.items()}
+    found = [exact.get(label, folded.get(label.casefold())) for label in labels]
+    return None if None in found else np.array(found, dtype=np.int64)
+
+
 class CosineRouter:
     """The largest cosine to a class prototype decides (ConDU, as published); what the labels are does not matter."""
 
@@ -152,6 +169,13 @@ class CosineRouter:
     def nearest(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> NDArray[np.int64]:
         every = np.concatenate([task.unit for task in self._prototypes])
         return np.asarray((features @ every.T).argmax(axis=1))
+
+    @property
+    def tells_classes(self) -> bool:
+        return False
+
+    def evidence(self, domains: NDArray[np.float32]) -> list[Scores]:
+        raise ValueError("cosines say nothing of classes")
 
     def route(
         self, features: NDArray[np.float32], domains: NDArray[np.float32], prior: Prior | None = None
@@ -178,9 +202,14 @@ class DomainRouter:
     def nearest(self, features: NDArray[np.float32], domains: NDArray[np.float32]) -> NDArray[np.int64]:
         return np.asarray(np.concatenate(self._discriminant.distances(domains).classes, axis=1).argmin(axis=1))
 
+    @property
+    def tells_classes(self) -> bool:
+        return self._vote.within == "both" and self._calibration.within is not None
+
     def evidence(self, domains: NDArray[np.float32]) -> list[Scores]:
-        """What domain features [B, W] say of each task's classes, f64[B, C]; see `domains.evidence`."""
-        found = self._discriminant.distances(domains)
+        return self._tell(self._discriminant.distances(domains))
+
+    def _tell(self, found: Distances) -> list[Scores]:
         return [evidence(classes, self._calibration) for classes in found.classes]
 
     def _rank(self, found: Distances) -> tuple[Scores, Scores]:
@@ -198,10 +227,9 @@ class DomainRouter:
             likely /= likely.sum(axis=1, keepdims=True)
             strange = strangeness(relative, self._calibration, prior.none)
         routed = [self._route(*pair) for pair in zip(likely, strange, strict=True)]
-        asked = prior is None and self._vote.union == "own" and self._vote.within == "both"
-        if not asked or self._calibration.within is None:  # nobody would read it
+        if not self.tells_classes:
             return routed
-        told = [evidence(classes, self._calibration) for classes in found.classes]
+        told = self._tell(found)
         return [replace(one, evidence=tuple(told[task][row] for task in one.experts)) for row, one in enumerate(routed)]
 
     def _route(self, likely: Scores, strange: float) -> Routed:

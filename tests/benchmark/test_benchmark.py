@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from in_process_crew import InProcessCrew, silent
 
 from condu_ray.benchmark.results import OF_ALL_TASKS, OF_ONE_TASK, bounds_of, state_bytes
@@ -17,16 +18,18 @@ from condu_ray.benchmark.routing import known_auroc, nearest_right, router_share
 from condu_ray.benchmark.run import measure
 from condu_ray.benchmark.settings import Benchmark
 from condu_ray.benchmark.stream import Stream
-from condu_ray.benchmark.systems import METHODS, SYSTEMS, check_methods, plane_rank
+from condu_ray.benchmark.systems import METHODS, SYSTEMS, System, check_methods, plane_rank
 from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import Picture, Split
+from condu_ray.data.picture import load_picture
 from condu_ray.engine import train
+from condu_ray.engine.figures import learned_pictures
 from condu_ray.errors import ConfigError
 from condu_ray.methods import registry
 from condu_ray.models.clip import Clip
 from condu_ray.store import Manifest, Store, open_store
 from condu_ray.tracking.matrix import AccuracyMatrix
-from condu_ray.voting.open import TASK_OBJECTS
+from condu_ray.voting.open import TASK_OBJECTS, load_classifier
 
 TASKS = ["colours", "stripes", "places"]
 FIGURES = [
@@ -87,6 +90,10 @@ def done(
         return benchmark, measure(benchmark, here, silent), trainings.counts
 
 
+def spaces(system: System) -> list[str]:
+    return ["task", *(["named"] if system.votes else []), "candidates", "union"]
+
+
 def row(found: dict[str, Any], method: str, labels: str = "task") -> dict[str, Any]:
     (one,) = [each for each in found["results"] if (each["method"], each["labels"]) == (method, labels)]
     return one
@@ -99,9 +106,9 @@ def test_the_report_has_one_shape(done: Any) -> None:
     assert found["stream"] == TASKS
     keys = ["method", "labels", "seed", *FIGURES, *COSTS, "matrix"]
     assert all(list(each) == keys for each in found["results"])
-    spaces = [(each["method"], each["labels"]) for each in found["results"]]
-    every = [(name, labels) for name in SYSTEMS for labels in ("task", "candidates", "union")]
-    assert spaces == [*every, ("linear-probe", "task")]
+    rows = [(each["method"], each["labels"]) for each in found["results"]]
+    every = [(name, labels) for name, system in SYSTEMS.items() for labels in spaces(system)]
+    assert rows == [*every, ("linear-probe", "task")]
 
 
 def test_what_starts_from_the_base_model_is_trained_once(done: Any) -> None:
@@ -120,12 +127,25 @@ def test_matrices_are_what_sessions_and_evaluations_measured(done: Any) -> None:
     benchmark, found, _ = done
     for name in SYSTEMS:
         store = open_store(benchmark.work / "seed-0" / name)
-        named, given, union = (row(found, name, labels)["matrix"] for labels in ("task", "candidates", "union"))
+        matrices = [row(found, name, labels)["matrix"] for labels in spaces(SYSTEMS[name])]
         for version in store.versions():
             accuracy = store.manifest(version).figures["accuracy"]
-            assert named[version - 1] == [accuracy[task] for task in TASKS]
+            assert matrices[0][version - 1] == [accuracy[task] for task in TASKS]
             # Before it is learned, a task is answered by the vote among its own classes, whatever the labels.
-            assert named[version - 1][version:] == given[version - 1][version:] == union[version - 1][version:]
+            assert all(each[version - 1][version:] == matrices[0][version - 1][version:] for each in matrices)
+
+
+def test_a_named_task_is_measured_as_a_user_who_names_it_is_answered(done: Any) -> None:
+    benchmark, found, _ = done
+    for name in ("finetune", "condu-sign"):
+        store = open_store(benchmark.work / "seed-0" / name)
+        classifier = load_classifier(store.url)
+        expected = []
+        for task, pictures in learned_pictures(store, store.manifest()).items():
+            pixels = torch.stack([classifier.clip.eval_transform(load_picture(each)) for each in pictures.pictures])
+            said = classifier.label_indices(pixels, classifier.label_space(task))
+            expected.append(100 * float((said == pictures.labels).mean()))
+        assert row(found, name, "named")["matrix"][-1] == pytest.approx(expected)
 
 
 def test_one_model_for_all_does_not_care_whether_the_task_is_named(done: Any) -> None:
@@ -301,7 +321,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(
     assert deaths == 5
     assert trainings.counts == {"colours": 1, "stripes": 2, "places": 2}
     for method in ("condu", "sequential"):
-        for labels in ("task", "candidates", "union"):
+        for labels in spaces(SYSTEMS[method]):
             assert row(found, method, labels)["matrix"] == row(done[1], method, labels)["matrix"]
 
 
@@ -324,7 +344,7 @@ def test_a_second_seed_opens_the_same_pictures_and_trains_anew(
     trainings = Trainings(monkeypatch)
     benchmark = order(tmp_path, picture_tasks, tiny_model_dir, ("finetune",), seeds=(0, 1))
     found = measure(benchmark, here, silent)
-    assert [each["seed"] for each in found["results"]] == [0, 0, 0, 1, 1, 1]
+    assert [each["seed"] for each in found["results"]] == [0] * 4 + [1] * 4
     assert trainings.counts == dict.fromkeys(TASKS, 2)
 
 

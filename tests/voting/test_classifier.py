@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from condu_ray.config import VoteConfig
 from condu_ray.errors import DataError, NotFound
 from condu_ray.models.clip import Clip, Features, Overrides, class_embeddings
-from condu_ray.voting.answer import Answer
+from condu_ray.voting.answer import Answer, Vote
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.combine import combine, probabilities, weights
 from condu_ray.voting.domains import make_domain
@@ -333,16 +333,19 @@ def test_a_name_in_two_tasks_gives_both_labels(make: Make, pixels: Tensor) -> No
     assert {label for label, _ in answer.ranked if label.name == "cat"} == {Label("pets", "cat"), Label("signs", "cat")}
 
 
-@pytest.mark.parametrize("within", ["both", "expert"])
-def test_in_the_union_the_router_speaks_of_classes_beside_the_expert(
-    make: Make,
-    pixels: Tensor,
-    coloured: Callable[[int, int], Tensor],
-    tiny_clip: Clip,
-    experts: tuple[TaskExpert, ...],
-    overrides: dict[str, Overrides],
-    within: str,
-) -> None:
+@dataclass(frozen=True)
+class Speaking:
+    """Experts with domains, their calibration, and what the router says of each one's classes for `pixels`."""
+
+    experts: tuple[TaskExpert, ...]
+    calibrated: Calibrated
+    told: list[np.ndarray]
+
+
+@pytest.fixture
+def speaking(
+    pixels: Tensor, coloured: Callable[[int, int], Tensor], tiny_clip: Clip, experts: tuple[TaskExpert, ...]
+) -> Speaking:
     known = []
     for seed, expert in enumerate(experts):
         seen = tiny_clip.features(coloured(8 * len(expert.classes), seed)).domains.numpy()
@@ -350,16 +353,67 @@ def test_in_the_union_the_router_speaks_of_classes_beside_the_expert(
         known.append(replace(expert, domain=make_domain(seen, labels, len(expert.classes), seen[::3], labels[::3])))
     found = calibrated(known, VoteConfig())
     assert found.domains and found.domains.within
-    classifier = make(experts=tuple(known), calibrated=found, adaptive=False, k=2, within=within)
     domains = tiny_clip.features(pixels).domains.numpy()
-    told = DomainRouter([each.domain for each in known], VoteConfig(), found.domains).evidence(domains)
+    router = DomainRouter([each.domain for each in known if each.domain], VoteConfig(), found.domains)
+    return Speaking(tuple(known), found, router.evidence(domains))
+
+
+@pytest.mark.parametrize("within", ["both", "expert"])
+def test_in_the_union_the_router_speaks_of_classes_beside_the_expert(
+    make: Make,
+    pixels: Tensor,
+    tiny_clip: Clip,
+    speaking: Speaking,
+    overrides: dict[str, Overrides],
+    within: str,
+) -> None:
+    made = {"experts": speaking.experts, "calibrated": speaking.calibrated}
+    classifier = make(**made, adaptive=False, k=2, within=within)
     changed = 0
     for row, answer in enumerate(classifier.classify(pixels)):
         for vote in answer.votes:
             place = list(CLASSES).index(str(vote.task))
             own = classifier.label_space(vote.task)
             logits = expert_logits(tiny_clip, pixels[row : row + 1], own, overrides[str(vote.task)])[0]
-            evidence = told[place][row] if within == "both" else 0.0
+            evidence = speaking.told[place][row] if within == "both" else 0.0
             np.testing.assert_allclose(shares(answer, own), vote.weight * probabilities(logits + evidence), atol=1e-5)
-            changed += probabilities(logits + told[place][row]).argmax() != logits.argmax()
+            changed += probabilities(logits + speaking.told[place][row]).argmax() != logits.argmax()
     assert changed, "the test says nothing where the expert is right anyway"
+
+
+@pytest.mark.parametrize("within", ["both", "expert"])
+def test_where_the_task_is_named_the_router_speaks_of_its_classes_too(
+    make: Make, pixels: Tensor, tiny_clip: Clip, speaking: Speaking, overrides: dict[str, Overrides], within: str
+) -> None:
+    classifier = make(experts=speaking.experts, calibrated=speaking.calibrated, within=within)
+    for place, task in enumerate(CLASSES):
+        space = classifier.label_space(task)
+        logits = expert_logits(tiny_clip, pixels, space, overrides[task])
+        told = speaking.told[place] if within == "both" else np.zeros_like(logits)
+        for row, answer in enumerate(classifier.classify(pixels, task=task)):
+            assert answer.votes == (Vote(task, None, 1.0),)
+            np.testing.assert_allclose(shares(answer, space), probabilities(logits[row] + told[row]), atol=1e-5)
+        alone = [answer.ranked for answer in classifier.by_experts().classify(pixels, task=task)]
+        as_ever = make(experts=speaking.experts, calibrated=speaking.calibrated, within="expert")
+        assert alone == [answer.ranked for answer in as_ever.classify(pixels, task=task)]
+
+
+def test_labels_that_all_are_classes_of_a_task_let_the_router_speak_for_its_expert(
+    make: Make, pixels: Tensor, tiny_clip: Clip, speaking: Speaking, overrides: dict[str, Overrides]
+) -> None:
+    made = {"experts": speaking.experts, "calibrated": speaking.calibrated}
+    classifier = make(**made, adaptive=False, k=2, average="probabilities", base_weight=0.25)
+    task = max(CLASSES, key=lambda name: len(CLASSES[name]))
+    backwards = [name.upper() for name in reversed(CLASSES[task])]
+    space = classifier.label_space(labels=backwards)
+    for row, answer in enumerate(classifier.classify(pixels, labels=backwards)):
+        mixed = np.zeros(len(backwards))
+        for vote in answer.votes:
+            logits = expert_logits(tiny_clip, pixels[row : row + 1], space, overrides.get(str(vote.task)))[0]
+            if vote.task == task:
+                logits = logits + speaking.told[list(CLASSES).index(task)][row][::-1]
+            mixed += vote.weight * probabilities(logits)
+        np.testing.assert_allclose(shares(answer, space), mixed, atol=1e-5)
+    with_another = [*CLASSES[task], "something else"]
+    expected = [answer.ranked for answer in make(**made, within="expert").classify(pixels, labels=with_another)]
+    assert [answer.ranked for answer in make(**made).classify(pixels, labels=with_another)] == expected

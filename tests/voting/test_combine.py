@@ -83,5 +83,3 @@ def test_probabilities_survive_extreme_logits() -> None:
 def test_side_by_side_by_hand() -> None:
     logits, share = [np.log([0.5, 0.5]), np.log([0.9, 0.1])], np.array([0.25, 0.75])
     np.testing.assert_allclose(np.exp(side_by_side(logits, share)), [0.125, 0.125, 0.675, 0.075])
-    told = [np.log([0.8, 0.2]), np.log([0.1, 0.9])]  # the second expert and what is said beside it cancel out
-    np.testing.assert_allclose(np.exp(side_by_side(logits, share, told)), [0.2, 0.05, 0.375, 0.375])

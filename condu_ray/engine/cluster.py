@@ -46,6 +46,8 @@ def connect() -> Cluster:
             else:
                 # A private cluster on loopback, gone with this process: it needs no token, and leaves none behind.
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+                # No node of it is taken away with a warning: that watcher would be one more process to wait for.
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as error:
             # ConnectionError, RuntimeError, ValueError; and a bare Exception where a busy machine is slow to start Ray.

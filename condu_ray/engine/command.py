@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,17 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     made: list[Manifest] = []
     if missing:
         header = None if store else header_of(config)[0]
-        with connected(cluster) as joined, room(config, len(missing), joined, stage) as found:
+        with (
+            connected(cluster) as joined,
+            room(config, len(missing), joined, stage) as found,
+            ThreadPoolExecutor(1) as aside,
+        ):
             if header:
                 store = create_store(config.store, header)
             assert store is not None
             crew = RayCrew(store, config, found)
+            if tracking:
+                aside.submit(tracking.prepare)
             try:
                 made = learn(store, config, tasks, crew, stage)
             finally:

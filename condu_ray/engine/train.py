@@ -30,6 +30,7 @@ from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.keys import FEATURES, features_key
 from condu_ray.engine.progress import Update
+from condu_ray.engine.worker_group import work
 from condu_ray.errors import ConduError, StoreError, TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import Features, TaskState, Vector
@@ -152,14 +153,8 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     board = post()
     name = f"ray-train-{uuid.uuid4().hex[:12]}"  # its own: a name used before would go on where that run ended
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={
-            "store": store.url,
-            "config": config,
-            "jobs": ray.put(list(jobs)),
-            "board": board,
-            "group": group,
-        },
+        work,
+        train_loop_config={"given": ray.put(Given(store.url, config, tuple(jobs), group, board))},
         torch_config=TorchConfig(backend="nccl" if group.gpus_each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=group.workers,
@@ -263,20 +258,30 @@ def _steps(job: Job, config: SessionConfig) -> int:
     return all_steps_for(len(job.data.train), config)
 
 
-def _work(settings: dict[str, Any]) -> None:
-    """What each worker of the group runs."""
-    config, group, board = settings["config"], settings["group"], settings["board"]
+@dataclass(frozen=True)
+class Given:
+    """What all workers of a group are told. store: URL. board: where they report."""
+
+    store: str
+    config: SessionConfig
+    jobs: tuple[Job, ...]
+    group: Group
+    board: Any
+
+
+def take_part(given: Given) -> None:
+    """What each worker of the group does."""
+    config, group, board = given.config, given.group, given.board
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(group.cpus_each)
-    jobs: list[Job] = ray.get(settings["jobs"])
-    mine = jobs if group.shared else deal(jobs, size, config)[rank]
+    mine = list(given.jobs) if group.shared else deal(given.jobs, size, config)[rank]
     together = group.shared and size > 1
     place = Place(rank, size, _distribute, _barrier) if together else Place()
     if ray.get(board.read.remote())[1] is not None:
         return
     try:
-        work_through(open_store(settings["store"]), config, mine, place, reporter(board), str(get_device()))
+        work_through(open_store(given.store), config, mine, place, reporter(board), str(get_device()))
     except ConduError as fault:
         # Doing it again would fail again: tell the driver instead of letting Ray restart the group.
         ray.get(board.fail.remote(fault))

@@ -176,6 +176,7 @@ def train_task(
         lr=peak,
         betas=BETAS,
         weight_decay=config.train.weight_decay,
+        fused=clip.device.type == "cpu",  # a quarter of the time of one tensor after another (docs/decisions.md)
         foreach=clip.device.type == "cuda",
     )
     saved_state = resume.load()

@@ -6,6 +6,7 @@ is published, and a run that could not be written costs a warning, not the sessi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -76,6 +77,15 @@ class Tracking:
             mend = "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT, or leave it out"
             raise ConfigError(f"MLflow does not keep runs in a plain folder any more (tracking URI {self.uri!r})", mend)
         return None
+
+    def prepare(self) -> None:
+        """Does ahead what the first record would wait for: imports MLflow, and makes the tables of a database."""
+        with contextlib.suppress(Exception):  # what is wrong comes up again, and is told, when a version is recorded
+            import mlflow.pyfunc  # noqa: F401
+
+            client = client_of(self.uri)
+            if self.artifacts is not None:
+                client.search_experiments(max_results=1)
 
     def recorded(self) -> set[int]:
         """Numbers of the store's versions that are recorded. Raises ConfigError where MLflow cannot be asked."""

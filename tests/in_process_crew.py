@@ -8,15 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from condu_ray.config import SessionConfig, resolve
-from condu_ray.data import TaskData, open_task
+from condu_ray.data import TaskData, load_picture, open_task
+from condu_ray.engine.figures import learned_pictures
 from condu_ray.engine.in_process import InProcessCrew
 from condu_ray.engine.plan import header_of
 from condu_ray.engine.progress import silent
 from condu_ray.engine.session import learn
-from condu_ray.store import Manifest, Store, create_store
+from condu_ray.store import Manifest, Store, create_store, open_store
 from condu_ray.store.bucket import Bucket
 from condu_ray.store.header import open_existing
+from condu_ray.voting.open import load_classifier
 
 FAST = {"train.steps": 4, "train.batch_size": 8, "train.towers": "image", "tracking": "off"}
 """Settings under which a task trains in a blink."""
@@ -62,3 +66,13 @@ def files_of(store: str | Path) -> dict[str, bytes]:
     root = Path(store)
     found = sorted(path for path in root.rglob("*") if path.is_file())
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+
+
+def named_accuracy(store: str) -> dict[str, float]:
+    """Percent of the test pictures of each task that the newest version answers rightly when it is told the task."""
+    classifier, found = load_classifier(store), {}
+    for name, pictures in learned_pictures(open_store(store), open_store(store).manifest()).items():
+        pixels = torch.stack([classifier.clip.eval_transform(load_picture(each)) for each in pictures.pictures])
+        said = classifier.label_indices(pixels, classifier.label_space(name))
+        found[name] = 100 * float((said == pictures.labels).mean())
+    return found

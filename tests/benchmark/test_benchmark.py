@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from in_process_crew import InProcessCrew, silent
+from in_process_crew import InProcessCrew, named_accuracy, silent
 
 from condu_ray.benchmark.results import OF_ALL_TASKS, OF_ONE_TASK, bounds_of, state_bytes
 from condu_ray.benchmark.routing import known_auroc, nearest_right, router_shares
@@ -21,15 +20,13 @@ from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import METHODS, SYSTEMS, System, check_methods, plane_rank
 from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import Picture, Split
-from condu_ray.data.picture import load_picture
 from condu_ray.engine import train
-from condu_ray.engine.figures import learned_pictures
 from condu_ray.errors import ConfigError
 from condu_ray.methods import registry
 from condu_ray.models.clip import Clip
 from condu_ray.store import Manifest, Store, open_store
 from condu_ray.tracking.matrix import AccuracyMatrix
-from condu_ray.voting.open import TASK_OBJECTS, load_classifier
+from condu_ray.voting.open import TASK_OBJECTS
 
 TASKS = ["colours", "stripes", "places"]
 FIGURES = [
@@ -138,14 +135,8 @@ def test_matrices_are_what_sessions_and_evaluations_measured(done: Any) -> None:
 def test_a_named_task_is_measured_as_a_user_who_names_it_is_answered(done: Any) -> None:
     benchmark, found, _ = done
     for name in ("finetune", "condu-sign"):
-        store = open_store(benchmark.work / "seed-0" / name)
-        classifier = load_classifier(store.url)
-        expected = []
-        for task, pictures in learned_pictures(store, store.manifest()).items():
-            pixels = torch.stack([classifier.clip.eval_transform(load_picture(each)) for each in pictures.pictures])
-            said = classifier.label_indices(pixels, classifier.label_space(task))
-            expected.append(100 * float((said == pictures.labels).mean()))
-        assert row(found, name, "named")["matrix"][-1] == pytest.approx(expected)
+        expected = named_accuracy(str(benchmark.work / "seed-0" / name))
+        assert row(found, name, "named")["matrix"][-1] == pytest.approx([expected[task] for task in TASKS])
 
 
 def test_one_model_for_all_does_not_care_whether_the_task_is_named(done: Any) -> None:

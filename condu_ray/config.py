@@ -277,7 +277,7 @@ class VoteConfig(_Section):
     )
     within: Literal["both", "expert"] = Field(
         default="both",
-        description="union own, router lda: a task's classes are told apart by its expert and the router, or it alone",
+        description="router lda: a task's classes are told apart by its expert and the router, or by it alone",
     )
 
 

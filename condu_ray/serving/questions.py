@@ -23,7 +23,7 @@ _DATA_URL = re.compile(r"data:image/[a-z+.-]{1,20};base64,")
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    task: str | None = Field(default=None, max_length=64, description="its expert alone answers, among its classes")
+    task: str | None = Field(default=None, max_length=64, description="its expert answers, among its classes")
     labels: list[str] | None = Field(default=None, min_length=1, description="answer among these words")
     top_k: int = Field(default=5, ge=1, le=1000, description="labels listed for each picture")
     k: int | None = Field(default=None, ge=1, le=64, description="most experts a picture [default: the version's own]")

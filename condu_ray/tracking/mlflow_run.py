@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from condu_ray import __version__
 from condu_ray.errors import ConfigError
 from condu_ray.store import Manifest, absolute_url, open_store
+from condu_ray.store.files import publish, temporary
 from condu_ray.store.manifest import dump
 from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.tracking.pictures import draw_matrix
@@ -83,9 +84,7 @@ class Tracking:
         with contextlib.suppress(Exception):  # what is wrong comes up again, and is told, when a version is recorded
             import mlflow.pyfunc  # noqa: F401
 
-            client = client_of(self.uri)
-            if self.artifacts is not None:
-                client.search_experiments(max_results=1)
+            client_of(self.uri)
 
     def recorded(self) -> set[int]:
         """Numbers of the store's versions that are recorded. Raises ConfigError where MLflow cannot be asked."""
@@ -236,7 +235,23 @@ def client_of(uri: str) -> MlflowClient:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # a page of lines when a database is new
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # that an environment of uv has no pip
+    if urlsplit(uri).scheme == "sqlite":
+        _make_database(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """Makes the tables aside where there is no file yet, so that it appears whole: one that a kill left half made would
+    be refused for ever, and two processes that make it at once get into each other's way."""
+    from mlflow import MlflowClient
+
+    if path.exists() or not path.parent.is_dir():  # MLflow itself says what is wrong with the folder
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / path.name
+        MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
+        with temporary(path.parent, [made.read_bytes()]) as whole, contextlib.suppress(FileExistsError):
+            publish(whole, path, locked=False)
 
 
 def runs_with(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Run]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -296,6 +299,21 @@ class TestCheck:
         tracking.check()
         assert tracking.uri == f"sqlite:///{tmp_path}/store/mlflow.db"
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_the_database_is_made_leaves_none_that_is_half_made(store: Store, tmp_path: Path) -> None:
+    tracking, aside = open_tracking(None, store.url), tmp_path / "aside"
+    aside.mkdir()
+    code = "import sys; from condu_ray.tracking.mlflow_run import client_of; client_of(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-c", code, tracking.uri], env={**os.environ, "TMPDIR": str(aside)})
+    while process.poll() is None and not any(path.stat().st_size for path in aside.rglob("mlflow.db")):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (Path(store.url) / "mlflow.db").exists()
+    tracking.prepare()
+    assert tracking.recorded() == set()
+    assert [path.name for path in Path(store.url).glob("mlflow*")] == ["mlflow.db"]
 
 
 def test_checking_does_not_wait_for_mlflow(tmp_path: Path) -> None:

@@ -82,9 +82,8 @@ class Tracking:
     def prepare(self) -> None:
         """Does ahead what the first record would wait for: imports MLflow, and makes the tables of a database."""
         with contextlib.suppress(Exception):  # what is wrong comes up again, and is told, when a version is recorded
-            import mlflow.pyfunc  # noqa: F401
-
             client_of(self.uri)
+            import mlflow.pyfunc  # noqa: F401
 
     def recorded(self) -> set[int]:
         """Numbers of the store's versions that are recorded. Raises ConfigError where MLflow cannot be asked."""

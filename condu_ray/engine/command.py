@@ -55,7 +55,7 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
             assert store is not None
             crew = RayCrew(store, config, found)
             if tracking:
-                aside.submit(tracking.prepare)
+                aside.submit(tracking.prepare)  # what is wrong comes up again, and is told, when it records
             try:
                 made = learn(store, config, tasks, crew, stage)
             finally:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from condu_ray import __version__
 from condu_ray.errors import ConfigError
 from condu_ray.store import Manifest, absolute_url, open_store
-from condu_ray.store.files import publish, temporary
+from condu_ray.store.files import lock, publish, temporary
 from condu_ray.store.manifest import dump
 from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.tracking.pictures import draw_matrix
@@ -81,9 +81,8 @@ class Tracking:
 
     def prepare(self) -> None:
         """Does ahead what the first record would wait for: imports MLflow, and makes the tables of a database."""
-        with contextlib.suppress(Exception):  # what is wrong comes up again, and is told, when a version is recorded
-            client_of(self.uri)
-            import mlflow.pyfunc  # noqa: F401
+        client_of(self.uri)
+        import mlflow.pyfunc  # noqa: F401
 
     def recorded(self) -> set[int]:
         """Numbers of the store's versions that are recorded. Raises ConfigError where MLflow cannot be asked."""
@@ -249,8 +248,12 @@ def _make_database(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / path.name
         MlflowClient(f"sqlite:///{made}").search_experiments(max_results=1)
-        with temporary(path.parent, [made.read_bytes()]) as whole, contextlib.suppress(FileExistsError):
-            publish(whole, path, locked=False)
+        with (
+            lock(path.parent) as locked,
+            temporary(path.parent, [made.read_bytes()]) as whole,
+            contextlib.suppress(FileExistsError),  # another process was faster
+        ):
+            publish(whole, path, locked)
 
 
 def runs_with(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Run]:

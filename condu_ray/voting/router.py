@@ -207,10 +207,7 @@ class DomainRouter:
         return self._vote.within == "both" and self._calibration.within is not None
 
     def evidence(self, domains: NDArray[np.float32]) -> list[Scores]:
-        return self._tell(self._discriminant.distances(domains))
-
-    def _tell(self, found: Distances) -> list[Scores]:
-        return [evidence(classes, self._calibration) for classes in found.classes]
+        return [evidence(classes, self._calibration) for classes in self._discriminant.distances(domains).classes]
 
     def _rank(self, found: Distances) -> tuple[Scores, Scores]:
         return probabilities(found.tasks, self._calibration), found.relative
@@ -229,7 +226,8 @@ class DomainRouter:
         routed = [self._route(*pair) for pair in zip(likely, strange, strict=True)]
         if not self.tells_classes:
             return routed
-        told = self._tell(found)
+        chosen = {task for one in routed for task in one.experts}
+        told = {task: evidence(found.classes[task], self._calibration) for task in chosen}
         return [replace(one, evidence=tuple(told[task][row] for task in one.experts)) for row, one in enumerate(routed)]
 
     def _route(self, likely: Scores, strange: float) -> Routed:

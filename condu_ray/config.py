@@ -60,7 +60,7 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 
 PROMPT_LENGTH = 16  # CoOp's (arXiv 2109.01134)
 
-RESCALER_SHARE = 0.1  # of the steps of a task's training; measured, see docs/decisions.md
+RESCALER_SHARE = 0.08  # of the steps of a task's training; measured, see docs/decisions.md
 
 
 class _Section(BaseModel):
@@ -109,8 +109,11 @@ class TrainConfig(_Section):
     checkpoint_seconds: float = Field(
         default=60.0, gt=0, description="least time between two checkpoints of a running task"
     )
-    loader_processes: int = Field(
-        default=0, ge=0, le=64, description="processes a worker that decode pictures ahead (0: in line)"
+    loader_processes: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="processes a worker that decode pictures ahead; unset: none on CPUs, up to 8 beside a GPU",
     )
 
 
@@ -142,7 +145,7 @@ class FusionConfig(_Section):
     tune_rescalers: int | None = Field(
         default=None,
         ge=0,
-        description="steps that train a new task's rescalers; unset: a tenth of its own with sign triggers, else 0",
+        description="steps that train a new task's rescalers; unset: 8 % of its own with sign triggers, else 0",
     )
     shards: int = Field(
         default=1, ge=1, le=1024, description="actors, over all nodes, that share the fusing of one model"

@@ -42,10 +42,12 @@ def make_store(config: SessionConfig) -> Store:
     return open_existing(config.store) or create_store(config.store, header_of(config)[0])
 
 
-def learn_here(config: SessionConfig, tasks: Sequence[TaskData], threads: int = 1) -> list[Manifest]:
+def learn_here(
+    config: SessionConfig, tasks: Sequence[TaskData], threads: int = 1, device: str = "cpu"
+) -> list[Manifest]:
     """Learns in this process; makes the store if needed and returns the new versions."""
     store = make_store(config)
-    return learn(store, config, tasks, InProcessCrew(store, config, threads), silent)
+    return learn(store, config, tasks, InProcessCrew(store, config, threads, device), silent)
 
 
 def contents(store: str | Path) -> dict[str, Any]:

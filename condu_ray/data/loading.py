@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from condu_ray.data.picture import load_picture
 from condu_ray.data.task import Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Transform = Callable[[Image.Image], Any]
 
@@ -40,3 +45,16 @@ class PictureSet:
             # Not torch.manual_seed: that would seed the GPUs too, which are not restored here.
             torch.default_generator.manual_seed(seed)
             return self.transform(picture), label
+
+
+def in_batches(pictures: PictureSet, size: int, threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (pixels f32[b, 3, H, W], labels int64[b]) in order, b = `size` but for the last; decoded ahead by threads.
+
+    The transform must draw no random numbers. Raises DataError for a picture that cannot be read.
+    """
+    import torch
+
+    with ThreadPoolExecutor(threads) as pool:
+        decoded = pool.map(pictures.__getitem__, range(len(pictures)))
+        while part := list(islice(decoded, size)):
+            yield torch.stack([pixels for pixels, _ in part]), torch.tensor([label for _, label in part])

@@ -24,6 +24,7 @@ from condu_ray.engine.train import Job, train, work_through
 from condu_ray.errors import ConduError, TrainingError
 from condu_ray.fusion.triggers import Part
 from condu_ray.methods import registry
+from condu_ray.methods.batches import MOST_LOADERS
 from condu_ray.methods.rescaling import steps_of
 from condu_ray.methods.training import Place, Step, all_steps_for
 from condu_ray.store import Manifest, ObjectRef, Store
@@ -280,8 +281,13 @@ class RayCrew:
 
         From the cluster and the settings alone, not from who found a place: sums may depend on it.
         """
-        cores = [cpus for cpus, gpus in self._cluster.nodes if (gpus if self._gpu else cpus)]
-        return max(1, min([self._places, *cores]))
+        if self._gpu:
+            return self._beside_a_gpu()
+        return max(1, min([self._places, *(cpus for cpus, _ in self._cluster.nodes if cpus)]))
+
+    def _beside_a_gpu(self) -> int:
+        """Cores that every node has for each of its GPUs."""
+        return max(1, min(cpus // gpus for cpus, gpus in self._cluster.nodes if gpus))
 
     def _hired(self) -> list[Any]:
         if not self._pool:
@@ -292,7 +298,11 @@ class RayCrew:
         gpu = self._gpu
         options = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_restarts": -1, "max_task_retries": TRIES}
         actor = ray.remote(Worker).options(**options)
-        given = (self._store.url, self._config, "cuda" if gpu else "cpu")
+        given = (
+            self._store.url,
+            self._config,
+            *(("cuda", min(MOST_LOADERS, self._beside_a_gpu())) if gpu else ("cpu", 1)),
+        )
         return those_ready([actor.remote(*given) for _ in range(self._places)], "GPU" if gpu else "CPU core")
 
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import Split, TaskData
-from condu_ray.data.loading import PictureSet
+from condu_ray.data.loading import PictureSet, in_batches
 from condu_ray.data.templates import prompts
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Buffers, Experts, expert_of
@@ -109,12 +109,13 @@ class Question:
 
 
 class Scorer:
-    """Holds θ⁰ on one device; answers about any snapshot that is handed to it."""
+    """Holds θ⁰ on one device; answers about any snapshot that is handed to it. decoders: threads that read pictures."""
 
-    def __init__(self, url: str, config: SessionConfig, device: str = "cpu") -> None:
+    def __init__(self, url: str, config: SessionConfig, device: str = "cpu", decoders: int = 1) -> None:
         self._store = open_store(url)
         header = self._store.header
-        self._device, self._layout, self._config = device, layout_of(header), config
+        self._device, self._decoders = device, decoders
+        self._layout, self._config = layout_of(header), config
         self._method = registry.get(header.method)
         self._vote = registry.vote_of(header.method, config.vote)
         self._newest: tuple[str, Classifier] | None = None
@@ -207,5 +208,5 @@ class Scorer:
         card = TaskExpert(asked.task, asked.classes, asked.templates, _UNROUTED)
         return Classifier(self._clip, [card], lambda task: overrides, self._vote, Calibrated(), version=0)
 
-    def _batches(self, pictures: Split) -> DataLoader[Any]:
-        return DataLoader(PictureSet(pictures, self._clip.eval_transform), batch_size=BATCH)  # type: ignore[arg-type]
+    def _batches(self, pictures: Split) -> Iterator[tuple[Tensor, Tensor]]:
+        return in_batches(PictureSet(pictures, self._clip.eval_transform), BATCH, self._decoders)

@@ -155,7 +155,8 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     trainer = TorchTrainer(
         work,
         train_loop_config={"given": ray.put(Given(store.url, config, tuple(jobs), group, board))},
-        torch_config=TorchConfig(backend="nccl" if group.gpus_each else "gloo"),
+        # NCCL refuses two workers on one GPU, and those that train alone have nothing to say to each other.
+        torch_config=TorchConfig(backend="nccl" if group.gpus_each and group.shared else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=group.workers,
             use_gpu=group.gpus_each > 0,

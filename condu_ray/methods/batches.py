@@ -18,6 +18,8 @@ from condu_ray.data.loading import PictureSet
 from condu_ray.errors import DataError
 from condu_ray.models.clip import Clip
 
+MOST_LOADERS = 8
+
 
 def batches(
     task: TaskData, clip: Clip, config: SessionConfig, steps: range, rank: int = 0, size: int = 1
@@ -26,7 +28,7 @@ def batches(
     loader = DataLoader(
         cast(Any, PictureSet(task.train, clip.train_transform)),
         batch_sampler=Order(len(task.train), config.train.batch_size, config.seed, steps, rank, size),
-        num_workers=config.train.loader_processes,
+        num_workers=loaders(config, clip.device),
     )
     try:
         for pixels, labels in loader:
@@ -36,6 +38,13 @@ def batches(
     except DataError as error:
         # From a loader process it comes with that process's traceback as its message; the last line is the error.
         raise DataError(error.message.splitlines()[-1].rpartition("DataError: ")[2], error.mend) from None
+
+
+def loaders(config: SessionConfig, device: torch.device) -> int:
+    """How many processes decode ahead: as set, or what a GPU does not wait for (jobs/bench_gpu.py)."""
+    if config.train.loader_processes is not None:
+        return config.train.loader_processes
+    return 0 if device.type == "cpu" else min(MOST_LOADERS, torch.get_num_threads() - 1)
 
 
 class Order:

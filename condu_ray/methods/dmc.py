@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from condu_ray.config import SessionConfig, memory_calibration, prompt_lengths, shrinkage_of
 from condu_ray.data import TaskData
-from condu_ray.data.loading import PictureSet
+from condu_ray.data.loading import PictureSet, in_batches
 from condu_ray.fusion.layout import Layout
 from condu_ray.memory.calibration import best_mode, distances, fit, measure
 from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods import registry
+from condu_ray.methods.batches import loaders
 from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.condu_lora import factors_of
 from condu_ray.methods.discriminants import discriminants
@@ -243,9 +243,9 @@ class _Model:
     def seen(self, task: TaskData) -> NDArray[np.float32]:
         """Features of the task's pictures before they are made unit, with the evaluation transform, f32[N, D]."""
         tower = expert(self.clip, self.layout, self.config, self.delta)
-        pictures: Any = PictureSet(task.train, self.clip.eval_transform)
-        loader = DataLoader(pictures, batch_size=BATCH, num_workers=self.config.train.loader_processes)
-        return torch.cat([self.clip.raw_images(pixels, tower) for pixels, _ in loader]).cpu().numpy()
+        pictures = PictureSet(task.train, self.clip.eval_transform)
+        seen = in_batches(pictures, BATCH, 1 + loaders(self.config, self.clip.device))
+        return torch.cat([self.clip.raw_images(pixels, tower) for pixels, _ in seen]).cpu().numpy()
 
     def train_vision(self, task: TaskData, place: Place, resume: Resume, on_step: Callable[[Step], None]) -> Trained:
         """The first stage, from this image tower on; its delta is that of the tower alone."""

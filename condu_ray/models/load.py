@@ -45,6 +45,8 @@ def load(spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None)
     finally:
         logging.root.setLevel(level)
     model.eval().requires_grad_(False)
+    if device != "cpu":
+        torch.backends.cudnn.deterministic = True  # some of its gradients of convolutions add up in any order
     channels_last = _is_convolutional(model)
     if channels_last:
         model.to(memory_format=torch.channels_last)

@@ -82,7 +82,7 @@ def given_seconds(record: Path) -> float:
 def give_features(config: SessionConfig, tasks: Sequence[TaskData], source: Store, target: Store) -> None:
     """Puts what θ⁰ made of these tasks' pictures for `source` into `target`: it is the same whatever the method."""
     for task in tasks:
-        key = features_key(target.header.model_sha256, config, task)
+        key = features_key(target.header, config, task)
         for name in ("prototypes", "domain"):
             _give(source, target, key, name)
 

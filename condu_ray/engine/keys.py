@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from condu_ray.config import DMC, SessionConfig, adapter_rule, adapts, fixed_by_store, shrinkage_of
 from condu_ray.data import TaskData
-from condu_ray.store import Manifest
+from condu_ray.store import Manifest, StoreHeader
 
 FEATURES = "features"
 """Name of what θ⁰ sees of a task's pictures, where a system learns on it: kept until its session is over."""
@@ -43,9 +43,10 @@ def train_key(model_sha256: str, config: SessionConfig, task: TaskData, start: s
     return _key("train", model_sha256, training_settings(config), lora, task.name, task.fingerprint, start)
 
 
-def features_key(model_sha256: str, config: SessionConfig, task: TaskData) -> str:
-    """Names a task's prototypes."""
-    return _key("features", model_sha256, config.seed, task.fingerprint)
+def features_key(header: StoreHeader, config: SessionConfig, task: TaskData) -> str:
+    """Names a task's prototypes and domain."""
+    kind = [] if header.domains == "means" else [header.domains]  # older releases did not name it
+    return _key("features", header.model_sha256, config.seed, task.fingerprint, *kind)
 
 
 def tests_key(arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -64,6 +64,7 @@ def header_of(config: SessionConfig) -> tuple[StoreHeader, int]:
         model_sha256=clip.sha256,
         layout=json.loads(layout.to_json()),
         settings=fixed_by_store(config),
+        domains=clip.domains,
     )
     return header, clip.parameter_count()
 

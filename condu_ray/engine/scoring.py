@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from condu_ray.config import ModelSpec, SessionConfig
+from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
 from condu_ray.data.loading import PictureSet, in_batches
 from condu_ray.data.templates import prompts
@@ -24,11 +24,10 @@ from condu_ray.methods.rescaling import train_rescalers
 from condu_ray.methods.states import FusedState
 from condu_ray.methods.training import Step, memory_in
 from condu_ray.models.clip import Clip, class_means
-from condu_ray.models.load import load
 from condu_ray.store import ObjectRef, open_store
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.labels import LabelSpace
-from condu_ray.voting.open import layout_of
+from condu_ray.voting.open import base_of, layout_of
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes
 from condu_ray.voting.router import Calibrated, router_of
 from condu_ray.voting.voters import Asked
@@ -123,8 +122,7 @@ class Scorer:
     @cached_property
     def _clip(self) -> Clip:
         """Loaded by the first question: what is wrong with the model is then its answer, not an actor that died."""
-        header = self._store.header
-        return load(ModelSpec(**header.model), self._device, header.model_sha256)
+        return base_of(self._store.header, self._device)
 
     def features(self, pictures: Split) -> Seen:
         """What θ⁰ sees, with the evaluation transform."""

@@ -181,7 +181,7 @@ def _features(
     store: Store, config: SessionConfig, crew: Crew, task: TaskData, update: Update
 ) -> tuple[ObjectRef, ObjectRef]:
     """Where the task's prototypes and its domain are. Systems that learn on features find them beside."""
-    key = features_key(store.header.model_sha256, config, task)
+    key = features_key(store.header, config, task)
     prototypes, domain = store.find(key, "prototypes"), store.find(key, "domain")
     lacks = registry.info(config.method).on_features and store.find(key, FEATURES) is None
     if prototypes is None or domain is None or lacks:
@@ -239,7 +239,7 @@ def _add(
         if one.delta is not None:
             store.discard(one.job.key, "delta")
         if registry.info(config.method).on_features:
-            store.discard(features_key(store.header.model_sha256, config, task), FEATURES)
+            store.discard(features_key(store.header, config, task), FEATURES)
         if rescalers is not None:
             store.discard(key, RESCALERS)
         return manifest

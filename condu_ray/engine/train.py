@@ -354,7 +354,7 @@ def _trained(store: Store, job: Job) -> Mapping[str, NDArray[Any]]:
 
 def _features(store: Store, config: SessionConfig, task: TaskData) -> Features:
     """What the session computed before it began to train."""
-    key = features_key(store.header.model_sha256, config, task)
+    key = features_key(store.header, config, task)
     refs = [store.find(key, name) for name in (FEATURES, "prototypes")]
     if None in refs:
         raise StoreError(f"the features of {task.name} are gone from {store.url}", "run the same command again")

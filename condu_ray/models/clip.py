@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from condu_ray.config import ModelSpec
-from condu_ray.models.blocks import blocks_of, spread, watched
+from condu_ray.models.blocks import Kind, map_deviations, spread, watch_list, watched
 from condu_ray.models.head import Head
 from condu_ray.models.lora import LowRank, in_rows
 
@@ -45,8 +45,8 @@ Expert = Tower | Headed
 class Features(NamedTuple):
     """What θ⁰ sees: unit features f32[B, D], domain features f32[B, W], and lengths f32[B] before they were made unit.
 
-    Domain features are channel means of some of the image tower's blocks (models/blocks.py); of a tower without a
-    list of blocks, the unit features themselves.
+    Domain features say how the outputs of some of the image tower's blocks are distributed (models/blocks.py); of a
+    tower without a list of blocks they are the unit features themselves.
     """
 
     unit: Tensor
@@ -58,7 +58,7 @@ class Features(NamedTuple):
 class Clip:
     """θ⁰ with what belongs to it. The parameters of `model` are never written. For one thread at a time: see `twin`.
 
-    precision: fp32 as loaded, or bf16 autocast.
+    precision: fp32 as loaded, or bf16 autocast. domains: what `features` says of domains.
     """
 
     spec: ModelSpec
@@ -69,6 +69,7 @@ class Clip:
     tokenizer: Callable[[list[str]], Tensor]
     channels_last: bool
     precision: Literal["fp32", "bf16"] = "fp32"
+    domains: Kind = "distributions"
     _encoder: _Encoder = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -113,14 +114,15 @@ class Clip:
 
     def features(self, pixels: Tensor) -> Features:
         """f32[B, 3, H, W] -> unit features as `images` gives them, and what else θ⁰ sees."""
-        blocks = blocks_of(self.model.get_submodule("visual"))
-        with watched(blocks) as means:
+        modules = watch_list(self.model.get_submodule("visual"), self.domains)
+        with watched(modules) as seen:
             unit, lengths = self._images(pixels, None)
-        if not means:
+        if not seen:
             return Features(unit, unit, lengths)
-        found = [means[place] for place in sorted(means)]
-        domains = torch.cat([found[place] for place in spread([each.shape[1] for each in found])], dim=1)
-        return Features(unit, domains, lengths)
+        found = [seen[place] for place in sorted(seen)]
+        patches = sum(kept is map_deviations for _, kept in modules)
+        chosen = spread([each.shape[1] for each in found], patches)
+        return Features(unit, torch.cat([found[place] for place in chosen], dim=1), lengths)
 
     def texts(self, texts: Sequence[str], expert: Expert | None = None) -> Tensor:
         """Texts -> unit features f32[B, D], by θ⁰ or by an expert."""

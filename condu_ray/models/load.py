@@ -12,13 +12,16 @@ from torch import nn
 
 from condu_ray.config import DEFAULT_MODEL, ModelSpec
 from condu_ray.errors import ModelError, nearest
+from condu_ray.models.blocks import Kind
 from condu_ray.models.clip import Clip
 
 SHIPPED = Path(__file__).parent / "shipped"
 LOCAL_DIR = "local-dir:"
 
 
-def load(spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None) -> Clip:
+def load(
+    spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None, domains: Kind = "distributions"
+) -> Clip:
     """Loads θ⁰ in evaluation mode, without gradients.
 
     Raises ModelError for an unknown name, tag or file, for a model without pretrained weights (open_clip would hand out
@@ -64,6 +67,7 @@ def load(spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None)
         eval_transform=eval_transform,
         tokenizer=tokenizer,
         channels_last=channels_last,
+        domains=domains,
     )
 
 

@@ -128,6 +128,7 @@ class StoreHeader(_Record):
     """What never changes in a store: the base model and its bytes, the layout, the method and its settings.
 
     model: name and pretrained tag. settings: granularity, LoRA rank and seed, whatever the method fixes for good.
+    domains: what domain features are made of (models/blocks.py); stores of older releases do not say it.
     """
 
     format: int = Field(default=FORMAT, ge=1)
@@ -136,6 +137,7 @@ class StoreHeader(_Record):
     model_sha256: str
     layout: dict[str, Any]
     settings: dict[str, Any] = {}
+    domains: Literal["means", "distributions"] = "means"
     id: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern=r"^[0-9a-f]{32}$")
 
 

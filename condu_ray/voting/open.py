@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def load_classifier(
     store = open_store(url)
     manifest = store.manifest(version)
     experts = task_experts(store, manifest)
-    clip = clip or base_of(store.header)
+    clip = replace(clip, domains=store.header.domains) if clip else base_of(store.header)
     return Classifier(
         clip,
         experts,
@@ -71,7 +72,7 @@ def expert_maker(store: Store, version: int, clip: Clip) -> Callable[[str], Expe
 
 def base_of(header: StoreHeader, device: str = "cpu") -> Clip:
     """θ⁰ of a store. Raises ModelError where it cannot be loaded or has other weights."""
-    return load(ModelSpec(**header.model), device, header.model_sha256)
+    return load(ModelSpec(**header.model), device, header.model_sha256, header.domains)
 
 
 def config_of(header: StoreHeader) -> SessionConfig:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -48,13 +47,24 @@ class PictureSet:
 
 
 def in_batches(pictures: PictureSet, size: int, threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (pixels f32[b, 3, H, W], labels int64[b]) in order, b = `size` but for the last; decoded ahead by threads.
+    """Yields (pixels f32[b, 3, H, W], labels int64[b]) in order, b = `size` but for the last; threads decode one batch
+    ahead.
 
     The transform must draw no random numbers. Raises DataError for a picture that cannot be read.
     """
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: list[Future[tuple[Tensor, int]]] = []
+        for start in range(0, len(pictures), size):
+            begun = [pool.submit(pictures.__getitem__, i) for i in range(start, min(start + size, len(pictures)))]
+            if ahead:
+                yield _stacked(ahead)
+            ahead = begun
+        if ahead:
+            yield _stacked(ahead)
+
+
+def _stacked(decoded: Sequence[Future[tuple[Tensor, int]]]) -> tuple[Tensor, Tensor]:
     import torch
 
-    with ThreadPoolExecutor(threads) as pool:
-        decoded = pool.map(pictures.__getitem__, range(len(pictures)))
-        while part := list(islice(decoded, size)):
-            yield torch.stack([pixels for pixels, _ in part]), torch.tensor([label for _, label in part])
+    pixels, labels = zip(*(each.result() for each in decoded), strict=True)
+    return torch.stack(pixels), torch.tensor(labels)

@@ -8,7 +8,7 @@ were not, and there their deviations say it. Our reconstruction; measured in doc
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -52,6 +52,13 @@ def spread(channels: Sequence[int], first: int = 0) -> list[int]:
         if sum(channels[each] for each in chosen) <= limit:
             return [*range(first), *chosen]
     return [*range(first), *inner[:1]]
+
+
+def domain_features(modules: Sequence[Watched], seen: Mapping[int, Tensor]) -> Tensor:
+    """What was kept of those to look at, side by side, f32[B, W]. seen: as `watched` gives it."""
+    found = [seen[place] for place in sorted(seen)]
+    patches = sum(kept is map_deviations for _, kept in modules)
+    return torch.cat([found[each] for each in spread([kept.shape[1] for kept in found], patches)], dim=1)
 
 
 def channel_means(output: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from condu_ray.config import ModelSpec
-from condu_ray.models.blocks import Kind, map_deviations, spread, watch_list, watched
+from condu_ray.models.blocks import Kind, domain_features, watch_list, watched
 from condu_ray.models.head import Head
 from condu_ray.models.lora import LowRank, in_rows
 
@@ -119,10 +119,7 @@ class Clip:
             unit, lengths = self._images(pixels, None)
         if not seen:
             return Features(unit, unit, lengths)
-        found = [seen[place] for place in sorted(seen)]
-        patches = sum(kept is map_deviations for _, kept in modules)
-        chosen = spread([each.shape[1] for each in found], patches)
-        return Features(unit, torch.cat([found[place] for place in chosen], dim=1), lengths)
+        return Features(unit, domain_features(modules, seen), lengths)
 
     def texts(self, texts: Sequence[str], expert: Expert | None = None) -> Tensor:
         """Texts -> unit features f32[B, D], by θ⁰ or by an expert."""

@@ -35,13 +35,14 @@ from in_process_crew import InProcessCrew, contents, files_of, make_store, opene
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
-from condu_ray.engine import plan, scoring, train
+from condu_ray.engine import plan, train
 from condu_ray.engine.keys import train_key
 from condu_ray.engine.session import learn
 from condu_ray.errors import ConduError
 from condu_ray.methods.training import Place
 from condu_ray.store import LocalStore, Store, bucket, local, open_store
 from condu_ray.store.header import open_existing
+from condu_ray.voting import open as opening
 
 STORE_CALLS = (
     "create",
@@ -322,7 +323,7 @@ def main() -> None:
     train.CHECKPOINT_SHARE = float("inf")  # after every step that asks for one
     bucket.LONGEST_WAIT_S, bucket.READ_S = 0.1, 2.0
     bucket._THREADS = 1  # so that the requests of a session have one order
-    for module in (plan, scoring, train):
+    for module in (plan, opening, train):
         module.load = lru_cache(module.load)  # type: ignore[attr-defined]  # the base model is never changed
     at, calls = asked["at"], CALLS
     if at in ("request", "fault"):

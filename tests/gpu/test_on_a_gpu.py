@@ -6,6 +6,7 @@ Only on a machine that has one: CONDU_RAY_TEST_GPU=1 uv run pytest tests/gpu
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +171,18 @@ def test_serve_answers_from_a_gpu(
     config = settings(tmp_path / "store", tiny_model_dir)
     learn_here(config, opened(picture_tasks, "colours", "stripes"))
     picture = next((picture_tasks["stripes"] / "test").rglob("*.png"))
-    serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         serve.run(
-            application(ServeConfig(store=config.store, port=8765, cpus=0.01, gpus=0.5)),
+            application(ServeConfig(store=config.store, port=port, cpus=0.01, gpus=0.5)),
             name="condu-ray",
             route_prefix="/",
         )
         with picture.open("rb") as file:
-            said = httpx.post("http://127.0.0.1:8765/v1/predict", files={"image": file}, timeout=60)
+            said = httpx.post(f"http://127.0.0.1:{port}/v1/predict", files={"image": file}, timeout=60)
         assert said.status_code == 200, said.text
     finally:
         serve.shutdown()

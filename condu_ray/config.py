@@ -60,6 +60,9 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 
 PROMPT_LENGTH = 16  # CoOp's (arXiv 2109.01134)
 
+DomainFeatures = Literal["means", "distributions"]
+"""means: of every tower, as older releases did; distributions: means of convolutions, deviations of transformers."""
+
 RESCALER_SHARE = 0.08  # of the steps of a task's training; measured, see docs/decisions.md
 
 

@@ -298,11 +298,8 @@ class RayCrew:
         gpu = self._gpu
         options = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_restarts": -1, "max_task_retries": TRIES}
         actor = ray.remote(Worker).options(**options)
-        given = (
-            self._store.url,
-            self._config,
-            *(("cuda", min(MOST_LOADERS, self._beside_a_gpu())) if gpu else ("cpu", 1)),
-        )
+        device, decoders = ("cuda", min(MOST_LOADERS, self._beside_a_gpu())) if gpu else ("cpu", 1)
+        given = (self._store.url, self._config, device, decoders)
         return those_ready([actor.remote(*given) for _ in range(self._places)], "GPU" if gpu else "CPU core")
 
 

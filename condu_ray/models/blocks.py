@@ -10,15 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-MOST_CHANNELS = 512  # or two blocks of the widest
+from condu_ray.config import DomainFeatures
 
-Kind = Literal["means", "distributions"]
-"""means: of every tower, as older releases did; distributions: means of convolutions, deviations of transformers."""
+MOST_CHANNELS = 512  # or two blocks of the widest
 
 Watched = tuple[nn.Module, Callable[[Tensor], Tensor]]
 """A module, and what is kept of its output [B, ...]: f32[B, C]."""
@@ -33,13 +32,14 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters())).children())
 
 
-def watch_list(tower: nn.Module, kind: Kind) -> list[Watched]:
+def watch_list(tower: nn.Module, kind: DomainFeatures) -> list[Watched]:
     """The tower's blocks, after a transformer's patches; empty where there is no list of blocks."""
     blocks = blocks_of(tower)
-    if kind == "means" or any(isinstance(part, nn.Conv2d) for block in blocks for part in block.modules()):
+    if not blocks or kind == "means" or any(isinstance(part, nn.Conv2d) for each in blocks for part in each.modules()):
         return [(block, channel_means) for block in blocks]
     patches = next((part for part in tower.modules() if isinstance(part, nn.Conv2d)), None)
-    return [(patches, map_deviations) for _ in blocks[:1] if patches] + [(block, token_deviations) for block in blocks]
+    first: list[Watched] = [(patches, map_deviations)] if patches else []
+    return first + [(block, token_deviations) for block in blocks]
 
 
 def spread(channels: Sequence[int], first: int = 0) -> list[int]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from condu_ray.config import ModelSpec
-from condu_ray.models.blocks import Kind, domain_features, watch_list, watched
+from condu_ray.config import DomainFeatures, ModelSpec
+from condu_ray.models.blocks import domain_features, watch_list, watched
 from condu_ray.models.head import Head
 from condu_ray.models.lora import LowRank, in_rows
 
@@ -69,7 +69,7 @@ class Clip:
     tokenizer: Callable[[list[str]], Tensor]
     channels_last: bool
     precision: Literal["fp32", "bf16"] = "fp32"
-    domains: Kind = "distributions"
+    domains: DomainFeatures = "distributions"
     _encoder: _Encoder = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

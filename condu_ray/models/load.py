@@ -10,9 +10,8 @@ import open_clip
 import torch
 from torch import nn
 
-from condu_ray.config import DEFAULT_MODEL, ModelSpec
+from condu_ray.config import DEFAULT_MODEL, DomainFeatures, ModelSpec
 from condu_ray.errors import ModelError, nearest
-from condu_ray.models.blocks import Kind
 from condu_ray.models.clip import Clip
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -20,7 +19,7 @@ LOCAL_DIR = "local-dir:"
 
 
 def load(
-    spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None, domains: Kind = "distributions"
+    spec: ModelSpec, device: str = "cpu", expect_sha256: str | None = None, domains: DomainFeatures = "distributions"
 ) -> Clip:
     """Loads θ⁰ in evaluation mode, without gradients.
 

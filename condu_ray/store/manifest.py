@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from condu_ray.config import DomainFeatures
 from condu_ray.errors import StoreError
 
 FORMAT = 2
@@ -137,7 +138,7 @@ class StoreHeader(_Record):
     model_sha256: str
     layout: dict[str, Any]
     settings: dict[str, Any] = {}
-    domains: Literal["means", "distributions"] = "means"
+    domains: DomainFeatures = "means"
     id: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern=r"^[0-9a-f]{32}$")
 
 

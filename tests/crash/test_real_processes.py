@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
-from command_line import process
+from command_line import free_port, process
 from in_process_crew import contents, learn_here, opened, settings
 from ray.util.state import list_actors, list_placement_groups
 from ray_processes import descendants, ray_processes
@@ -95,12 +94,6 @@ def test_ctrl_c_ends_a_training_and_leaves_a_store_that_opens(
     assert "stopped; the same command goes on where this one ended" in err
     assert "Traceback" not in err
     assert open_store(store).versions() == []
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def ended(child: subprocess.Popen[str]) -> None:

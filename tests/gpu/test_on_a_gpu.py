@@ -6,7 +6,6 @@ Only on a machine that has one: CONDU_RAY_TEST_GPU=1 uv run pytest tests/gpu
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,19 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from command_line import process
-from in_process_crew import learn_here, opened, settings
+from command_line import free_port, process
+from in_process_crew import contents, learn_here, opened, settings
 from numpy.typing import NDArray
+from trainings import first_gradient
 
-from condu_ray.config import DMC, ModelSpec, ServeConfig, SessionConfig
-from condu_ray.data import TaskData
+from condu_ray.config import DMC, ModelSpec, ServeConfig
 from condu_ray.data.loading import PictureSet
 from condu_ray.methods import registry
-from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.objective import precision
 from condu_ray.methods.training import train_task
 from condu_ray.models.clip import Clip
 from condu_ray.models.load import load
+from condu_ray.serving.start import serving
 from condu_ray.store import open_store
 from condu_ray.voting.open import base_of, load_classifier
 
@@ -50,18 +49,6 @@ TOWERS = pytest.mark.parametrize("tower", ["transformer", "convolutional"])
 
 def on(device: str, folder: Path) -> Clip:
     return load(ModelSpec(name=f"local-dir:{folder}"), device)
-
-
-def first_gradient(clip: Clip, task: TaskData, config: SessionConfig) -> NDArray[np.float32]:
-    """Of the first step, times 0.1: AdamW's first moment."""
-    saved: list[NDArray[np.float32]] = []
-
-    def save(checkpoint: Checkpoint) -> None:
-        saved.append(np.concatenate([each.ravel() for name, each in checkpoint.items() if name.startswith("first/")]))
-
-    method = registry.get(config.method)
-    train_task(clip, method, method.layout(clip, config), task, config, resume=Resume(save=save))
-    return saved[0]
 
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
@@ -96,10 +83,7 @@ def test_a_step_goes_where_a_cpu_would_go(
     asked: str,
     least: float,
 ) -> None:
-    if (tower, method) == ("convolutional", "condu-lora"):
-        given: dict[str, Any] = {"lora__targets": "linear"}
-    else:
-        given = {}
+    given = {"lora__targets": "linear"} if (tower, method) == ("convolutional", "condu-lora") else {}
     (task,) = opened(picture_tasks, "colours")
     found = []
     for device in ("cpu", "cuda"):
@@ -151,38 +135,39 @@ def test_the_same_gpu_gives_the_same_bits(
     assert one.tobytes() == same.tobytes()
 
 
-@pytest.mark.parametrize("placed", [[], ["--gpus-per-worker=0.5"], ["--parallel=data"], ["--gpu=no"]])
-def test_a_session_on_ray(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path, placed: list[str]) -> None:
-    """Also with two workers on one GPU, and with a group that shares each task."""
-    given = [f"--task={name}={picture_tasks[name]}" for name in ("colours", "stripes")]
-    given += ["--model", f"local-dir:{tiny_model_dir}", "--train.steps=4", "--train.batch-size=8", "--tracking=off"]
-    said = process("learn", *given, *placed, "--store", tmp_path / "store", "--json")
+def session(model: Path, folders: Folders, store: Path, *placed: str) -> dict[str, Any]:
+    """Learns two tasks on Ray; returns what the store holds."""
+    given = [f"--task={name}={folders[name]}" for name in ("colours", "stripes")]
+    given += ["--model", f"local-dir:{model}", "--train.steps=4", "--train.batch-size=8", "--tracking=off"]
+    said = process("learn", *given, *placed, "--store", store, "--json")
     assert said.code == 0, said.err
     assert said.document["made"] == [1, 2]
+    return {name: sha for name, sha in contents(store).items() if "rescalers" in name}
+
+
+@pytest.fixture(scope="module")
+def without_a_gpu(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    return session(tiny_model_dir, picture_tasks, tmp_path_factory.mktemp("cpu") / "store", "--gpu=no")
+
+
+@pytest.mark.parametrize("placed", [[], ["--gpus-per-worker=0.5"], ["--parallel=data"]])
+def test_a_session_on_ray_uses_the_gpu(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path, without_a_gpu: dict[str, Any], placed: list[str]
+) -> None:
+    """Also with two workers on one GPU, and with a group that shares each task. Half precision tells them apart."""
+    found = session(tiny_model_dir, picture_tasks, tmp_path / "store", *placed)
+    assert found
+    assert not set(found.values()) & set(without_a_gpu.values())
 
 
 def test_serve_answers_from_a_gpu(
     ray_cluster: None, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
 ) -> None:
-    from ray import serve
-
-    from condu_ray.serving.app import application
-
     config = settings(tmp_path / "store", tiny_model_dir)
     learn_here(config, opened(picture_tasks, "colours", "stripes"))
     picture = next((picture_tasks["stripes"] / "test").rglob("*.png"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
-        serve.run(
-            application(ServeConfig(store=config.store, port=port, cpus=0.01, gpus=0.5)),
-            name="condu-ray",
-            route_prefix="/",
-        )
-        with picture.open("rb") as file:
-            said = httpx.post(f"http://127.0.0.1:{port}/v1/predict", files={"image": file}, timeout=60)
+    with serving(ServeConfig(store=config.store, port=free_port(), cpus=0.01, gpus=0.5)) as url:
+        said = httpx.post(f"{url}/v1/predict", files={"image": picture.read_bytes()}, timeout=60)
         assert said.status_code == 200, said.text
-    finally:
-        serve.shutdown()

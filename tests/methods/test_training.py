@@ -13,44 +13,27 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from trainings import first_gradient, train
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.data.picture import load_picture
 from condu_ray.errors import DataError, TrainingError
 from condu_ray.methods import registry
-from condu_ray.methods.batches import Order
+from condu_ray.methods.batches import Order, loaders
 from condu_ray.methods.training import (
     Checkpoint,
     Place,
     Resume,
     Step,
-    Trained,
     learning_rate_for,
     schedule,
     steps_for,
-    train_task,
 )
 from condu_ray.models.clip import Clip
 from condu_ray.models.load import weights_sha256
 
 Settings = Callable[..., SessionConfig]
-
-
-def train(clip: Clip, task: TaskData, config: SessionConfig, **more: Any) -> Trained:
-    method = registry.get(config.method)
-    return train_task(clip, method, method.layout(clip, config), task, config, **more)
-
-
-def first_gradient(clip: Clip, task: TaskData, config: SessionConfig) -> np.ndarray:
-    """Of the first step, times 0.1: AdamW's first moment. (Its steps divide by the gradient, so deltas tell less.)"""
-    saved: list[np.ndarray] = []
-
-    def save(checkpoint: Checkpoint) -> None:
-        saved.append(np.concatenate([each.ravel() for name, each in checkpoint.items() if name.startswith("first/")]))
-
-    train(clip, task, config, resume=Resume(save=save))
-    return saved[0]
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
@@ -214,6 +197,16 @@ def test_loader_processes_change_no_bit(tiny_clip: Clip, colours: TaskData, sett
     found = train(tiny_clip, colours, settings(train__loader_processes=2))
     assert np.array_equal(found.delta, expected.delta)
     assert found.losses == expected.losses
+
+
+@pytest.mark.parametrize(("cores", "beside_a_gpu"), [(1, 0), (4, 3), (64, 8)])
+def test_pictures_are_decoded_ahead_beside_a_gpu(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, cores: int, beside_a_gpu: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    assert loaders(settings(), torch.device("cuda")) == beside_a_gpu
+    assert loaders(settings(), torch.device("cpu")) == 0
+    assert {loaders(settings(train__loader_processes=2), torch.device(each)) for each in ("cpu", "cuda")} == {2}
 
 
 @pytest.mark.parametrize("parts", [2, 4, 64])

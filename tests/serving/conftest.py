@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import free_port
 from in_process_crew import learn_here, opened, settings
-from served import Served, free_port
+from served import Served
 
 from condu_ray.config import ServeConfig
 from condu_ray.store import open_store

@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from command_line import condu
+from command_line import condu, free_port
 from PIL import Image
-from served import Served, free_port
+from served import Served
 from serving_load import damaged, differs, load, offline, wait_until_served
 
 from condu_ray.client import AsyncClient, Client

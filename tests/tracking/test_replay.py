@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from command_line import Learned, condu
+from command_line import Learned, condu, free_port
 from in_process_crew import learn_here, opened, settings
 
 from condu_ray.engine.forget import forget
@@ -61,12 +60,6 @@ def test_what_is_missing_is_recorded_once_and_as_it_would_have_been(stored: Path
     assert sorted(mirror) == ["1", "2", "3"]
     assert mirror["2"] == at_once
     assert "3 of 3 versions are recorded at sqlite" in condu("track", "--store", store).out
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def server(port: int, folder: Path) -> subprocess.Popen[bytes]:

@@ -136,13 +136,13 @@ def test_the_same_gpu_gives_the_same_bits(
 
 
 def session(model: Path, folders: Folders, store: Path, *placed: str) -> dict[str, Any]:
-    """Learns two tasks on Ray; returns what the store holds."""
+    """Learns two tasks on Ray; returns the digests of their magnitudes."""
     given = [f"--task={name}={folders[name]}" for name in ("colours", "stripes")]
     given += ["--model", f"local-dir:{model}", "--train.steps=4", "--train.batch-size=8", "--tracking=off"]
     said = process("learn", *given, *placed, "--store", store, "--json")
     assert said.code == 0, said.err
     assert said.document["made"] == [1, 2]
-    return {name: sha for name, sha in contents(store).items() if "rescalers" in name}
+    return {name: sha for name, sha in contents(store).items() if "magnitudes" in name}
 
 
 @pytest.fixture(scope="module")

@@ -80,9 +80,8 @@ def test_a_sweep_of_training_with_a_failure_and_an_unreadable_test_split(
     assert {path: path.read_bytes() for path in (folder / "trials").iterdir()} == before
     assert len(nested_runs(tracking)) == 4
 
-    planned = condu(
-        "learn", "--config", found["config"], "--task", f"stripes={untestable}/train", "--dry-run", "--json"
-    )
+    stripes, store = f"stripes={untestable}/train", tmp_path / "store"
+    planned = condu("learn", "--config", found["config"], "--store", store, "--task", stripes, "--dry-run", "--json")
     assert planned.code == 0, planned.err
     assert planned.document["settings"]["train.steps"] == {"value": 9, "from": f"file {found['config']}"}
 

@@ -209,7 +209,7 @@ class MemoryConfig(_Section):
     gamma: float = Field(default=0.1, ge=0, le=1, description="share of the mean variance, for convex shrinkage")
     per_epoch: int = Field(default=2000, ge=0, description="features drawn an epoch, over all old classes together")
     discriminant: bool | None = Field(
-        default=None, description="whether the Gaussians answer too, beside the class vectors; unset: yes for dmc-ot"
+        default=None, description="whether the Gaussians answer too, beside the class vectors; unset: yes, but for rapf"
     )
 
 
@@ -222,6 +222,11 @@ class DmcConfig(_Section):
     )
     task_prompt: int | None = Field(
         default=None, ge=0, le=64, description="prompt vectors of each task alone; unset: 0 for dmc, 16 for dmc-ot"
+    )
+    distillation: float = Field(
+        default=100.0,
+        ge=0,
+        description="weight of the image tower before as a teacher, which keeps features from drifting; 0: none",
     )
     prompt_steps: int | None = Field(
         default=None, ge=1, description="optimiser steps of the prompts; unset: as many as those of the image tower"
@@ -527,7 +532,7 @@ def shrinkage_of(config: SessionConfig) -> Shrinkage:
 def gaussians_answer(config: SessionConfig) -> bool:
     """As set, or what the method stands for."""
     asked = config.memory.discriminant
-    return config.method == "dmc-ot" if asked is None else asked
+    return config.method in REMEMBER and config.method != "rapf" if asked is None else asked
 
 
 def rescaler_steps(config: SessionConfig, trained: int) -> int:
@@ -568,7 +573,7 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
         **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
         **{f"fusion.{name}": value for name, value in config.fusion.model_dump(exclude={"shards"}).items()},
         **{f"adapter.{name}": value for name, value in config.adapter.model_dump(include=ADAPTER_FIXED).items()},
-        **({"memory.discriminant": config.memory.discriminant} if config.method in REMEMBER else {}),
+        **({"memory.discriminant": gaussians_answer(config)} if config.method in REMEMBER else {}),
         **({f"dmc.{name}": value for name, value in config.dmc.model_dump().items()} if config.method in DMC else {}),
     }
 

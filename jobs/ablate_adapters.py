@@ -2,10 +2,10 @@
 
     python jobs/ablate_adapters.py --data DATA/caltech101 --increment 10 --seeds 0,1,2 --work WORK
 
-Every row changes some settings of one of the two; the fits are those of `condu-ray learn`. Killed, the same command
-goes on. Avg and Last as in docs/class_incremental.md (all test pictures of the classes learned so far, all of these
-classes compete). `unlike`: the share of the last answers that are others when every training feature is changed by one
-part in a million, first seed.
+Every row changes some settings of one of the two; the fits are those of `condu-ray learn`, and the class vectors answer
+alone, without Gaussians (`--memory.discriminant no`). Killed, the same command goes on. Avg and Last as in
+docs/class_incremental.md (all test pictures of the classes learned so far, all of these classes compete). `unlike`: the
+share of the last answers that are others when every training feature is changed by one part in a million, first seed.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ SETTINGS = [
     "dmc.rank",
     "dmc.shared_prompt",
     "dmc.task_prompt",
+    "dmc.distillation",
     "dmc.prompt_steps",
     "dmc.prompt_lr",
     "dmc.replay",

@@ -6,12 +6,12 @@ encoders by optimal transport, and task-specific prompts. Everything else is our
 
     stage 1   LoRA on keys and values of the image tower (linear layers where it has no attention), the same factors
               carried on from task to task; cross entropy over the classes of the current task against θ⁰'s own text
-              vectors, which never move
+              vectors, which never move; from the second task on the image tower before holds features near
     between   what both encoders see of the current pictures says how old Gaussians move (memory/calibration.py)
     stage 2   `dmc`: one prompt for all tasks, moved on; `dmc-ot`: a prompt for each task, kept as it is afterwards
 
-One model answers: the newest encoder, and for each class the vector of its prompt. In `dmc-ot` the Gaussians, which
-have followed the encoder, answer beside it (memory/discriminant.py; ours).
+One model answers: the newest encoder, and for each class the vector of its prompt, beside which its Gaussian answers
+(memory/discriminant.py; ours).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from condu_ray.methods.batches import loaders
 from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.condu_lora import factors_of
 from condu_ray.methods.discriminants import discriminants
+from condu_ray.methods.objective import Teacher
 from condu_ray.methods.prompt_tuning import PromptedTask, tune_prompts
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
 from condu_ray.methods.remembered import Found, Remembered, fingerprint
@@ -145,7 +146,11 @@ def learn(
     vision = stages.vision()
     if vision is None:
         vision = model.train_vision(
-            task, place, stages.first(), lambda step: on_step(replace(step, steps=first + second))
+            task,
+            model.teacher() if kept else None,
+            place,
+            stages.first(),
+            lambda step: on_step(replace(step, steps=first + second)),
         )
         stages.keep(vision)
     after = model.with_vision(vision.delta)
@@ -247,7 +252,21 @@ class _Model:
         seen = in_batches(pictures, BATCH, 1 + loaders(self.config, self.clip.device))
         return torch.cat([self.clip.raw_images(pixels, tower) for pixels, _ in seen]).cpu().numpy()
 
-    def train_vision(self, task: TaskData, place: Place, resume: Resume, on_step: Callable[[Step], None]) -> Trained:
+    def teacher(self) -> Teacher | None:
+        """This image tower, where it is to hold the features of the one that goes on from it."""
+        if not self.config.dmc.distillation:
+            return None
+        tower = expert(self.clip, self.layout, self.config, self.delta)
+        return Teacher(lambda pixels: self.clip.images(pixels, tower), self.config.dmc.distillation)
+
+    def train_vision(
+        self,
+        task: TaskData,
+        teacher: Teacher | None,
+        place: Place,
+        resume: Resume,
+        on_step: Callable[[Step], None],
+    ) -> Trained:
         """The first stage, from this image tower on; its delta is that of the tower alone."""
         # Gaussians belong to an encoder, so that its running statistics must not be each task's own.
         settings = self.config.train.model_copy(update={"towers": "image", "batch_norm": "frozen"})
@@ -262,6 +281,7 @@ class _Model:
             place,
             resume,
             on_step,
+            teacher=teacher,
         )
 
     def prompts(self, task: TaskData, kept: Mapping[str, Remembered]) -> list[PromptedTask]:

@@ -1,13 +1,14 @@
 """What a task is trained for: the loss of a batch, in which precision, and how its gradient is added up.
 
 Cross entropy over the task's classes with label smoothing, first prompt template, logit scale frozen (ConDU's released
-scripts).
+scripts); in DMC also how far features move away from an earlier image tower's (ours).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -22,12 +23,29 @@ from condu_ray.models.clip import Clip, class_embeddings
 BETAS = (0.9, 0.999)  # of AdamW, whatever it trains
 
 
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """Holds an image tower near where it was: weight · mean over the batch of |ẑ − ẑ_teacher|², of unit features.
+
+    images: f32[B, 3, H, W] -> unit features f32[B, D], without a gradient.
+    """
+
+    images: Callable[[Tensor], Tensor]
+    weight: float
+
+    def loss(self, pixels: Tensor, unit: Tensor) -> Tensor:
+        return self.weight * (unit - self.images(pixels)).square().sum(dim=1).mean()
+
+
 class TaskLoss(nn.Module):
     """Cross entropy of a batch against the task's classes; one module, so that DDP sees every parameter."""
 
-    def __init__(self, clip: Clip, model: nn.Module, task: TaskData, config: SessionConfig) -> None:
+    def __init__(
+        self, clip: Clip, model: nn.Module, task: TaskData, config: SessionConfig, teacher: Teacher | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.teacher = teacher
         self.smoothing = config.train.label_smoothing
         self.text_learns = config.train.towers == "both"
         self.register_buffer("text", _text_of(clip, task, config), persistent=False)
@@ -37,7 +55,8 @@ class TaskLoss(nn.Module):
         image_BD = model.encode_image(pixels, normalize=True)
         text_CD = model.encode_text(self.text, normalize=True) if self.text_learns else self.text
         logits_BC = model.logit_scale.detach().exp() * image_BD @ text_CD.T
-        return nn.functional.cross_entropy(logits_BC.float(), labels, label_smoothing=self.smoothing)
+        loss = nn.functional.cross_entropy(logits_BC.float(), labels, label_smoothing=self.smoothing)
+        return loss if self.teacher is None else loss + self.teacher.loss(pixels, image_BD.float())
 
 
 def _text_of(clip: Clip, task: TaskData, config: SessionConfig) -> Tensor:

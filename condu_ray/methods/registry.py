@@ -124,8 +124,8 @@ METHODS = {
         MethodInfo(
             "dmc-ot",
             "dmc",
-            "dmc with a prompt a task, and Gaussians that follow by optimal transport and answer too",
-            "DMC-OT, arXiv 2511.10974 (calibration, task prompts); the transport is our reconstruction, answering ours",
+            "dmc with a prompt a task, and Gaussians that follow by optimal transport",
+            "DMC-OT, arXiv 2511.10974 (calibration, task prompts); which transport is our reconstruction",
             trains=True,
             ordered=True,
             single=True,

@@ -24,7 +24,7 @@ from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.batches import batches, seed_of
 from condu_ray.methods.checkpoint import Checkpoint, Losses, Resume, checkpoint_of, restore
-from condu_ray.methods.objective import BETAS, TaskLoss, backward, check_finite, precision, set_modes
+from condu_ray.methods.objective import BETAS, TaskLoss, Teacher, backward, check_finite, precision, set_modes
 from condu_ray.methods.protocol import Memory, Method, Vector
 from condu_ray.models.clip import Clip
 
@@ -151,12 +151,13 @@ def train_task(
     resume: Resume | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     watch: Callable[[int, nn.Module], None] = lambda step, model: None,
+    teacher: Teacher | None = None,
 ) -> Trained:
     """Trains `task` from θ⁰ (or θ⁰ + start) and returns what changed, relative to θ⁰.
 
     Every process of a data-parallel group calls this alike and gets the same delta; only rank 0 saves checkpoints.
     watch: called after each step with the number of steps done and the model as it is then, in evaluation mode only if
-    it asks for it: it may look and switch modes, and must not change what is trained.
+    it asks for it: it may look and switch modes, and must not change what is trained. teacher: adds to every loss.
     Raises TrainingError, in every process at the same step, for a loss or gradient that is not finite.
     """
     place, resume = place or Place(), resume or Resume()
@@ -169,7 +170,7 @@ def train_task(
     model, parameters = method.prepare(clip, layout, config, start)
     set_modes(model, config.train.batch_norm)
     before = {name: tensor.detach().clone() for name, tensor in model.named_buffers()}
-    loss_of = TaskLoss(clip, model, task, config)
+    loss_of = TaskLoss(clip, model, task, config, teacher)
     peak = learning_rate_for(clip.parameter_count(), config)
     optimiser = torch.optim.AdamW(
         list(parameters.values()),

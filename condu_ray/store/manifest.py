@@ -141,6 +141,13 @@ class StoreHeader(_Record):
     domains: DomainFeatures = "means"
     id: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern=r"^[0-9a-f]{32}$")
 
+    @model_validator(mode="after")
+    def _as_older_releases_meant_it(self) -> StoreHeader:
+        """Where they left it open whether Gaussians answer, those of dmc-ot did and no others."""
+        if self.settings.get("memory.discriminant", True) is None:
+            self.settings["memory.discriminant"] = self.method == "dmc-ot"
+        return self
+
 
 _R = TypeVar("_R", Manifest, StoreHeader)
 

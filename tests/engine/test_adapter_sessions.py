@@ -115,7 +115,8 @@ def test_a_version_answers_by_its_adapter_and_exports_it(
     export(store, store.manifest(), "stripes", tmp_path / "expert.safetensors")
     weights = load_file(tmp_path / "expert.safetensors")
     head = {name: weights.pop(name) for name in list(weights) if name.startswith("head.")}
-    assert sorted(head) == ["head.share.normalized", "head.weight"]
+    told = [f"head.discriminant.{part}.{name}" for part in ("bias", "weight") for name in sorted(TASKS)]
+    assert sorted(head) == [*(told if method == "calfuse" else []), "head.share.normalized", "head.weight"]
     clip = load_classifier(store.url).clip
     assert set(weights) == set(clip.model.state_dict())
     card = store.manifest().task("stripes")
@@ -124,7 +125,10 @@ def test_a_version_answers_by_its_adapter_and_exports_it(
         images = clip.model.encode_image(pixels)
         texts = class_embeddings(clip, [prompts(name, card.templates) for name in card.classes])
         features = mixed(images, head["head.weight"], float(head["head.share.normalized"]), "normalized")
-        shares = (clip.logit_scale * features @ texts.T).softmax(dim=1)
+        logits = clip.logit_scale * features @ texts.T
+        if method == "calfuse":
+            logits += features @ head["head.discriminant.weight.stripes"].T + head["head.discriminant.bias.stripes"]
+        shares = logits.softmax(dim=1)
     for answer, row in zip(said, shares, strict=True):
         assert answer["label"] == card.classes[int(row.argmax())]
         assert answer["probability"] == pytest.approx(float(row.max()), abs=1e-4)

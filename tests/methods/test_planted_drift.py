@@ -43,8 +43,8 @@ class World:
 
     def last(self, **others: Any) -> float:
         """Mean accuracy on all twelve classes after three sessions."""
-        given = {"method": "dmc", "dmc.prompt_steps": 60, "dmc.prompt_lr": 1e-2, **others}
-        config = from_dotted({name.replace("__", "."): value for name, value in given.items()})
+        given = {"method": "dmc", "dmc.prompt_steps": 60, "dmc.prompt_lr": 1e-2, "memory.discriminant": False}
+        config = from_dotted(given | {name.replace("__", "."): value for name, value in others.items()})
         layout = dmc.layout(self.clip, config)
         state = dmc.empty(layout, config)
         for number in range(3):

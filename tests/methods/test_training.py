@@ -21,6 +21,7 @@ from condu_ray.data.picture import load_picture
 from condu_ray.errors import DataError, TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.batches import Order, loaders
+from condu_ray.methods.objective import Teacher
 from condu_ray.methods.training import (
     Checkpoint,
     Place,
@@ -76,6 +77,15 @@ def test_the_first_loss_is_the_smoothed_cross_entropy_of_the_first_prompt(
     own = log_odds[torch.arange(3), labels]
     expected = -(0.8 * own + 0.2 * log_odds.mean(dim=1)).mean()
     assert trained.losses == [(1, pytest.approx(float(expected), rel=1e-5))]
+
+    def mirrored(pixels: Tensor) -> Tensor:
+        return tiny_clip.images(pixels.flip(-1))
+
+    held = train(tiny_clip, colours, config, teacher=Teacher(mirrored, 3.0))
+    away = tiny_clip.images(pixels) - mirrored(pixels)
+    expected = expected + 3 * away.pow(2).sum(dim=1).mean()
+    assert float(away.norm()) > 1e-2
+    assert held.losses == [(1, pytest.approx(float(expected), rel=1e-5))]
 
 
 class Killed(Exception):

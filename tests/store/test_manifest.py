@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from condu_ray.config import from_dotted, gaussians_answer, resolve
 from condu_ray.errors import StoreError
 from condu_ray.store import ObjectRef, TaskCard
 from condu_ray.store.manifest import FORMAT, Manifest, dump, parse_header, parse_manifest
@@ -43,6 +44,16 @@ def test_a_newer_format_says_so(make_manifest: Any, make_header: Any) -> None:
     header = json.loads(dump(make_header())) | {"format": FORMAT + 1}
     with pytest.raises(StoreError, match="store.json has format"):
         parse_header(json.dumps(header).encode(), "store.json")
+
+
+@pytest.mark.parametrize("method", ["rapf", "calfuse", "dmc", "dmc-ot"])
+def test_a_store_whose_release_left_it_open_answers_as_it_did_there(make_header: Any, method: str) -> None:
+    """Gaussians answered in dmc-ot alone; today they do by default in others too."""
+    fields = json.loads(dump(make_header(method=method, settings={"method": method, "memory.discriminant": False})))
+    fields["settings"]["memory.discriminant"] = None
+    header = parse_header(json.dumps(fields).encode(), "store.json")
+    assert gaussians_answer(from_dotted(header.settings)) == (method == "dmc-ot")
+    resolve({}, fixed=header.settings)  # and is no other store to the next session
 
 
 @pytest.mark.parametrize(

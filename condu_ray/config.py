@@ -532,7 +532,7 @@ def shrinkage_of(config: SessionConfig) -> Shrinkage:
 def gaussians_answer(config: SessionConfig) -> bool:
     """As set, or what the method stands for."""
     asked = config.memory.discriminant
-    return config.method in REMEMBER and config.method != "rapf" if asked is None else asked
+    return config.method != "rapf" if asked is None else asked
 
 
 def rescaler_steps(config: SessionConfig, trained: int) -> int:

@@ -147,7 +147,7 @@ def learn(
     if vision is None:
         vision = model.train_vision(
             task,
-            model.teacher() if kept else None,
+            model.teacher() if kept and config.dmc.distillation else None,
             place,
             stages.first(),
             lambda step: on_step(replace(step, steps=first + second)),
@@ -252,10 +252,8 @@ class _Model:
         seen = in_batches(pictures, BATCH, 1 + loaders(self.config, self.clip.device))
         return torch.cat([self.clip.raw_images(pixels, tower) for pixels, _ in seen]).cpu().numpy()
 
-    def teacher(self) -> Teacher | None:
-        """This image tower, where it is to hold the features of the one that goes on from it."""
-        if not self.config.dmc.distillation:
-            return None
+    def teacher(self) -> Teacher:
+        """This image tower, to hold the features of the one that goes on from it."""
         tower = expert(self.clip, self.layout, self.config, self.delta)
         return Teacher(lambda pixels: self.clip.images(pixels, tower), self.config.dmc.distillation)
 

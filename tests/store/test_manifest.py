@@ -47,10 +47,11 @@ def test_a_newer_format_says_so(make_manifest: Any, make_header: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["rapf", "calfuse", "dmc", "dmc-ot"])
-def test_a_store_whose_release_left_it_open_answers_as_it_did_there(make_header: Any, method: str) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_a_store_whose_release_left_it_open_answers_as_it_did_there(make_header: Any, method: str, known: bool) -> None:
     """Gaussians answered in dmc-ot alone; today they do by default in others too."""
-    fields = json.loads(dump(make_header(method=method, settings={"method": method, "memory.discriminant": False})))
-    fields["settings"]["memory.discriminant"] = None
+    fields = json.loads(dump(make_header(method=method)))
+    fields["settings"] = {"method": method, **({"memory.discriminant": None} if known else {})}
     header = parse_header(json.dumps(fields).encode(), "store.json")
     assert gaussians_answer(from_dotted(header.settings)) == (method == "dmc-ot")
     resolve({}, fixed=header.settings)  # and is no other store to the next session

@@ -184,7 +184,12 @@ class AdapterConfig(_Section):
     init: Literal["identity", "default"] = Field(
         default="default", description="of the first adapter; default: the uniform one of a linear layer"
     )
-    epochs: int = Field(default=15, ge=1, le=10_000, description="passes over a task's features")
+    epochs: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="passes over a task's features; unset: 15, and more where these make less than 750 steps",
+    )
     batch_size: int = Field(default=100, ge=1, le=65536, description="features a step, without those that are drawn")
     lr: float = Field(default=1e-3, gt=0, lt=1, description="of Adam; a tenth after 4/15 and again after 10/15")
     hinge: float = Field(default=1.0, ge=0, description="weight of the hinge that parts classes with similar texts")

@@ -148,14 +148,11 @@ def shaken(stream: Sequence[Session]) -> list[Session]:
     ]
 
 
-def measured(
-    clip: Clip, stream: Sequence[Session], settings: Mapping[str, Any], seed: int, first: bool, path: Path
-) -> dict[str, Any]:
-    """Figures of a row's settings and a seed; read from `path` where they are there already."""
+def measured(clip: Clip, stream: Sequence[Session], config: SessionConfig, first: bool, path: Path) -> dict[str, Any]:
+    """Figures of a row's settings; read from `path` where they are there already."""
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    config, _ = resolve({**settings, "seed": seed})
     accuracies, said = learned(clip, stream, config)
     found = {"avg": statistics.fmean(accuracies), "last": accuracies[-1]}
     if first:
@@ -164,8 +161,9 @@ def measured(
     return found
 
 
-def _key(digest: str, settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(f"{digest} {sorted(settings.items())}".encode()).hexdigest()[:24]
+def _key(digest: str, config: SessionConfig) -> str:
+    told = config.model_dump_json(include={"method", "seed", "adapter", "memory"})
+    return hashlib.sha256(f"{digest} {told}".encode()).hexdigest()[:24]
 
 
 def measure(
@@ -179,11 +177,10 @@ def measure(
     found: list[dict[str, Any]] = [{"row": "zero-shot", "avg": [statistics.fmean(zero_shot)], "last": [zero_shot[-1]]}]
     for name, settings in rows.items():
         with stage(name):
+            configs = [resolve({**settings, "seed": seed})[0] for seed in seeds]
             runs = [
-                measured(
-                    clip, stream, settings, seed, seed == seeds[0], work / f"row-{_key(digest, settings)}-{seed}.json"
-                )
-                for seed in seeds
+                measured(clip, stream, each, each is configs[0], work / f"row-{_key(digest, each)}.json")
+                for each in configs
             ]
         figures = {key: [run[key] for run in runs if key in run] for key in ("avg", "last", "unlike")}
         found.append({"row": name, **figures})

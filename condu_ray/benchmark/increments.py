@@ -40,6 +40,7 @@ def _settings(batch: int, bias: float, distance: float, factor: float, shrinkage
     return {
         "model": "ViT-B-16-quickgelu",
         "pretrained": "openai",
+        "adapter.epochs": 15,
         "adapter.batch_size": batch,
         "adapter.mix_bias": bias,
         "adapter.hinge_distance": distance,

@@ -30,7 +30,7 @@ from condu_ray.methods.adapter_losses import distillation, hinge, similar_pairs
 from condu_ray.methods.batches import seed_of
 from condu_ray.methods.checkpoint import Losses
 from condu_ray.methods.protocol import Features
-from condu_ray.methods.training import Step
+from condu_ray.methods.training import Step, adapter_epochs
 from condu_ray.models.head import mixed
 
 DECAYS = (4 / 15, 10 / 15)
@@ -145,12 +145,13 @@ class _Fitting:
         own = self._own
         groups = [{"params": [self._weight], "lr": own.lr}, {"params": [self._logit], "lr": SHARE_RATE * own.lr}]
         optimiser = torch.optim.Adam(groups)
-        decays = [round(own.epochs * each) for each in DECAYS]
+        epochs = adapter_epochs(len(self._labels), self._config)
+        decays = [round(epochs * each) for each in DECAYS]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, decays, DECAY)
         steps = math.ceil(len(self._labels) / own.batch_size)
         losses: Losses = []
         begun = time.monotonic()
-        for epoch in range(own.epochs):
+        for epoch in range(epochs):
             for step, batch in enumerate(self._batches(epoch)):
                 replays = self._past.classes and self._config.memory.per_epoch
                 loss = self._loss(batch, self._replayed(epoch, step, steps) if replays else None)
@@ -163,10 +164,10 @@ class _Fitting:
                 if not math.isfinite(value):
                     mend = f"train with a smaller --adapter.lr (it was {own.lr:g})"
                     raise TrainingError(f"task {self._task}: the loss is {value} at step {place + 1}", mend)
-                if place % max(1, own.epochs * steps // 100) == 0 or place == own.epochs * steps - 1:
+                if place % max(1, epochs * steps // 100) == 0 or place == epochs * steps - 1:
                     losses.append((place + 1, value))
                 now = time.monotonic()
-                on_step(Step(self._task, place + 1, own.epochs * steps, value, len(batch) / max(1e-9, now - begun)))
+                on_step(Step(self._task, place + 1, epochs * steps, value, len(batch) / max(1e-9, now - begun)))
                 begun = now
             schedule.step()
         return losses

@@ -121,6 +121,7 @@ def test_recipes_find_their_set_and_carry_published_settings(name: str, tmp_path
     benchmark = Benchmark(stream, ("rapf",), (2,), tmp_path / "work")
     (config, _), *_ = sessions(benchmark, SYSTEMS["rapf"], 2)
     assert (config.model, config.adapter.batch_size) == ("ViT-B-16-quickgelu", chosen.settings["adapter.batch_size"])
+    assert config.adapter.epochs == 15, "what RAPF read its tables with"
     with pytest.raises(DataError, match=f"lacks 1 of {kind}"):
         increments(name, str(tmp_path / "work"), None, None) if (tmp_path / "work").mkdir() is None else None
 

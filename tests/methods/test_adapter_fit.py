@@ -190,6 +190,9 @@ def test_steps_are_reported_and_a_loss_that_is_no_number_is_refused(stream: list
     assert [each.step for each in steps] == [1, 2, 3, 4, 5, 6]
     assert all(each.steps == 6 for each in steps)
     assert [step for step, _ in found.losses] == [1, 2, 3, 4, 5, 6]
+    unset: list[Any] = []
+    fit("one", stream[0], [], None, SCALE, asked(settings, "rapf", adapter__epochs=None), unset.append)
+    assert len(unset) == unset[-1].steps == 750
     broken = Features(np.full_like(stream[0].raw, np.nan), stream[0].labels, stream[0].texts)
     with pytest.raises(TrainingError, match=r"task one: the loss is nan at step 1"):
         fit("one", broken, [], None, SCALE, config)

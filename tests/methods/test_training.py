@@ -27,6 +27,7 @@ from condu_ray.methods.training import (
     Place,
     Resume,
     Step,
+    adapter_epochs,
     learning_rate_for,
     schedule,
     steps_for,
@@ -325,6 +326,15 @@ def test_unset_steps_are_ten_epochs_within_limits(settings: Settings) -> None:
     config = settings(train__steps=None, train__batch_size=32)
     assert [steps_for(pictures, config) for pictures in (1, 320, 1000, 10_000)] == [100, 100, 313, 1000]
     assert steps_for(10_000, settings(train__steps=7)) == 7
+
+
+def test_an_adapter_takes_rapfs_epochs_and_more_where_pictures_are_few(settings: Settings) -> None:
+    """15 epochs of CIFAR-100's 5,000 pictures a session are the 750 steps that no smaller task goes below."""
+    unset = settings(method="rapf", adapter__batch_size=100)
+    assert [adapter_epochs(pictures, unset) for pictures in (20, 400, 4_900, 5_000, 50_000)] == [750, 188, 16, 15, 15]
+    assert [steps_for(pictures, unset) for pictures in (20, 400, 5_000, 50_000)] == [750, 752, 750, 7_500]
+    asked = settings(method="rapf", adapter__epochs=2)
+    assert [steps_for(pictures, asked) for pictures in (20, 400)] == [2, 8]
 
 
 def test_unset_rates_are_the_published_ones_for_large_models_and_higher_for_small(settings: Settings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.protocol import NO_MEMORY, Memory, Method, TaskState, Vector
+from condu_ray.methods.registry import info
 from condu_ray.models.clip import Clip, Expert, Headed, Overrides
 from condu_ray.models.head import Head
 
@@ -22,7 +24,8 @@ Buffers = Mapping[str, NDArray[Any]]
 class Experts:
     """Callable: task name -> what stands in for θ⁰'s own parameters and buffers, or is added; None where θ⁰ answers.
 
-    buffers: task -> buffers that its training changed, kept exactly beside the fused parameters.
+    buffers: task -> buffers that its training changed, kept exactly beside the fused parameters. One model that answers
+    for all tasks is made once for those without buffers of their own.
     """
 
     clip: Clip
@@ -37,6 +40,14 @@ class Experts:
         if delta is None:
             return None
         own = self.buffers.get(task, {})
+        return self._made(delta, own) if own or not info(self.config.method).single else self._single
+
+    @cached_property
+    def _single(self) -> Expert | None:
+        delta = self.state.delta(self.state.tasks[-1])
+        return None if delta is None else self._made(delta, {})
+
+    def _made(self, delta: Vector, own: Buffers) -> Expert:
         return expert_of(self.clip, self.method, self.layout, self.config, delta, own, self.state.memory)
 
     def merged(self, task: str) -> Overrides | None:

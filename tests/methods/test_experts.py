@@ -96,6 +96,34 @@ def test_a_fused_expert_answers_bit_for_bit_as_a_model_with_its_parameters_and_b
     assert not torch.allclose(first, second, atol=1e-4)
 
 
+def test_one_model_for_all_tasks_is_made_once_but_for_a_task_with_buffers(
+    conv_clip: Clip, colours: TaskData, settings: Settings, pixels: Tensor
+) -> None:
+    config = settings(train__batch_norm="updated", method="sequential")
+    sequential = registry.get("sequential")
+    layout = sequential.layout(conv_clip, config)
+    trained, _ = fine_tuned(conv_clip, colours, config)
+    state = sequential.empty(layout, config)
+    for name in ("first", "second", "third"):
+        state = state.add(name, trained.delta)
+    experts = Experts(conv_clip, sequential, layout, config, state, {"third": trained.buffers})
+    assert experts("first") is experts("second")
+    assert torch.equal(
+        answers(conv_clip, experts("first"), pixels),
+        answers(conv_clip, expert_of(conv_clip, sequential, layout, config, trained.delta, {}), pixels),
+    )
+    assert torch.equal(
+        answers(conv_clip, experts("third"), pixels),
+        answers(conv_clip, expert_of(conv_clip, sequential, layout, config, trained.delta, trained.buffers), pixels),
+    )
+    assert not torch.allclose(*(answers(conv_clip, experts(name), pixels) for name in ("first", "third")), atol=1e-3)
+
+    condu = registry.get("condu")
+    fused = condu.empty(layout, config).add("first", trained.delta).add("second", -trained.delta)
+    several = Experts(conv_clip, condu, layout, config.model_copy(update={"method": "condu"}), fused)
+    assert not torch.equal(*(answers(conv_clip, several(name), pixels) for name in ("first", "second")))
+
+
 @pytest.mark.parametrize("method", ["condu", "condu-lora"])
 def test_a_tensor_that_two_layers_share_is_trained_and_kept_once(
     tiny_clip: Clip, colours: TaskData, settings: Settings, pixels: Tensor, method: str

@@ -96,7 +96,7 @@ METHODS = {
             "rapf",
             "adapter",
             "one adapter on the base model's features, replay of class Gaussians, fused by SVD",
-            "RAPF, arXiv 2407.14143, as read in its public code; cap on hinge pairs and number of draws ours",
+            "RAPF, arXiv 2407.14143, as read in its public code; cap on hinge pairs, draws and least steps ours",
             trains=True,
             ordered=True,
             on_features=True,

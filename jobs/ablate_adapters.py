@@ -30,6 +30,7 @@ from condu_ray.benchmark.increments import increments
 from condu_ray.config import ModelSpec, SessionConfig, resolve
 from condu_ray.data import PictureSet, Split, open_task
 from condu_ray.engine.progress import stage
+from condu_ray.engine.scoring import threads_of
 from condu_ray.errors import ConduError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods import adapter
@@ -153,10 +154,11 @@ def measured(clip: Clip, stream: Sequence[Session], config: SessionConfig, first
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    accuracies, said = learned(clip, stream, config)
-    found = {"avg": statistics.fmean(accuracies), "last": accuracies[-1]}
-    if first:
-        found["unlike"] = 100 * float((learned(clip, shaken(stream), config)[1] != said).mean())
+    with threads_of(1):  # torch's threads and NumPy's, which draws features, would wait for each other
+        accuracies, said = learned(clip, stream, config)
+        found = {"avg": statistics.fmean(accuracies), "last": accuracies[-1]}
+        if first:
+            found["unlike"] = 100 * float((learned(clip, shaken(stream), config)[1] != said).mean())
     path.write_text(json.dumps(found))
     return found
 

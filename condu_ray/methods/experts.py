@@ -14,7 +14,7 @@ from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.protocol import NO_MEMORY, Memory, Method, TaskState, Vector
 from condu_ray.methods.registry import info
-from condu_ray.models.clip import Clip, Expert, Headed, Overrides
+from condu_ray.models.clip import Clip, Expert, Headed, Overrides, halved
 from condu_ray.models.head import Head
 
 Buffers = Mapping[str, NDArray[Any]]
@@ -25,7 +25,7 @@ class Experts:
     """Callable: task name -> what stands in for θ⁰'s own parameters and buffers, or is added; None where θ⁰ answers.
 
     buffers: task -> buffers that its training changed, kept exactly beside the fused parameters. One model that answers
-    for all tasks is made once for those without buffers of their own.
+    for all tasks is made once for those without buffers of their own. half: matrices and kernels in bfloat16.
     """
 
     clip: Clip
@@ -34,6 +34,7 @@ class Experts:
     config: SessionConfig
     state: TaskState
     buffers: Mapping[str, Buffers] = field(default_factory=dict)
+    half: bool = False
 
     def __call__(self, task: str) -> Expert | None:
         delta = self.state.delta(task)
@@ -48,7 +49,8 @@ class Experts:
         return None if delta is None else self._made(delta, {})
 
     def _made(self, delta: Vector, own: Buffers) -> Expert:
-        return expert_of(self.clip, self.method, self.layout, self.config, delta, own, self.state.memory)
+        expert = expert_of(self.clip, self.method, self.layout, self.config, delta, own, self.state.memory)
+        return halved(expert) if self.half else expert
 
     def merged(self, task: str) -> Overrides | None:
         """As a call, but always what stands in for θ⁰'s own, as a file of weights has it."""

@@ -14,7 +14,7 @@ from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Experts
 from condu_ray.methods.protocol import TaskState
-from condu_ray.models.clip import Clip, Expert, halved
+from condu_ray.models.clip import Clip, Expert
 from condu_ray.models.load import load
 from condu_ray.store import Manifest, Store, StoreHeader, open_store
 from condu_ray.voting.classifier import Classifier, TaskExpert
@@ -61,13 +61,8 @@ def expert_maker(store: Store, version: int, clip: Clip) -> Callable[[str], Expe
     """Makes the experts of a version: task -> parameters in the precision of `clip`, None where θ⁰ answers."""
     manifest, header = store.manifest(version), store.header
     state, method = state_of(store, manifest), registry.get(header.method)
-    made = Experts(clip, method, layout_of(header), config_of(header), state, buffers_of(store, manifest))
-
-    def expert_of(task: str) -> Expert | None:
-        expert = made(task)
-        return halved(expert) if expert and clip.precision == "bf16" else expert
-
-    return expert_of
+    buffers, half = buffers_of(store, manifest), clip.precision == "bf16"
+    return Experts(clip, method, layout_of(header), config_of(header), state, buffers, half)
 
 
 def base_of(header: StoreHeader, device: str = "cpu") -> Clip:

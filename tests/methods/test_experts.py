@@ -118,6 +118,11 @@ def test_one_model_for_all_tasks_is_made_once_but_for_a_task_with_buffers(
     )
     assert not torch.allclose(*(answers(conv_clip, experts(name), pixels) for name in ("first", "third")), atol=1e-3)
 
+    half = Experts(conv_clip, sequential, layout, config, state, half=True)
+    assert half("first") is half("second")
+    kinds = {values.dtype for values in half("first").values() if values.dim() > 1}
+    assert kinds == {torch.bfloat16}
+
     condu = registry.get("condu")
     fused = condu.empty(layout, config).add("first", trained.delta).add("second", -trained.delta)
     several = Experts(conv_clip, condu, layout, config.model_copy(update={"method": "condu"}), fused)

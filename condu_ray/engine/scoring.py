@@ -148,7 +148,7 @@ class Scorer:
         if asked.by == "expert":
             classifier = classifier.by_experts()
         if asked.by == "vote":
-            space = LabelSpace.of_candidates(asked.classes, asked.templates)
+            space = classifier.label_space(labels=asked.classes, templates=asked.templates)
         else:
             space = classifier.label_space(None if asked.by == "union" else asked.task)
         first = next(i for i, label in enumerate(space.labels) if label.task in (None, asked.task))
@@ -191,7 +191,15 @@ class Scorer:
             experts = Experts(self._clip, self._method, self._layout, self._config, state, snapshot.buffers)
             self._newest = (
                 snapshot.key,
-                Classifier(self._clip, snapshot.experts, experts, self._vote, snapshot.calibrated, version=0),
+                Classifier(
+                    self._clip,
+                    snapshot.experts,
+                    experts,
+                    self._vote,
+                    snapshot.calibrated,
+                    version=0,
+                    single=registry.info(self._store.header.method).single,
+                ),
             )
         return self._newest[1]
 

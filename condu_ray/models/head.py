@@ -36,7 +36,7 @@ class Head:
     """Callable: unit features f32[B, D] by the image tower -> unit features f32[B, D] that meet the class vectors.
 
     weight: f32[D, D]; None: features stay. share: β. texts: task -> unit vectors f32[C, D] of its classes, which stand
-    in for those of the text tower; a caller's own labels always have the text tower's. discriminants: task -> (weights
+    in for those of the text tower; words that were not learned have the text tower's. discriminants: task -> (weights
     f32[C, D], bias f32[C]), whose scores of the features are added to the logits of its classes.
     """
 

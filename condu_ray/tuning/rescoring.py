@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from condu_ray.config import VoteConfig
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import strangeness
-from condu_ray.voting.router import STRANGE, Calibrated, Prior, places_of, prior_of, router_of
+from condu_ray.voting.labels import places_of
+from condu_ray.voting.router import STRANGE, Calibrated, Prior, prior_of, router_of
 from condu_ray.voting.routing import UNCALIBRATED, Thresholds, calibrate
 
 Doubles = NDArray[np.float64]

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from condu_ray.config import VoteConfig
+from condu_ray.data import DEFAULT_TEMPLATES
 from condu_ray.errors import DataError, NotFound, nearest
 from condu_ray.models import clip as models
 from condu_ray.models.clip import Clip
 from condu_ray.voting.answer import Answer, Vote
 from condu_ray.voting.combine import combine, probabilities, side_by_side
 from condu_ray.voting.domains import Domain
-from condu_ray.voting.labels import LabelSpace
+from condu_ray.voting.labels import LabelSpace, places_of
 from condu_ray.voting.prototypes import Prototypes
-from condu_ray.voting.router import Calibrated, Prior, Routed, Router, places_of, prior_of, router_of
+from condu_ray.voting.router import Calibrated, Prior, Routed, Router, prior_of, router_of
 from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
 
 
@@ -59,7 +60,8 @@ class Classifier:
     """θ⁰ and the experts of one version.
 
     expert_of: a task's parameters, or None where the method leaves θ⁰ to answer for it; the last `cache` are kept, and
-    all that are adapters. calibrated: where nothing was, as many experts as `vote.k` allows answer, and θ⁰.
+    all that are adapters. calibrated: where nothing was, as many experts as `vote.k` allows answer, and θ⁰. single: all
+    tasks have the same expert.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Classifier:
         calibrated: Calibrated,
         version: int,
         cache: int = 8,
+        single: bool = False,
     ) -> None:
         self.clip = clip
         self.experts = tuple(experts)
@@ -80,6 +83,7 @@ class Classifier:
         self.voters: Voters = LocalVoters(clip, self.cached)
         self._vote = vote
         self._calibrated = calibrated
+        self._single = single
         self._task_spaces: dict[str, LabelSpace] = {}
 
     @property
@@ -107,8 +111,9 @@ class Classifier:
         """Answers for pictures f32[B, 3, H, W] as the base model's eval_transform makes them.
 
         task: that expert answers, among its own classes, and the router beside it. labels: θ⁰ and the chosen experts
-        answer among these words. Neither: among all classes learned. Raises NotFound for an unknown task, and where
-        nothing is learned and neither is given; DataError for both at once and for labels that cannot be told apart.
+        answer among these words; one model that has learned all of them, as it has learned them. Neither: among all
+        classes learned. Raises NotFound for an unknown task, and where nothing is learned and neither is given;
+        DataError for both at once and for labels that cannot be told apart.
         """
         space = self.label_space(task, labels)
         return [self._answer(space, *scored) for scored in self._scores(pixels, space)]
@@ -118,12 +123,18 @@ class Classifier:
         best = [columns[np.argmax(probabilities(scores))] for _, columns, scores in self._scores(pixels, space)]
         return np.array(best, dtype=np.int64)
 
-    def label_space(self, task: str | None = None, labels: Sequence[str] | None = None) -> LabelSpace:
-        """The label space that `classify` uses for these arguments; raises what it raises."""
+    def label_space(
+        self,
+        task: str | None = None,
+        labels: Sequence[str] | None = None,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+    ) -> LabelSpace:
+        """The label space that `classify` uses for these arguments; raises what it raises. templates: of `labels`."""
         if task is not None and labels is not None:
             raise DataError(f"task {task} and labels are both given", "give the task, or labels, or neither")
         if labels is not None:
-            return LabelSpace.of_candidates(labels)
+            given = LabelSpace.of_candidates(labels, templates)
+            return given.as_learned(self.experts) if self._single else given
         if task is not None:
             return self._task_space(task)
         if not self.experts:

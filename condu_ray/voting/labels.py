@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from condu_ray.data import DEFAULT_TEMPLATES, prompts
 from condu_ray.errors import DataError
 
 MAX_CANDIDATES = 10_000
+Place = tuple[str, int]
+"""A task, and which of its classes, from 0."""
 
 
 class Card(Protocol):
@@ -36,21 +41,30 @@ class Label:
 
 @dataclass(frozen=True)
 class Block:
-    """The labels of one task (or of the caller) in a label space: indices start to stop, and their prompts."""
+    """The labels of one task (or of the caller) in a label space: indices start to stop, and their prompts.
+
+    learned: see `LabelSpace`.
+    """
 
     task: str | None
     start: int
     stop: int
     prompts: tuple[tuple[str, ...], ...]
+    learned: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """Labels, those of one task side by side, and for each label the texts that stand for it."""
+    """Labels, those of one task side by side, and for each label the texts that stand for it.
+
+    learned: for each of a caller's labels the class that it is, where one model answers that has learned them all
+    (`as_learned`); else empty.
+    """
 
     kind: Literal["task", "candidates", "union"]
     labels: tuple[Label, ...]
     prompts: tuple[tuple[str, ...], ...]
+    learned: tuple[Place, ...] = ()
 
     @staticmethod
     def of_task(card: Card) -> LabelSpace:
@@ -71,6 +85,22 @@ class LabelSpace:
         labels = tuple(Label(None, name) for name in names)
         return LabelSpace("candidates", labels, tuple(tuple(prompts(name, templates)) for name in names))
 
+    def as_learned(self, cards: Sequence[Card]) -> LabelSpace:
+        """The caller's labels as classes, each by its task's templates, if every one is a class; else as they are.
+
+        Of several tasks that have a label, one that has them all comes first, then the newest.
+        """
+        names = [label.name for label in self.labels]
+        each = [(card, _places(names, card.classes)) for card in cards]
+        chosen: dict[int, tuple[Card, int]] = {}
+        for card, places in sorted(each, key=lambda one: None not in one[1]):  # the last that has a label keeps it
+            chosen |= {label: (card, place) for label, place in enumerate(places) if place is not None}
+        if len(chosen) < len(names):
+            return self
+        found = [chosen[label] for label in range(len(names))]
+        texts = tuple(tuple(prompts(card.classes[place], card.templates)) for card, place in found)
+        return replace(self, prompts=texts, learned=tuple((card.name, place) for card, place in found))
+
     @staticmethod
     def of_union(cards: Iterable[Card]) -> LabelSpace:
         """All classes of all tasks, each by its task's templates; a name that two tasks share stays two labels."""
@@ -83,8 +113,21 @@ class LabelSpace:
         for task, group in groupby(self.labels, key=lambda label: label.task):
             start = blocks[-1].stop if blocks else 0
             stop = start + len(list(group))
-            blocks.append(Block(task, start, stop, self.prompts[start:stop]))
+            blocks.append(Block(task, start, stop, self.prompts[start:stop], self.learned[start:stop]))
         return tuple(blocks)
+
+
+def places_of(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64] | None:
+    """Where the labels stand among a task's classes, i64[C]; None where one of them is none. Case counts only where
+    the task has both."""
+    found = _places(labels, classes)
+    return None if None in found else np.array(found, dtype=np.int64)
+
+
+def _places(labels: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    exact = {name: place for place, name in enumerate(classes)}
+    folded = {name.casefold(): place for name, place in exact.items()}
+    return [exact.get(label, folded.get(label.casefold())) for label in labels]
 
 
 def _of_cards(cards: Iterable[Card]) -> tuple[tuple[Label, ...], tuple[tuple[str, ...], ...]]:

@@ -54,6 +54,7 @@ def load_classifier(
         Calibrated.from_state(manifest.state),
         manifest.version,
         cache,
+        registry.info(store.header.method).single,
     )
 
 

@@ -147,15 +147,6 @@ def prior_of(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Prior:
     return Prior((1 - DOUBT) * tasks + DOUBT * even, PRIOR + (1 - 2 * PRIOR) * unknown)
 
 
-def places_of(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64] | None:
-    """Where the labels stand among a task's classes, i64[C]; None where one of them is none. Case counts only where
-    the task has both."""
-    exact = {name: place for place, name in enumerate(classes)}
-    folded = {name.casefold(): place for name, place in exact.items()}
-    found = [exact.get(label, folded.get(label.casefold())) for label in labels]
-    return None if None in found else np.array(found, dtype=np.int64)
-
-
 class CosineRouter:
     """The largest cosine to a class prototype decides (ConDU, as published); what the labels are does not matter."""
 

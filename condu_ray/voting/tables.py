@@ -7,7 +7,9 @@ width); those of callers' labels make room for newer ones.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from condu_ray.models import clip as models
@@ -19,6 +21,15 @@ Expert = str | None
 """A task's name, or None for θ⁰."""
 
 
+def rows_of(kept: Mapping[str, Tensor], block: Block) -> Tensor | None:
+    """What is kept of the block's classes (task -> a row each), in the order of its labels; None if one has no row."""
+    if block.task is not None:
+        return kept.get(block.task)
+    if not block.learned or any(task not in kept for task, _ in block.learned):
+        return None
+    return torch.stack([kept[task][place] for task, place in block.learned])
+
+
 class Tables:
     """The embeddings f32[C, D] of a block of labels, by an expert or θ⁰."""
 
@@ -28,9 +39,9 @@ class Tables:
         self._candidates: OrderedDict[tuple[Expert, tuple[tuple[str, ...], ...]], Tensor] = OrderedDict()
 
     def of(self, expert: Expert, parameters: models.Expert | None, block: Block) -> Tensor:
-        """Unit vectors in the order of the block's labels; those that the expert's head has for a learned task's."""
+        """Unit vectors in the order of the block's labels; those that the expert's head has for learned classes."""
         if isinstance(parameters, Headed):
-            own = None if block.task is None else parameters.head.texts.get(block.task)
+            own = rows_of(parameters.head.texts, block)
             if own is not None:
                 return own
             expert, parameters = expert if parameters.tower else None, parameters.tower

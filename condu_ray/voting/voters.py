@@ -19,7 +19,7 @@ from condu_ray.models import clip as models
 from condu_ray.models.clip import Clip, Headed
 from condu_ray.models.lora import LowRank
 from condu_ray.voting.labels import Block
-from condu_ray.voting.tables import Expert, Tables
+from condu_ray.voting.tables import Expert, Tables, rows_of
 
 ROWS = 16
 """Experts that are adapters share a pass until it has so many rows; one with as many pictures of its own fills a pass.
@@ -122,9 +122,9 @@ class LocalVoters:
         found = []
         for block in one.blocks:
             logits = self.clip.logit_scale * features @ self._tables.of(name, expert, block).T
-            told = expert.head.discriminants.get(block.task or "") if isinstance(expert, Headed) else None
-            if told is not None:
-                weights, bias = told
+            told = expert.head.discriminants if isinstance(expert, Headed) else {}
+            weights, bias = (rows_of({task: one[part] for task, one in told.items()}, block) for part in (0, 1))
+            if weights is not None and bias is not None:
                 logits = logits + features @ weights.T + bias
             found.append(logits.cpu().numpy())
         return found

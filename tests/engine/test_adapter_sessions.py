@@ -129,9 +129,11 @@ def test_a_version_answers_by_its_adapter_and_exports_it(
         if method == "calfuse":
             logits += features @ head["head.discriminant.weight.stripes"].T + head["head.discriminant.bias.stripes"]
         shares = logits.softmax(dim=1)
-    for answer, row in zip(said, shares, strict=True):
-        assert answer["label"] == card.classes[int(row.argmax())]
+    by_words = classify_paths(load_classifier(store.url), pictures, labels=card.classes)
+    for answer, same, row in zip(said, by_words, shares, strict=True):
+        assert answer["label"] == same["label"] == card.classes[int(row.argmax())]
         assert answer["probability"] == pytest.approx(float(row.max()), abs=1e-4)
+        assert same["probability"] == pytest.approx(answer["probability"], abs=1e-5)
 
 
 @BOTH

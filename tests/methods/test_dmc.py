@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.data.loading import PictureSet
+from condu_ray.data.templates import DEFAULT_TEMPLATES, prompts
 from condu_ray.engine.export import export
 from condu_ray.engine.forget import forget
 from condu_ray.errors import ConfigError, TrainingError
@@ -27,7 +28,7 @@ from condu_ray.methods import dmc
 from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.remembered import Remembered
 from condu_ray.methods.training import Place, Trained
-from condu_ray.models.clip import Clip
+from condu_ray.models.clip import Clip, class_embeddings
 from condu_ray.store import open_store
 from condu_ray.voting.open import expert_maker, layout_of, load_classifier, state_of
 
@@ -140,6 +141,16 @@ def test_the_answers_are_those_of_the_learned_vectors_and_of_the_gaussians(
     union = [(answer.label.task, answer.label.name) for answer in classifier.classify(pixels)]
     assert union == [names[i] for i in torch.cat([logits[name] for name in NAMES], dim=1).argmax(1).tolist()]
     assert not torch.allclose(features, tiny_clip.images(pixels), atol=1e-3)
+    # A caller's words that are all learned, in any order and of several tasks, are those classes.
+    words = [task.classes[1], *opened(picture_tasks, "colours")[0].classes[::-1], task.classes[0].upper()]
+    given = [answer.label.name for answer in classifier.classify(pixels, labels=words)]
+    columns = torch.cat([logits["stripes"][:, [1]], logits["colours"].flip(1), logits["stripes"][:, [0]]], dim=1)
+    assert given == [words[i] for i in columns.argmax(1).tolist()]
+    # With one word among them that was not, texts are all there is.
+    words.append("a lighthouse")
+    given = [answer.label.name for answer in classifier.classify(pixels, labels=words)]
+    texts = class_embeddings(tiny_clip, [prompts(word, DEFAULT_TEMPLATES) for word in words])
+    assert given == [words[i] for i in (features @ texts.T).argmax(1).tolist()]
 
 
 @BOTH

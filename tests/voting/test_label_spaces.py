@@ -47,6 +47,31 @@ def test_candidates_are_any_words() -> None:
     assert LabelSpace.of_candidates(["owl"], ["an {c}"]).prompts == (("an owl",),)
 
 
+def test_words_that_are_all_learned_are_classes_each_by_its_own_templates() -> None:
+    space = LabelSpace.of_candidates(["DOG", "stop"]).as_learned([PETS, SIGNS])
+    assert space.learned == (("pets", 1), ("signs", 0))
+    assert space.labels == (Label(None, "DOG"), Label(None, "stop"))
+    assert space.prompts == (("a pet dog.",), ("the sign stop.", "a sign: stop."))
+    assert space.blocks == (Block(None, 0, 2, space.prompts, space.learned),)
+
+
+@pytest.mark.parametrize("cards", [[PETS, SIGNS], [SIGNS, PETS]])
+def test_of_tasks_that_share_a_word_one_that_has_all_words_comes_first_then_the_newest(cards: list[Card]) -> None:
+    def found(*words: str) -> tuple[tuple[str, int], ...]:
+        return LabelSpace.of_candidates(words).as_learned(cards).learned
+
+    newest = {"pets": ("pets", 0), "signs": ("signs", 1)}[cards[-1].name]
+    assert found("cat", "dog") == (("pets", 0), ("pets", 1))
+    assert found("cat", "stop") == (("signs", 1), ("signs", 0))
+    assert found("cat") == (newest,)
+    assert found("dog", "cat", "stop") == (("pets", 1), newest, ("signs", 0))
+
+
+def test_one_word_that_was_not_learned_leaves_all_of_them_words() -> None:
+    space = LabelSpace.of_candidates(["cat", "owl"])
+    assert space.as_learned([PETS, SIGNS]) is space
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -6,7 +6,7 @@ Legend: B pictures, C labels of a label space, M voters of a picture, D width of
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,9 +22,9 @@ from condu_ray.errors import DataError, NotFound, nearest
 from condu_ray.models import clip as models
 from condu_ray.models.clip import Clip
 from condu_ray.voting.answer import Answer, Vote
-from condu_ray.voting.combine import combine, probabilities, side_by_side
+from condu_ray.voting.combine import by_columns, combine, probabilities, side_by_side
 from condu_ray.voting.domains import Domain
-from condu_ray.voting.labels import LabelSpace, places_of
+from condu_ray.voting.labels import LabelSpace, Part, places_of
 from condu_ray.voting.prototypes import Prototypes
 from condu_ray.voting.router import Calibrated, Prior, Routed, Router, prior_of, router_of
 from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
@@ -46,7 +46,8 @@ class _Ballot:
     """Who votes for a picture, which blocks of the label space count (indices), and which of them each voter scores.
 
     apart: every voter scores a block of its own, so that weights belong to blocks. evidence: of the router on what each
-    voter scores, where it has any, to be added to the voter's logits.
+    voter scores, where it has any, to be added to the voter's logits. parts: which labels each voter speaks for, and
+    where they are in what it scores; empty where voters score all labels that count, or a block of its own.
     """
 
     votes: tuple[Vote, ...]
@@ -54,6 +55,7 @@ class _Ballot:
     scored: tuple[tuple[int, ...], ...]
     apart: bool = False
     evidence: tuple[NDArray[np.float64] | None, ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 class Classifier:
@@ -193,7 +195,11 @@ class Classifier:
                 told = zip(rows, ballot.evidence, strict=True)
                 rows = [row if more is None else row + more for row, more in told]
             shares = np.array([vote.weight for vote in ballot.votes])
-            scores = side_by_side(rows, shares) if ballot.apart else combine(np.stack(rows), shares, self._vote)
+            if ballot.parts:
+                own = [row[part.classes] for row, part in zip(rows, ballot.parts, strict=True)]
+                scores = by_columns(own, [part.labels for part in ballot.parts], shares, len(columns))
+            else:
+                scores = side_by_side(rows, shares) if ballot.apart else combine(np.stack(rows), shares, self._vote)
             scored.append((ballot.votes, columns, scores))
         return scored
 
@@ -212,12 +218,16 @@ class Classifier:
         union = self._vote.union if space.kind == "union" else None
         place = {block.task: index for index, block in enumerate(space.blocks)}
         asked = self._asked(space) if space.kind == "candidates" else {}
+        parts = space.by_task(self.experts) if self._by_parts(space) and not asked else {}
         ballots = []
         for one in routed:
             votes, blocks = self._votes(one, 0.0 if union == "own" else one.base), every
             if union == "own":
                 own = tuple(place[vote.task] for vote in votes)
                 ballots.append(_Ballot(votes, own, tuple((block,) for block in own), True, one.evidence or ()))
+                continue
+            if parts:
+                ballots.append(self._in_parts(one, votes, parts, space))
                 continue
             if union == "routed":
                 blocks = tuple(sorted(place[self._names[task]] for task in one.experts))
@@ -229,6 +239,28 @@ class Classifier:
                 _Ballot(votes, blocks, (blocks,) * len(votes), False, tuple(told.get(vote.task) for vote in votes))
             )
         return ballots
+
+    def _by_parts(self, space: LabelSpace) -> bool:
+        """Whether experts score only what is theirs of a caller's words that are all learned, as where none is given."""
+        return space.kind == "candidates" and self._vote.union == "own" and not self._single
+
+    def _in_parts(
+        self, routed: Routed, votes: tuple[Vote, ...], parts: Mapping[str, Part], space: LabelSpace
+    ) -> _Ballot:
+        """Each chosen expert scores those labels that are its task's, θ⁰ all of them."""
+        said: dict[str | None, NDArray[np.float64]] = {}
+        if routed.evidence:
+            said = {self._names[task]: row for task, row in zip(routed.experts, routed.evidence, strict=True)}
+        every = np.arange(len(space.labels))
+        votes = tuple(vote for vote in votes if vote.task is None or vote.task in parts) or (Vote(None, None, 1.0),)
+        whole = sum(vote.weight for vote in votes)
+        return _Ballot(
+            tuple(replace(vote, weight=vote.weight / whole) for vote in votes),
+            (0,),
+            tuple((self._names.index(vote.task) + 1 if vote.task else 0,) for vote in votes),
+            evidence=tuple(said.get(vote.task) for vote in votes),
+            parts=tuple(parts[vote.task] if vote.task else Part(every, every) for vote in votes),
+        )
 
     def _asked(self, space: LabelSpace) -> dict[int, NDArray[np.int64]]:
         """Of each task that has all the caller's labels: which of its classes they are."""
@@ -248,11 +280,12 @@ class Classifier:
         self, pixels: Tensor, base: Tensor | None, ballots: Sequence[_Ballot], space: LabelSpace
     ) -> dict[tuple[str | None, int], dict[int, NDArray[np.float32]]]:
         """(voter, block) -> picture -> logits f32[labels of the block]; each voter sees its own pictures, once."""
+        places = (*space.blocks, *self._union.blocks) if self._by_parts(space) else space.blocks
         asked, scored = [], []
         for voter in dict.fromkeys(vote.task for ballot in ballots for vote in ballot.votes):
             pictures = [i for i, ballot in enumerate(ballots) if any(vote.task == voter for vote in ballot.votes)]
             blocks = list(dict.fromkeys(block for i in pictures for block in _scored_by(voter, ballots[i])))
-            asked.append(Asked(voter, tuple(pictures), tuple(space.blocks[block] for block in blocks)))
+            asked.append(Asked(voter, tuple(pictures), tuple(places[block] for block in blocks)))
             scored.append(blocks)
         logits: dict[tuple[str | None, int], dict[int, NDArray[np.float32]]] = {}
         for one, blocks, tables in zip(asked, scored, self.voters.logits(pixels, base, asked), strict=True):

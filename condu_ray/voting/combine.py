@@ -52,9 +52,25 @@ def side_by_side(logits: Sequence[NDArray[Any]], weights: Scores) -> Scores:
 
     logits: one array an expert, over its own labels. Returns the logarithms, one after another. Our reconstruction.
     """
+    ends = np.cumsum([len(row) for row in logits])
+    columns = [np.arange(end - len(row), end) for row, end in zip(logits, ends, strict=True)]
+    return by_columns(logits, columns, weights, int(ends[-1]))
+
+
+def by_columns(
+    logits: Sequence[NDArray[Any]], columns: Sequence[NDArray[np.int64]], weights: Scores, count: int
+) -> Scores:
+    """Each voter scores some of the labels: probability of a label = sum over those that score it of the voter's weight
+    · probability among what it scores.
+
+    logits, columns: an array a voter, of the labels that it scores, and which of all `count` these are. Returns the
+    logarithms f64[count], -inf for a label that nobody scores. Our reconstruction.
+    """
+    scores = np.full(count, -np.inf)
     with np.errstate(divide="ignore"):
-        parts = [np.log(weight) + np.log(probabilities(row)) for row, weight in zip(logits, weights, strict=True)]
-    return np.concatenate(parts)
+        for row, own, weight in zip(logits, columns, weights, strict=True):
+            scores[own] = np.logaddexp(scores[own], np.log(weight) + np.log(probabilities(row)))
+    return scores
 
 
 def probabilities(scores: NDArray[Any]) -> Scores:

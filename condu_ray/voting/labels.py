@@ -53,6 +53,14 @@ class Block:
     learned: tuple[Place, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Those of a caller's labels that are classes of a task: places i64[N] among the labels, and among the classes."""
+
+    labels: NDArray[np.int64]
+    classes: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class LabelSpace:
     """Labels, those of one task side by side, and for each label the texts that stand for it.
@@ -100,6 +108,18 @@ class LabelSpace:
         found = [chosen[label] for label in range(len(names))]
         texts = tuple(tuple(prompts(card.classes[place], card.templates)) for card, place in found)
         return replace(self, prompts=texts, learned=tuple((card.name, place) for card, place in found))
+
+    def by_task(self, cards: Sequence[Card]) -> dict[str, Part]:
+        """Of each task that has some of the caller's labels: which; nothing where one of the labels is no task's."""
+        places = {card.name: _places([label.name for label in self.labels], card.classes) for card in cards}
+        if any(all(place is None for place in of_label) for of_label in zip(*places.values(), strict=True)):
+            return {}
+        found = {task: {i: place for i, place in enumerate(each) if place is not None} for task, each in places.items()}
+        return {
+            task: Part(np.array(list(own), dtype=np.int64), np.array(list(own.values()), dtype=np.int64))
+            for task, own in found.items()
+            if own
+        }
 
     @staticmethod
     def of_union(cards: Iterable[Card]) -> LabelSpace:

@@ -417,3 +417,50 @@ def test_labels_that_all_are_classes_of_a_task_let_the_router_speak_for_its_expe
     with_another = [*CLASSES[task], "something else"]
     expected = [answer.ranked for answer in make(**made, within="expert").classify(pixels, labels=with_another)]
     assert [answer.ranked for answer in make(**made).classify(pixels, labels=with_another)] == expected
+
+
+@pytest.mark.parametrize("within", ["both", "expert"])
+def test_of_learned_words_of_several_tasks_each_expert_scores_its_own(
+    make: Make, pixels: Tensor, tiny_clip: Clip, speaking: Speaking, overrides: dict[str, Overrides], within: str
+) -> None:
+    """The union of those words: no expert says anything of another task's classes; θ⁰ speaks of all, by its share."""
+    made = {"experts": speaking.experts, "calibrated": speaking.calibrated, "within": within}
+    classifier = make(**made, adaptive=False, k=3, base_weight=0.25)
+    words = ["pear", "give way", "CAT", "stop"]
+    own = {"pets": ([2], [0]), "signs": ([1, 2, 3], [2, 1, 0]), "fruit": ([0], [1])}
+    space = LabelSpace.of_candidates(words)
+    base = expert_logits(tiny_clip, pixels, space, None)
+    for row, answer in enumerate(classifier.classify(pixels, labels=words)):
+        assert {vote.task for vote in answer.votes} == {*CLASSES, None}
+        expected = answer.votes[-1].weight * probabilities(base[row])
+        for vote in answer.votes[:-1]:
+            columns, classes = own[str(vote.task)]
+            one = classifier.label_space(vote.task)
+            logits = expert_logits(tiny_clip, pixels[row : row + 1], one, overrides[str(vote.task)])[0]
+            if within == "both":
+                logits = logits + speaking.told[list(CLASSES).index(str(vote.task))][row]
+            expected[columns] += vote.weight * probabilities(logits[classes])
+        np.testing.assert_allclose(shares(answer, space), expected, atol=1e-5)
+        assert (answer.label_space, answer.label.task) == ("candidates", None)
+
+
+def test_experts_of_tasks_that_have_none_of_the_words_are_not_asked(
+    make: Make, pixels: Tensor, tiny_clip: Clip
+) -> None:
+    words = ["apple", "dog"]
+    space = LabelSpace.of_candidates(words)
+    base = expert_logits(tiny_clip, pixels, space, None)
+    only_base = 0
+    for row, answer in enumerate(make(adaptive=False, k=1, base_weight=0.0).classify(pixels, labels=words)):
+        asked = {vote.task for vote in answer.votes}
+        assert asked <= {"pets", "fruit", None} and sum(vote.weight for vote in answer.votes) == pytest.approx(1)
+        if asked == {None}:  # the nearest task has none of them
+            only_base += 1
+            np.testing.assert_allclose(shares(answer, space), probabilities(base[row]), atol=1e-5)
+    assert 0 < only_base < len(pixels)
+
+
+def test_the_published_union_scores_words_of_several_tasks_by_every_voter(make: Make, pixels: Tensor) -> None:
+    words = ["apple", "dog", "stop"]
+    (answer,) = make(union="joint", adaptive=False, k=1, base_weight=0.0).classify(pixels[:1], labels=words)
+    assert all(share > 0 for _, share in answer.ranked)

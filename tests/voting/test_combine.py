@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from condu_ray.config import VoteConfig
-from condu_ray.voting.combine import combine, probabilities, side_by_side, weights
+from condu_ray.voting.combine import by_columns, combine, probabilities, side_by_side, weights
 
 VOTES = [
     VoteConfig(combine="mean_logits"),
@@ -83,3 +83,10 @@ def test_probabilities_survive_extreme_logits() -> None:
 def test_side_by_side_by_hand() -> None:
     logits, share = [np.log([0.5, 0.5]), np.log([0.9, 0.1])], np.array([0.25, 0.75])
     np.testing.assert_allclose(np.exp(side_by_side(logits, share)), [0.125, 0.125, 0.675, 0.075])
+
+
+def test_voters_of_some_of_the_labels_by_hand() -> None:
+    logits = [np.log([0.5, 0.5]), np.log([0.2, 0.3, 0.5]), np.array([3.0])]
+    columns = [np.array([3, 0]), np.array([0, 1, 3]), np.array([1])]
+    found = by_columns(logits, columns, np.array([0.5, 0.4, 0.1]), 5)
+    np.testing.assert_allclose(np.exp(found), [0.25 + 0.08, 0.12 + 0.1, 0.0, 0.25 + 0.2, 0.0])

@@ -72,6 +72,15 @@ def test_one_word_that_was_not_learned_leaves_all_of_them_words() -> None:
     assert space.as_learned([PETS, SIGNS]) is space
 
 
+def test_each_task_has_its_part_of_words_that_are_all_learned() -> None:
+    parts = LabelSpace.of_candidates(["Cat", "stop", "dog"]).by_task([PETS, SIGNS])
+    found = {task: (part.labels.tolist(), part.classes.tolist()) for task, part in parts.items()}
+    assert found == {"pets": ([0, 2], [0, 1]), "signs": ([0, 1], [1, 0])}
+    assert list(LabelSpace.of_candidates(["stop"]).by_task([PETS, SIGNS])) == ["signs"]
+    assert LabelSpace.of_candidates(["stop", "owl"]).by_task([PETS, SIGNS]) == {}
+    assert LabelSpace.of_candidates(["stop"]).by_task([]) == {}
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -241,7 +241,7 @@ class Classifier:
         return ballots
 
     def _by_parts(self, space: LabelSpace) -> bool:
-        """Whether experts score only what is theirs of a caller's words that are all learned, as where none is given."""
+        """Whether experts score only what is theirs of words that are all learned, as where no word is given."""
         return space.kind == "candidates" and self._vote.union == "own" and not self._single
 
     def _in_parts(

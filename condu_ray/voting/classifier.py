@@ -24,7 +24,7 @@ from condu_ray.models.clip import Clip
 from condu_ray.voting.answer import Answer, Vote
 from condu_ray.voting.combine import by_columns, combine, probabilities, side_by_side
 from condu_ray.voting.domains import Domain
-from condu_ray.voting.labels import LabelSpace, Part, places_of
+from condu_ray.voting.labels import LabelSpace, Part
 from condu_ray.voting.prototypes import Prototypes
 from condu_ray.voting.router import Calibrated, Prior, Routed, Router, prior_of, router_of
 from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
@@ -217,8 +217,9 @@ class Classifier:
         every = tuple(range(len(space.blocks)))
         union = self._vote.union if space.kind == "union" else None
         place = {block.task: index for index, block in enumerate(space.blocks)}
-        asked = self._asked(space) if space.kind == "candidates" else {}
-        parts = space.by_task(self.experts) if self._by_parts(space) and not asked else {}
+        parts = space.by_task(self.experts) if space.kind == "candidates" else {}
+        asked = {task: part.classes for task, part in parts.items() if space.whole(part)}
+        apart = bool(parts) and not asked and self._by_parts(space)
         ballots = []
         for one in routed:
             votes, blocks = self._votes(one, 0.0 if union == "own" else one.base), every
@@ -226,7 +227,7 @@ class Classifier:
                 own = tuple(place[vote.task] for vote in votes)
                 ballots.append(_Ballot(votes, own, tuple((block,) for block in own), True, one.evidence or ()))
                 continue
-            if parts:
+            if apart:
                 ballots.append(self._in_parts(one, votes, parts, space))
                 continue
             if union == "routed":
@@ -234,7 +235,8 @@ class Classifier:
             told: dict[str | None, NDArray[np.float64]] = {}
             if one.evidence:
                 each = zip(one.experts, one.evidence, strict=True)
-                told = {self._names[task]: said[asked[task]] for task, said in each if task in asked}
+                named = ((self._names[task], said) for task, said in each)
+                told = {task: said[asked[task]] for task, said in named if task in asked}
             ballots.append(
                 _Ballot(votes, blocks, (blocks,) * len(votes), False, tuple(told.get(vote.task) for vote in votes))
             )
@@ -261,12 +263,6 @@ class Classifier:
             evidence=tuple(said.get(vote.task) for vote in votes),
             parts=tuple(parts[vote.task] if vote.task else Part(every, every) for vote in votes),
         )
-
-    def _asked(self, space: LabelSpace) -> dict[int, NDArray[np.int64]]:
-        """Of each task that has all the caller's labels: which of its classes they are."""
-        labels = [label.name for label in space.labels]
-        places = {task: places_of(labels, expert.classes) for task, expert in enumerate(self.experts)}
-        return {task: found for task, found in places.items() if found is not None}
 
     def _votes(self, routed: Routed, base: float) -> tuple[Vote, ...]:
         """Those that have a share; θ⁰ alone where no task is learned."""

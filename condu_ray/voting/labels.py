@@ -98,14 +98,17 @@ class LabelSpace:
 
         Of several tasks that have a label, one that has them all comes first, then the newest.
         """
-        names = [label.name for label in self.labels]
-        each = [(card, _places(names, card.classes)) for card in cards]
-        chosen: dict[int, tuple[Card, int]] = {}
-        for card, places in sorted(each, key=lambda one: None not in one[1]):  # the last that has a label keeps it
-            chosen |= {label: (card, place) for label, place in enumerate(places) if place is not None}
-        if len(chosen) < len(names):
+        parts = self.by_task(cards)
+        if not parts:
             return self
-        found = [chosen[label] for label in range(len(names))]
+        chosen: dict[int, tuple[Card, int]] = {}
+        having = [card for card in cards if card.name in parts]
+        for card in sorted(having, key=lambda card: self.whole(parts[card.name])):  # the last that has a label keeps it
+            part = parts[card.name]
+            chosen |= {
+                label: (card, place) for label, place in zip(part.labels.tolist(), part.classes.tolist(), strict=True)
+            }
+        found = [chosen[label] for label in range(len(self.labels))]
         texts = tuple(tuple(prompts(card.classes[place], card.templates)) for card, place in found)
         return replace(self, prompts=texts, learned=tuple((card.name, place) for card, place in found))
 
@@ -120,6 +123,10 @@ class LabelSpace:
             for task, own in found.items()
             if own
         }
+
+    def whole(self, part: Part) -> bool:
+        """Whether it has all the labels; its classes are then in their order."""
+        return len(part.labels) == len(self.labels)
 
     @staticmethod
     def of_union(cards: Iterable[Card]) -> LabelSpace:

@@ -119,11 +119,12 @@ class LocalVoters:
 
     def _by_block(self, one: Asked, expert: models.Expert | None, features: Tensor) -> list[NDArray[np.float32]]:
         name = None if expert is None else one.voter
+        told = expert.head.discriminants if isinstance(expert, Headed) else {}
+        kept = [{task: pair[each] for task, pair in told.items()} for each in (0, 1)]
         found = []
         for block in one.blocks:
             logits = self.clip.logit_scale * features @ self._tables.of(name, expert, block).T
-            told = expert.head.discriminants if isinstance(expert, Headed) else {}
-            weights, bias = (rows_of({task: one[part] for task, one in told.items()}, block) for part in (0, 1))
+            weights, bias = (rows_of(each, block) for each in kept)
             if weights is not None and bias is not None:
                 logits = logits + features @ weights.T + bias
             found.append(logits.cpu().numpy())

@@ -286,8 +286,8 @@ def drawn(tasks: int = 12) -> tuple[Layout, dict[str, NDArray[np.float32]]]:
 
 def learned_deltas(url: str) -> tuple[Layout, dict[str, NDArray[np.float32]]]:
     """The deltas that a store made with --method finetune holds."""
-    from condu_ray.voting.open import layout_of as layout_in  # brings torch, which no session here needs
-    from condu_ray.voting.open import state_of
+    from condu_ray.methods.stored import layout_of as layout_in  # brings torch, which no session here needs
+    from condu_ray.methods.stored import state_of
 
     store = open_store(url)
     state = state_of(store, store.manifest())

@@ -17,9 +17,9 @@ from typing import Any
 
 from condu_ray.errors import ConduError, ConfigError
 from condu_ray.methods.remembered import Remembered
+from condu_ray.methods.stored import state_of
 from condu_ray.reports import emit, show_table
 from condu_ray.store import open_store
-from condu_ray.voting.open import state_of
 
 SHARES = ("relative", "shift", "symmetric", "rotation", "rest")
 

@@ -10,7 +10,7 @@ import ray
 
 from condu_ray.engine.progress import Update
 from condu_ray.errors import ConduError
-from condu_ray.methods.training import Step
+from condu_ray.methods.step import Step
 
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 0.5

@@ -10,28 +10,29 @@ from typing import Any, Protocol, cast
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayTaskError
 from ray.util import ActorPool
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import NAMESPACE, Cluster
-from condu_ray.engine.fusing import Fused, Fuser, Shard
+from condu_ray.engine.fusing import Fused
+from condu_ray.engine.fusion_actor import FusionActor
 from condu_ray.engine.progress import Update, unseen
+from condu_ray.engine.replies import TRIES, cause_of, result_of
 from condu_ray.engine.scoring import Question, Scorer, Seen, Sent, Snapshot, threads_of
 from condu_ray.engine.train import Job, train, work_through
-from condu_ray.errors import ConduError, TrainingError
-from condu_ray.fusion.triggers import Part
+from condu_ray.errors import TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.batches import MOST_LOADERS
 from condu_ray.methods.rescaling import steps_of
-from condu_ray.methods.training import Place, Step, all_steps_for
+from condu_ray.methods.step import Step
+from condu_ray.methods.training import Place, all_steps_for
 from condu_ray.store import Manifest, ObjectRef, Store
 from condu_ray.voting.labels import LabelSpace
 
 CHUNK = 256  # pictures a call; fixed, so that sums do not depend on the number of actors
-TRIES = 3
 HIRE_SECONDS, LONGEST_HIRE_SECONDS = 60.0, 900.0
 
 
@@ -75,45 +76,6 @@ class Crew(Protocol):
 
     def route(self, pictures: Split, snapshot: Snapshot, update: Update) -> Sent:
         """Where the router of the version sends pictures."""
-
-
-class FusionActor(Fuser):
-    """Ray actor that owns the state of one store and publishes it in the object store: readers map it without a copy.
-
-    One call at a time. References come in a list, so that Ray does not send the arrays along with the answer. shards:
-    how many further actors, on as many nodes as there are, make the passes over the vector.
-    """
-
-    def __init__(self, url: str, shards: int = 1) -> None:
-        super().__init__(url, self._parts if shards > 1 else None)
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": TRIES, "scheduling_strategy": "SPREAD"}
-        shard = ray.remote(Shard).options(**options)
-        self._shards = [shard.remote(url, index, shards) for index in range(shards if shards > 1 else 0)]
-
-    def _parts(self, parent: Manifest | None, task: str, delta: ObjectRef) -> list[Part]:
-        for left in range(TRIES, 0, -1):
-            try:
-                parts = ray.get([shard.part.remote(parent, task, delta) for shard in self._shards])
-                return [part for part in parts if part is not None]
-            except RayTaskError as error:
-                raise _cause(error) from None
-            except (ObjectLostError, OwnerDiedError, RayActorError):
-                if left == 1:
-                    raise
-        raise AssertionError("not reached")
-
-    def held(self, version: Manifest | None) -> list[Any]:
-        self.hold(version)
-        return [ray.put(self.state)]
-
-    def proposed(self, parent: Manifest | None, task: str, delta: ObjectRef | None) -> list[Any]:
-        return [ray.put(self.propose(parent, task, delta))]
-
-    def added(
-        self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
-    ) -> tuple[Fused, list[Any]]:
-        fused = self.add(key, parent, task, delta, rescalers)
-        return fused, [ray.put(self.state)]
 
 
 class Worker(Scorer):
@@ -263,7 +225,7 @@ class RayCrew:
                 results.append(result)
                 update(len(results), len(calls), "")
         except RayTaskError as error:
-            raise _cause(error) from None
+            raise cause_of(error) from None
         return results
 
     @property
@@ -329,17 +291,3 @@ def _fusion_name(store: Store, shards: int) -> str:
 
 def chunks(pictures: Split) -> list[Split]:
     return [pictures.take(range(start, min(start + CHUNK, len(pictures)))) for start in range(0, len(pictures), CHUNK)]
-
-
-def result_of(ref: Any) -> Any:
-    """What a reference stands for. Raises what was raised there where it is meant for the user."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        raise _cause(error) from None
-
-
-def _cause(error: RayTaskError) -> BaseException:
-    """What a worker raised, without Ray's text around it, where it is meant for the user."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, ConduError) else error

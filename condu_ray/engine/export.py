@@ -15,9 +15,10 @@ from condu_ray.errors import ConfigError, ModelError, NotFound, nearest
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Experts
 from condu_ray.methods.states import FusedState
+from condu_ray.methods.stored import config_of, layout_of, state_of
 from condu_ray.models.load import load
 from condu_ray.store import Manifest, Store
-from condu_ray.voting.open import buffers_of, config_of, layout_of, state_of
+from condu_ray.voting.open import buffers_of
 
 
 def export(store: Store, manifest: Manifest, task: str, out: Path) -> int:

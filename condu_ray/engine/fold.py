@@ -5,8 +5,8 @@ from __future__ import annotations
 from condu_ray.engine.keys import state_key
 from condu_ray.errors import VersionTaken
 from condu_ray.methods.states import FusedState
+from condu_ray.methods.stored import TASK_OBJECTS, config_of, state_of
 from condu_ray.store import Manifest, Store
-from condu_ray.voting.open import TASK_OBJECTS, config_of, state_of
 
 
 def fold(store: Store) -> Manifest | None:

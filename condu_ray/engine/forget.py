@@ -5,8 +5,9 @@ from __future__ import annotations
 from condu_ray.config import VoteConfig
 from condu_ray.engine.keys import state_key
 from condu_ray.errors import NotFound, VersionTaken, nearest
+from condu_ray.methods.stored import TASK_OBJECTS, config_of, state_of
 from condu_ray.store import Manifest, Store
-from condu_ray.voting.open import TASK_OBJECTS, config_of, state_of, task_experts
+from condu_ray.voting.open import task_experts
 from condu_ray.voting.router import calibrated
 
 

@@ -17,9 +17,9 @@ from condu_ray.fusion.triggers import Part, fuse
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import TaskState
 from condu_ray.methods.states import FusedState
+from condu_ray.methods.stored import config_of, layout_of, state_of
 from condu_ray.methods.training import memory_in
 from condu_ray.store import Manifest, ObjectRef, Store, open_store
-from condu_ray.voting.open import config_of, layout_of, state_of
 
 
 @dataclass(frozen=True)

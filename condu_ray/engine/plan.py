@@ -13,11 +13,11 @@ from condu_ray.data import TaskData, open_task
 from condu_ray.errors import ConfigError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
+from condu_ray.methods.stored import layout_of
 from condu_ray.methods.training import all_steps_for, learning_rate_for
 from condu_ray.models.load import load
 from condu_ray.store import StoreHeader, absolute_url
 from condu_ray.store.header import open_existing
-from condu_ray.voting.open import layout_of
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,14 @@ from condu_ray.methods.experts import Buffers, Experts, expert_of
 from condu_ray.methods.protocol import TaskState
 from condu_ray.methods.rescaling import train_rescalers
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.training import Step, memory_in
+from condu_ray.methods.step import Step
+from condu_ray.methods.stored import layout_of
+from condu_ray.methods.training import memory_in
 from condu_ray.models.clip import Clip, class_means
 from condu_ray.store import ObjectRef, open_store
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.labels import LabelSpace
-from condu_ray.voting.open import base_of, layout_of
+from condu_ray.voting.open import base_of
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes
 from condu_ray.voting.router import Calibrated, router_of
 from condu_ray.voting.voters import Asked

@@ -27,10 +27,11 @@ from condu_ray.engine.train import BASE, Job
 from condu_ray.errors import DataError, StoreError, VersionTaken
 from condu_ray.methods import registry
 from condu_ray.methods.rescaling import steps_of
+from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import make_domain
-from condu_ray.voting.open import TASK_OBJECTS, buffers_of, task_experts
+from condu_ray.voting.open import buffers_of, task_experts
 from condu_ray.voting.prototypes import (
     FeatureSums,
     held_out_indices,

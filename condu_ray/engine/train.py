@@ -34,18 +34,18 @@ from condu_ray.engine.worker_group import work
 from condu_ray.errors import ConduError, StoreError, TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import Features, TaskState, Vector
+from condu_ray.methods.step import Step
+from condu_ray.methods.stored import config_of, layout_of, state_of
 from condu_ray.methods.training import (
     Checkpoint,
     Place,
     Resume,
-    Step,
     all_steps_for,
     memory_in,
     train_task,
 )
 from condu_ray.models.load import load
 from condu_ray.store import Store, open_store
-from condu_ray.voting.open import config_of, layout_of, state_of
 
 BASE = "base"
 RESTARTS = 3

@@ -25,7 +25,8 @@ from condu_ray.methods.checkpoint import Resume
 from condu_ray.methods.discriminants import discriminants
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
 from condu_ray.methods.states import LatestState
-from condu_ray.methods.training import Place, Step, Trained
+from condu_ray.methods.step import Step
+from condu_ray.methods.training import Place, Trained
 from condu_ray.models.clip import Clip, Overrides
 from condu_ray.models.head import Head, mixed
 

@@ -30,7 +30,8 @@ from condu_ray.methods.adapter_losses import distillation, hinge, similar_pairs
 from condu_ray.methods.batches import seed_of
 from condu_ray.methods.checkpoint import Losses
 from condu_ray.methods.protocol import Features
-from condu_ray.methods.training import Step, adapter_epochs
+from condu_ray.methods.step import Step
+from condu_ray.methods.training import adapter_epochs
 from condu_ray.models.head import mixed
 
 DECAYS = (4 / 15, 10 / 15)

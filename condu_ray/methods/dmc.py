@@ -43,7 +43,8 @@ from condu_ray.methods.prompt_tuning import PromptedTask, tune_prompts
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
 from condu_ray.methods.remembered import Found, Remembered, fingerprint
 from condu_ray.methods.states import LatestState
-from condu_ray.methods.training import Place, Step, Trained, prompt_steps_for, steps_for, train_task
+from condu_ray.methods.step import Step
+from condu_ray.methods.training import Place, Trained, prompt_steps_for, steps_for, train_task
 from condu_ray.models.clip import Clip, Overrides
 from condu_ray.models.head import Head
 from condu_ray.models.lora import Adapters, inject, merged_weights, plan_adapters

@@ -26,7 +26,8 @@ from condu_ray.memory.gaussians import Sampler
 from condu_ray.methods.batches import Order, seed_of
 from condu_ray.methods.checkpoint import Losses, Resume, checkpoint_of, restore
 from condu_ray.methods.objective import BETAS, check_finite, precision
-from condu_ray.methods.training import Step, schedule
+from condu_ray.methods.step import Step
+from condu_ray.methods.training import schedule
 from condu_ray.models.clip import Clip
 from condu_ray.models.prompts import PromptedClasses
 

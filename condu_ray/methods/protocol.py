@@ -20,7 +20,8 @@ from condu_ray.models.lora import LowRank
 
 if TYPE_CHECKING:
     from condu_ray.methods.checkpoint import Resume
-    from condu_ray.methods.training import Place, Step, Trained
+    from condu_ray.methods.step import Step
+    from condu_ray.methods.training import Place, Trained
 
 Vector = NDArray[np.float32]
 """f32[layout.total]: a delta in layout order."""

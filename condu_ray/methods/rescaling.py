@@ -25,7 +25,8 @@ from condu_ray.methods.experts import Buffers
 from condu_ray.methods.objective import BETAS, TaskLoss, backward, check_finite, precision, set_modes
 from condu_ray.methods.protocol import Method
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.training import Step, schedule, steps_for
+from condu_ray.methods.step import Step
+from condu_ray.methods.training import schedule, steps_for
 from condu_ray.models.clip import Clip
 
 RATE = 0.02

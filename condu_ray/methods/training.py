@@ -26,13 +26,13 @@ from condu_ray.methods.batches import batches, seed_of
 from condu_ray.methods.checkpoint import Checkpoint, Losses, Resume, checkpoint_of, restore
 from condu_ray.methods.objective import BETAS, TaskLoss, Teacher, backward, check_finite, precision, set_modes
 from condu_ray.methods.protocol import Memory, Method, Vector
+from condu_ray.methods.step import Step
 from condu_ray.models.clip import Clip
 
 __all__ = [
     "Checkpoint",
     "Place",
     "Resume",
-    "Step",
     "Trained",
     "adapter_epochs",
     "all_steps_for",
@@ -57,17 +57,6 @@ class Place:
     size: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
     barrier: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is reported while a task trains. loss: of this process's share of the batch."""
-
-    task: str
-    step: int
-    steps: int
-    loss: float
-    pictures_per_second: float
 
 
 @dataclass(frozen=True)

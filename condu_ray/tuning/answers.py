@@ -14,8 +14,9 @@ import ray
 
 from condu_ray.config import VoteConfig
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.crew import TRIES, result_of, those_ready
+from condu_ray.engine.crew import those_ready
 from condu_ray.engine.progress import Update
+from condu_ray.engine.replies import TRIES, result_of
 from condu_ray.store import open_store
 from condu_ray.tuning.cache import Cached, load_versions
 from condu_ray.tuning.objectives import figures_of

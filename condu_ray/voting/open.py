@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from condu_ray.config import ModelSpec, SessionConfig, VoteConfig, from_dotted
+from condu_ray.config import ModelSpec, VoteConfig
 from condu_ray.errors import NotFound
-from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Experts
-from condu_ray.methods.protocol import TaskState
+from condu_ray.methods.stored import config_of, layout_of, state_of
 from condu_ray.models.clip import Clip, Expert
 from condu_ray.models.load import load
 from condu_ray.store import Manifest, Store, StoreHeader, open_store
@@ -21,9 +19,6 @@ from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.domains import Domain
 from condu_ray.voting.prototypes import Prototypes
 from condu_ray.voting.router import Calibrated
-
-TASK_OBJECTS = ("prototypes-", "domain-", "buffers-", "tests-")
-"""Objects of a task that are not its method's."""
 
 
 def load_classifier(
@@ -69,22 +64,6 @@ def expert_maker(store: Store, version: int, clip: Clip) -> Callable[[str], Expe
 def base_of(header: StoreHeader, device: str = "cpu") -> Clip:
     """θ⁰ of a store. Raises ModelError where it cannot be loaded or has other weights."""
     return load(ModelSpec(**header.model), device, header.model_sha256, header.domains)
-
-
-def config_of(header: StoreHeader) -> SessionConfig:
-    """The settings that the store fixed when it was made; defaults elsewhere."""
-    return from_dotted(header.settings)
-
-
-def layout_of(header: StoreHeader) -> Layout:
-    return Layout.from_json(json.dumps(header.layout))
-
-
-def state_of(store: Store, manifest: Manifest) -> TaskState:
-    """What the system keeps of its tasks in this version; its large arrays stay memory-mapped."""
-    header = store.header
-    objects = {name: store.get(ref) for name, ref in manifest.objects.items() if not name.startswith(TASK_OBJECTS)}
-    return registry.get(header.method).load(layout_of(header), config_of(header), manifest.state["method"], objects)
 
 
 def check_pictured(manifest: Manifest) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from condu_ray.config import SessionConfig
+from condu_ray.methods.stored import config_of, state_of
 from condu_ray.store import open_store
-from condu_ray.voting.open import config_of, load_classifier, state_of
+from condu_ray.voting.open import load_classifier
 
 Files = dict[str, Path]
 

@@ -23,10 +23,11 @@ from condu_ray.engine.forget import forget
 from condu_ray.engine.session import learn
 from condu_ray.errors import TrainingError
 from condu_ray.methods import adapter
+from condu_ray.methods.stored import layout_of, state_of
 from condu_ray.models.clip import class_embeddings
 from condu_ray.models.head import mixed
 from condu_ray.store import open_store
-from condu_ray.voting.open import layout_of, load_classifier, state_of
+from condu_ray.voting.open import load_classifier
 from condu_ray.voting.pictures import classify_paths
 
 Folders = dict[str, Path]

@@ -254,14 +254,19 @@ class Unlucky(RayCrew):
             ray.get(self._fusion.hold.remote(given[1]))
             assert self.kill("Shard") == shards
         else:
-            self.kill("FusionActor")
+            self.kill_fusion_actor()
         return super().fuse(*given)
 
     def _with_state(self, *given: Any) -> Any:
-        self.kill("FusionActor")
+        self.kill_fusion_actor()
         if not hasattr(self, "struck"):
             self.struck = self.kill("Worker")
         return super()._with_state(*given)
+
+    def kill_fusion_actor(self) -> None:
+        """This store's alone: those of other tests would all start again."""
+        pid = ray.get(self._fusion.__ray_call__.remote(lambda _: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
 
     def kill(self, name: str) -> int:
         pids = ray_processes(name)

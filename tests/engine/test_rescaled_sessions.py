@@ -16,8 +16,8 @@ from condu_ray.engine import scoring
 from condu_ray.engine.forget import forget
 from condu_ray.engine.plan import need
 from condu_ray.engine.session import learn
+from condu_ray.methods.stored import layout_of, state_of
 from condu_ray.store import Store, open_store
-from condu_ray.voting.open import layout_of, state_of
 
 Folders = dict[str, Path]
 

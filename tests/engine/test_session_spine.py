@@ -16,9 +16,10 @@ from condu_ray.engine import session, train
 from condu_ray.engine.evaluate import _given
 from condu_ray.engine.forget import forget
 from condu_ray.errors import DataError, NotFound, StoreError
+from condu_ray.methods.stored import state_of
 from condu_ray.store import LocalStore, Manifest, open_store
 from condu_ray.store.history import rollback
-from condu_ray.voting.open import load_classifier, state_of
+from condu_ray.voting.open import load_classifier
 from condu_ray.voting.pictures import classify_paths
 
 Folders = dict[str, Path]

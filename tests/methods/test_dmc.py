@@ -27,10 +27,11 @@ from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods import dmc
 from condu_ray.methods.checkpoint import Checkpoint, Resume
 from condu_ray.methods.remembered import Remembered
+from condu_ray.methods.stored import layout_of, state_of
 from condu_ray.methods.training import Place, Trained
 from condu_ray.models.clip import Clip, class_embeddings
 from condu_ray.store import open_store
-from condu_ray.voting.open import expert_maker, layout_of, load_classifier, state_of
+from condu_ray.voting.open import expert_maker, load_classifier
 
 Folders = dict[str, Path]
 Made = Callable[..., SessionConfig]

@@ -19,7 +19,8 @@ from condu_ray.methods.batches import batches
 from condu_ray.methods.experts import Buffers, expert_of
 from condu_ray.methods.rescaling import train_rescalers
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.training import Step, Trained, train_task
+from condu_ray.methods.step import Step
+from condu_ray.methods.training import Trained, train_task
 from condu_ray.models.clip import Clip
 from condu_ray.models.load import weights_sha256
 

@@ -22,11 +22,11 @@ from condu_ray.errors import DataError, TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.batches import Order, loaders
 from condu_ray.methods.objective import Teacher
+from condu_ray.methods.step import Step
 from condu_ray.methods.training import (
     Checkpoint,
     Place,
     Resume,
-    Step,
     adapter_epochs,
     learning_rate_for,
     schedule,

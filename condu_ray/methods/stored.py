@@ -1,0 +1,33 @@
+"""What a system has in a store: the settings it was made with, the layout of its vector, and its state in a version.
+
+Imports no model: a process that only adds up deltas needs none.
+"""
+
+from __future__ import annotations
+
+import json
+
+from condu_ray.config import SessionConfig, from_dotted
+from condu_ray.fusion.layout import Layout
+from condu_ray.methods import registry
+from condu_ray.methods.protocol import TaskState
+from condu_ray.store import Manifest, Store, StoreHeader
+
+TASK_OBJECTS = ("prototypes-", "domain-", "buffers-", "tests-")
+"""Objects of a task that are not its method's."""
+
+
+def config_of(header: StoreHeader) -> SessionConfig:
+    """The settings that the store fixed when it was made; defaults elsewhere."""
+    return from_dotted(header.settings)
+
+
+def layout_of(header: StoreHeader) -> Layout:
+    return Layout.from_json(json.dumps(header.layout))
+
+
+def state_of(store: Store, manifest: Manifest) -> TaskState:
+    """What the system keeps of its tasks in this version; its large arrays stay memory-mapped."""
+    header = store.header
+    objects = {name: store.get(ref) for name, ref in manifest.objects.items() if not name.startswith(TASK_OBJECTS)}
+    return registry.get(header.method).load(layout_of(header), config_of(header), manifest.state["method"], objects)

@@ -120,6 +120,7 @@ def test_the_commands_run(
     monkeypatch.setenv("CONDU_TRACKING", "off")
     monkeypatch.setenv("CONDU_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CONDU_CPUS_PER_WORKER", "1")  # what other tests left behind may hold a part of a core
+    monkeypatch.setenv("CONDU_WORKERS", "1")  # each is a process that takes seconds to start
 
     def run(command: str) -> str:
         words = shlex.split(command)

@@ -93,6 +93,7 @@ class RayCrew:
     def __init__(self, store: Store, config: SessionConfig, cluster: Cluster) -> None:
         self._store, self._config, self._cluster = store, config, cluster
         self._pool: list[Any] = []
+        self._sought = 0  # of the pool's places; who found none is not waited for again
         self._refresh: Callable[[], Any] = lambda: self.hold(None)
         self._state: Any = None
         self._fusion = (
@@ -114,7 +115,7 @@ class RayCrew:
             train(self._store, self._config, jobs, self._cluster, update)
             return
         steps = sum(all_steps_for(len(job.data.train), self._config) for job in jobs)
-        self._watched(lambda report: self._hired()[0].fit.remote(list(jobs), self._threads(), report), steps, update)
+        self._watched(lambda report: self._hired(1)[0].fit.remote(list(jobs), self._threads(), report), steps, update)
 
     def features(self, pictures: Split, update: Update) -> Seen:
         return Seen.joined(self._spread([("features", (chunk,)) for chunk in chunks(pictures)], update))
@@ -139,7 +140,7 @@ class RayCrew:
             (self._state,) = self._change("proposed", parent, task.name, delta)
 
         def train(report: Callable[[Step], None]) -> Any:
-            return self._hired()[0].rescalers.remote(task, self._state, buffers, self._threads(), report)
+            return self._hired(1)[0].rescalers.remote(task, self._state, buffers, self._threads(), report)
 
         self._refresh = propose
         propose()
@@ -184,7 +185,7 @@ class RayCrew:
         """Gives the pool's cores back; the fusion actor of a cluster that was joined goes on."""
         for actor in self._pool:
             ray.kill(actor)
-        self._pool = []
+        self._pool, self._sought = [], 0
 
     def dismiss(self) -> None:
         """Ends the fusion actor, too: nobody goes on with this store."""
@@ -219,7 +220,7 @@ class RayCrew:
         """Results of these calls in their order, from whichever actors are free."""
         results = []
         try:
-            for result in ActorPool(self._hired()).map(
+            for result in ActorPool(self._hired(len(calls))).map(
                 lambda actor, call: getattr(actor, call[0]).remote(*call[1]), calls
             ):
                 results.append(result)
@@ -251,32 +252,36 @@ class RayCrew:
         """Cores that every node has for each of its GPUs."""
         return max(1, min(cpus // gpus for cpus, gpus in self._cluster.nodes if gpus))
 
-    def _hired(self) -> list[Any]:
-        if not self._pool:
-            self._pool = self._hire()
+    def _hired(self, calls: int) -> list[Any]:
+        """The pool, grown where so many calls have work for more: each actor is a process that holds the base model."""
+        wanted = min(self._places, calls)
+        if wanted > self._sought:
+            self._pool += self._hire(wanted - self._sought)
+            self._sought = wanted
         return self._pool
 
-    def _hire(self) -> list[Any]:
+    def _hire(self, count: int) -> list[Any]:
         gpu = self._gpu
         options = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_restarts": -1, "max_task_retries": TRIES}
         actor = ray.remote(Worker).options(**options)
         device, decoders = ("cuda", min(MOST_LOADERS, self._beside_a_gpu())) if gpu else ("cpu", 1)
         given = (self._store.url, self._config, device, decoders)
-        return those_ready([actor.remote(*given) for _ in range(self._places)], "GPU" if gpu else "CPU core")
+        place = "GPU" if gpu else "CPU core"
+        return those_ready([actor.remote(*given) for _ in range(count)], place, needed=not self._pool)
 
 
-def those_ready(actors: Sequence[Any], place: str) -> list[Any]:
+def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[Any]:
     """Those that found a place; the others are ended, since other work may hold some of the cluster's cores.
 
-    place: what they need, for the error where none came free.
+    place: what they need, for the error where none came free. needed: False where others do the work without them.
     """
     hired = {one.__ray_ready__.remote(): one for one in actors}
     ready, late = ray.wait(list(hired), num_returns=len(hired), timeout=HIRE_SECONDS)
-    if not ready:
+    if not ready and needed:
         ready, late = ray.wait(late, timeout=LONGEST_HIRE_SECONDS)
     for ref in late:
         ray.kill(hired[ref])
-    if not ready:
+    if not ready and needed:
         raise TrainingError(
             f"no {place} of the cluster came free in {LONGEST_HIRE_SECONDS:.0f} s",
             "end other work on it, and run the same command again",

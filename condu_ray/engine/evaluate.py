@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.cluster import connected
-from condu_ray.engine.crew import RayCrew
+from condu_ray.engine.crew import Crew, RayCrew
 from condu_ray.engine.plan import open_data
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.scoring import By, Snapshot
@@ -35,16 +36,23 @@ def evaluate(url: str, version: int | None, labels: str, data: list[str], stage:
     check_pictured(manifest)
     config, _ = resolve({"store": url, **({"tasks": data} if data else {})}, fixed=store.header.settings)
     config = config.model_copy(update={"vote": config.vote.model_validate(manifest.settings["vote"])})
-    asked = _given(config, manifest, stage) if data else _kept(store, manifest)
+    asked = _given(config, manifest, stage) if data else kept(store, manifest)
     with connected() as cluster:
         crew = RayCrew(store, config, cluster)
         try:
-            questions = [measure.ask(BY[labels], card, pictures) for card, pictures in asked]
-            with stage(f"evaluating version {manifest.version}") as update:
-                crew.hold(manifest)
-                scores = crew.score(questions, snapshot_of(store, manifest), update)
+            return scored(crew, store, manifest, labels, asked, stage)
         finally:
             crew.close()
+
+
+def scored(
+    crew: Crew, store: Store, manifest: Manifest, labels: str, asked: Sequence[tuple[TaskCard, Split]], stage: Stage
+) -> dict[str, Any]:
+    """What `evaluate` says, from this crew and pictures of these tasks."""
+    questions = [measure.ask(BY[labels], card, pictures) for card, pictures in asked]
+    with stage(f"evaluating version {manifest.version}") as update:
+        crew.hold(manifest)
+        scores = crew.score(questions, snapshot_of(store, manifest), update)
     rows = [
         {"name": card.name, "pictures": len(pictures), "accuracy": score}
         for (card, pictures), score in zip(asked, scores, strict=True)
@@ -62,7 +70,8 @@ def snapshot_of(store: Store, manifest: Manifest) -> Snapshot:
     )
 
 
-def _kept(store: Store, manifest: Manifest) -> list[tuple[TaskCard, Split]]:
+def kept(store: Store, manifest: Manifest) -> list[tuple[TaskCard, Split]]:
+    """Each task of a version with the test pictures of its session; raises where some are gone."""
     found = measure.learned_pictures(store, manifest)
     gone = [card.name for card in manifest.tasks if card.name not in found]
     if gone:

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-import torch
 from command_line import Learned, condu
 from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings, silent
 from ray_processes import ray_processes
 
 from condu_ray.config import SessionConfig, resolve
-from condu_ray.data import load_picture
 from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import CHUNK, RayCrew
-from condu_ray.engine.evaluate import evaluate, snapshot_of
+from condu_ray.engine.evaluate import snapshot_of
 from condu_ray.engine.figures import learned_pictures
 from condu_ray.engine.scoring import Scorer
 from condu_ray.engine.session import _jobs, learn
@@ -29,8 +27,6 @@ from condu_ray.errors import DataError
 from condu_ray.methods.batches import Order
 from condu_ray.store import Store, open_store
 from condu_ray.store.header import fixed_settings
-from condu_ray.voting.labels import LabelSpace
-from condu_ray.voting.open import load_classifier
 
 Folders = dict[str, Path]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -75,43 +71,18 @@ def test_a_session_on_ray_leaves_nothing_behind(learned: Learned) -> None:
     assert (report.objects, report.leftovers) == ([], [])
 
 
-def test_evaluate_measures_each_task_and_their_union(learned: Learned) -> None:
-    store = open_store(learned.store)
-    manifest, classifier = store.manifest(), load_classifier(str(learned.store))
-    union = evaluate(str(learned.store), None, "union", [], silent)
-    assert [row["name"] for row in union["tasks"]] == learned.tasks
-    assert [row["pictures"] for row in union["tasks"]] == [card.pictures["test"] for card in manifest.tasks]
-    for row, (name, pictures) in zip(union["tasks"], learned_pictures(store, manifest).items(), strict=True):
-        card = manifest.task(name)
-        assert card is not None
-        pixels = torch.stack([classifier.clip.eval_transform(load_picture(each)) for each in pictures.pictures])
-        said = [(answer.label.task, answer.label.name) for answer in classifier.classify(pixels)]
-        right = [(name, card.classes[label]) for label in pictures.labels]
-        assert row["accuracy"] == 100 * np.mean([one == other for one, other in zip(said, right, strict=True)])
-    assert union["mean"] == pytest.approx(np.mean([row["accuracy"] for row in union["tasks"]]))
-
-
-def test_evaluate_with_candidates_asks_the_vote_among_a_tasks_own_classes(learned: Learned) -> None:
-    store = open_store(learned.store)
-    manifest, classifier = store.manifest(), load_classifier(str(learned.store))
-    found = evaluate(str(learned.store), None, "candidates", [], silent)
-    assert [row["name"] for row in found["tasks"]] == learned.tasks
-    for row, pictures in zip(found["tasks"], learned_pictures(store, manifest).values(), strict=True):
-        card = manifest.task(row["name"])
-        pixels = torch.stack([classifier.clip.eval_transform(load_picture(each)) for each in pictures.pictures])
-        space = LabelSpace.of_candidates(card.classes, card.templates)
-        right = classifier.label_indices(pixels, space) == pictures.labels
-        assert row["accuracy"] == pytest.approx(100 * right.mean())
-
-
 def test_pictures_are_routed_in_their_order_by_however_many_actors(learned: Learned) -> None:
     store = open_store(learned.store)
     config, _ = resolve({}, fixed=fixed_settings(str(learned.store)))
     manifest, snapshot = store.manifest(), snapshot_of(store, store.manifest())
     some = list(learned_pictures(store, manifest).values())
     pictures = some[1].take(np.arange(CHUNK + 5) % len(some[1]))
+    others = ray_processes("Worker")
     crew = RayCrew(store, config, TWO)
     try:
+        for few, hired in ((4, 1), (CHUNK + 5, 2)):  # a process costs seconds and a model's memory
+            crew.features(pictures.take(range(few)), nothing)
+            assert len(set(ray_processes("Worker")) - set(others)) == hired
         order, score, nearest = crew.route(pictures, snapshot, nothing)
     finally:
         crew.close()

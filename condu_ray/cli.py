@@ -160,7 +160,7 @@ def sweep(
     from condu_ray.engine.progress import stage
     from condu_ray.tuning.command import run
 
-    found = run(file, work or file.with_suffix(""), stage)
+    found = run(file, work or (file.with_suffix("") if file.name else file), stage)
     for warning in found["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     reports.emit(found) if json else reports.show_sweep(found)

@@ -55,7 +55,7 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
     warnings = [away] if away else []
     if tracking:
         with stage("recording"):
-            trials = [_told(sweep, record) for record in _worth_drawing(sweep, records)]
+            trials = [_told(sweep, record) for record in _worth_drawing(records)]
             said = record_sweep(tracking, folder.name, sweep.terms(), trials, _told(sweep, best[0]), [*paths])
             warnings += [said] if said else []
     report["warnings"] = warnings
@@ -107,7 +107,7 @@ def _first_reason(records: list[Record]) -> str:
     return next((record.reason for record in records if record.reason), "no reason is known")
 
 
-def _worth_drawing(sweep: Sweep, records: list[Record]) -> list[Record]:
+def _worth_drawing(records: list[Record]) -> list[Record]:
     """All, or the best of thousands."""
     if len(records) <= MOST_DRAWN:
         return records
@@ -130,7 +130,7 @@ def _files(
         write_best(sweep, record, path, str(file), len(records))
     pictures = [folder / "pictures" / "parallel_coordinates.png", folder / "pictures" / "importance.png"]
     with stage("drawing"):
-        drawn = [record for record in _worth_drawing(sweep, records) if record.values is not None]
+        drawn = [record for record in _worth_drawing(records) if record.values is not None]
         unit = UNITS[sweep.goals.names[0]]
         rows = [(record.settings, record.values[0]) for record in drawn if record.values is not None]
         draw_parallel(rows, unit, pictures[0])

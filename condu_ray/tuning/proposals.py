@@ -52,10 +52,11 @@ class Proposals:
         self._left = sweep.most - len(known)
         self._names = sweep.goals.names
         points = grid(sweep.space) if sweep.search == "grid" else ()  # type: ignore[arg-type]  # checked by Sweep
-        self._grid = list(itertools.islice(points, sweep.most))
         self._draws = sweep.search != "grid"
         self._replayed = list(replayed)
         self._given = {told_apart(record.settings) for record in known}
+        again = self._given | {told_apart(settings) for settings in replayed}
+        self._grid = [point for point in itertools.islice(points, sweep.most) if told_apart(point) not in again]
         self._asked: dict[int, optuna.Trial] = {}
         self._number = max((record.number + 1 for record in known), default=0)
         # Moved on by what is known, or a run that goes on would draw the first run's numbers again.

@@ -128,7 +128,11 @@ class Sweep(BaseModel):
 
     def terms(self) -> dict[str, Any]:
         """What must stay the same for as long as a sweep's folder is used: all but how many trials."""
-        return {**self.model_dump(mode="json", exclude={"trials", "session"}), "session": _told(self.config)}
+        return {
+            **self.model_dump(mode="json", exclude={"trials", "session"}),
+            "session": _told(self.config),
+            "order": list(self.config.tasks),
+        }
 
 
 def _told(config: SessionConfig) -> dict[str, Any]:

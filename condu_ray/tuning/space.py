@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -174,12 +173,14 @@ def applied(base: SessionConfig, settings: Mapping[str, Scalar]) -> SessionConfi
 
 def grid(space: Mapping[str, Choice | Integer]) -> Iterator[Settings]:
     """Every combination, the last entry changing fastest."""
-    values = [
-        entry.choice if isinstance(entry, Choice) else range(entry.integer[0], entry.integer[1] + 1)
-        for entry in space.values()
-    ]
-    for combination in itertools.product(*values):
-        yield dict(zip(space, combination, strict=True))
+    if not space:
+        yield {}
+        return
+    (name, entry), *others = space.items()
+    # Not itertools.product, which writes out each range first, however long.
+    for value in entry.choice if isinstance(entry, Choice) else range(entry.integer[0], entry.integer[1] + 1):
+        for rest in grid(dict(others)):
+            yield {name: value, **rest}
 
 
 def size(space: Space) -> float:

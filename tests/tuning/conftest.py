@@ -40,7 +40,7 @@ def written(tmp_path: Path, tiny_model_dir: Path, picture_tasks: dict[str, Path]
         }
         path = tmp_path / "sweep.yaml"
         found = {"session": kept | (session or {}), "space": space, "validation_share": SHARE, **others}
-        path.write_text(yaml.safe_dump(found), encoding="utf-8")
+        path.write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
         return path, read_sweep(path)
 
     return write

@@ -57,6 +57,15 @@ def test_what_is_known_is_not_proposed(written: Written) -> None:
     assert [proposals.ask(), proposals.ask(), proposals.ask()] == [(4, first[4]), (5, first[5]), None]
 
 
+def test_a_long_grid_goes_on_after_what_is_known(written: Written) -> None:
+    """However many points are known already, and however long the ranges are of which few are asked for."""
+    _, sweep = written(["colours"], {"train.steps": {"integer": [1, 10**12]}}, search="grid", trials=400)
+    first = drawn(Proposals(sweep.model_copy(update={"trials": 300})))
+    known = [ended(number, each, 1.0) for number, each in enumerate(first)]
+    assert [each["train.steps"] for each in drawn(Proposals(sweep, known=known))] == list(range(301, 401))
+    assert len(drawn(Proposals(sweep, replayed=first))) == 400
+
+
 def test_optuna_finds_more_than_chance(written: Written) -> None:
     """The nearer lr is to 1e-3 the better: thirty proposals end nearer than where they began."""
     _, sweep = written(["colours"], {"train.lr": {"uniform": [1e-4, 0.5]}}, trials=40)

@@ -75,6 +75,13 @@ def test_numbers_may_be_written_as_yaml_reads_them(written: Written) -> None:
     assert read_sweep(path).space["train.lr"].corners() == [1e-4, 1e-2]
 
 
+def test_the_same_tasks_in_another_order_are_another_sweep(written: Written) -> None:
+    one, other = (
+        written(names, {"vote.k": {"choice": [1, 2]}})[1] for names in (["colours", "places"], ["places", "colours"])
+    )
+    assert one.terms() != other.terms()
+
+
 def test_what_a_file_leaves_open(written: Written) -> None:
     _, one = written(["colours"], LR)
     _, two = written(["colours", "stripes"], LR)

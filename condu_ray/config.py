@@ -642,7 +642,7 @@ def resolve(
     if faults:
         raise ConfigError("; ".join(faults), "see `condu-ray learn --help` for names and limits")
     found = fixed_by_store(config)
-    if other := [name for name, value in (fixed or {}).items() if found[name] != value]:
+    if other := [name for name, value in (fixed or {}).items() if found.get(name, value) != value]:
         raise ConfigError(
             "; ".join(
                 f"{name} is {found[name]} (from {origin[name]}), but this store was made with {(fixed or {})[name]}"
@@ -665,6 +665,13 @@ class _Loader(yaml.SafeLoader):
                 )
         return super().construct_mapping(node, deep)
 
+    def construct_whole_mapping(self, node: yaml.MappingNode) -> dict[Hashable, Any]:
+        """At once, not in two steps as the plain loader does for mappings that hold themselves: these are refused."""
+        return self.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_whole_mapping)
+
 
 def _from_file(path: Path) -> dict[str, Any]:
     return flatten(read_yaml(path, "write settings as 'name: value' lines"))
@@ -682,7 +689,8 @@ def read_yaml(path: Path, form: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(f"{path}: is not YAML ({line}{error.problem})", "mend that line") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML lets through what Python says of a date that is none, a number too long, or brackets too deep.
         raise ConfigError(f"{path}: is not YAML ({str(error).splitlines()[0]})", "give a text file in UTF-8") from None
     if content is None:
         return {}
@@ -708,9 +716,14 @@ def _from_environment() -> dict[str, Any]:
         cast(type[BaseSettings], SessionConfig), env_prefix="CONDU_", env_nested_delimiter="__", case_sensitive=False
     )
     try:
-        found = flatten(source())
+        nested = source()
     except SettingsError as error:
         raise ConfigError(f"environment: {error}", "mend that CONDU_ variable") from None
+    for name in SECTIONS:
+        if not isinstance(nested.get(name, {}), Mapping):
+            variable = f"CONDU_{name.upper()}"
+            raise ConfigError(f"environment: {variable} holds no settings", f"set {variable}__NAME=VALUE for each")
+    found = flatten(nested)
     known = [*SECTIONS, *dict(fields())]
     for variable, value in os.environ.items():
         name = variable.lower().removeprefix("condu_").replace("__", ".")

@@ -126,6 +126,14 @@ def test_all_wrong_values_are_told_at_once_with_name_value_and_origin(
         ("train: 5\n", "no setting 'train'"),
         ("train:\n  steps:\n    more: 5\n", "no setting 'train.steps.more'"),
         ("5: 1\n", "no setting '5'"),
+        ("seed: 2024-13-01\n", "is not YAML"),
+        ("seed: !!int abc\n", "is not YAML"),
+        ("seed: 0x_\n", "is not YAML"),
+        (f"seed: {'9' * 5000}\n", "is not YAML"),
+        ("seed: !!timestamp x\n", "is not YAML"),
+        ("seed: !!set [1]\n", "is not YAML"),
+        (f"seed: {'[' * 3000}\n", "is not YAML"),
+        ("train: &a\n  steps: *a\n", "is not YAML (line 1"),
     ],
 )
 def test_a_file_that_cannot_be_meant_is_one_sentence(file: Path, text: str, sentence: str) -> None:
@@ -163,6 +171,22 @@ def test_a_broken_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.startswith("environment: ")
     assert "tasks" in told
     assert "mend that CONDU_ variable" in told
+
+
+@pytest.mark.parametrize("value", ["[1]", "5", '"x"'])
+def test_a_section_that_holds_no_settings_is_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONDU_TRAIN", value)
+    assert "CONDU_TRAIN holds no settings: set CONDU_TRAIN__NAME=VALUE" in fault()
+    monkeypatch.setenv("CONDU_TRAIN", '{"steps": 7}')
+    assert resolve({})[0].train.steps == 7
+
+
+@pytest.mark.parametrize("method", ["rapf", "calfuse", "dmc", "dmc-ot"])
+def test_a_store_of_a_system_with_settings_of_its_own_refuses_another(method: str) -> None:
+    fixed = fixed_by_store(from_dotted({"method": method}))
+    assert f"method is condu (from option), but this store was made with {method}" in fault(
+        {"method": "condu"}, fixed=fixed
+    )
 
 
 def test_a_store_refuses_other_values_of_what_it_fixed_all_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,8 @@ def _given(config: SessionConfig, manifest: Manifest, stage: Stage) -> list[tupl
                 f"no task {name} in version {manifest.version}", nearest(name, [card.name for card in manifest.tasks])
             )
         # With its own seed, or pictures it was trained on would be among those to test on where the split is made here.
-        made_with = {"seed": card.settings["seed"], "test_share": manifest.settings["test_share"]}
+        share = card.settings.get("test_share", manifest.settings["test_share"])  # older tasks do not name it
+        made_with = {"seed": card.settings["seed"], "test_share": share}
         (task,) = open_data(config.model_copy(update={"tasks": {name: source}, **made_with}), stage)
         _same_classes(card, task)
         asked.append((card, task.test))

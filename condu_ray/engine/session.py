@@ -115,7 +115,7 @@ def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> 
 def _other_settings(card: TaskCard, config: SessionConfig) -> list[str]:
     """What differs from the settings a task was learned with; one that is younger than the task had its default."""
     asked, learned = (flatten(each) for each in (training_settings(config), card.settings))
-    usual = flatten(training_settings(SessionConfig()))
+    usual = flatten(training_settings(SessionConfig(method=config.method)))
     learned = {**usual, **learned}
     return [f"{name} {learned[name]}, not {value}" for name, value in asked.items() if learned[name] != value]
 
@@ -323,7 +323,7 @@ def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: F
         learned_in=version,
         pictures={"train": len(task.train), "test": len(task.test)},
         figures={"zero_shot": one.figures.zero_shot, "own": one.figures.own, "before": before},
-        settings=training_settings(config),
+        settings={**training_settings(config), "test_share": config.test_share},
     )
     kept = list(parent.tasks) if parent else []
     objects = {name: ref for name, ref in (parent.objects if parent else {}).items() if name.startswith(TASK_OBJECTS)}

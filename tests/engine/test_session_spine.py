@@ -308,7 +308,9 @@ def test_what_was_trained_on_is_not_evaluated_on_where_the_split_is_made_here(
     unsplit = {"colours": picture_tasks["colours"] / "train"}
     task = open_task("colours", unsplit["colours"], seed=5, test_share=0.3)
     assert task.split_made
-    (made,) = learn_here(config, [task])
+    learn_here(config, [task])
+    later = settings(tmp_path / "store", tiny_model_dir, method="zero-shot", test_share=0.5)
+    (made,) = learn_here(later, opened(picture_tasks, "stripes"))  # another task's split changes nothing
     asked = settings(tmp_path / "store", tiny_model_dir, tasks=[f"colours={unsplit['colours']}"])
     ((card, pictures),) = _given(asked, made, silent)
     assert card.name == "colours"

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayTaskError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
 from ray.util import ActorPool
 
 from condu_ray.config import SessionConfig
@@ -225,7 +225,7 @@ class RayCrew:
             ):
                 results.append(result)
                 update(len(results), len(calls), "")
-        except RayTaskError as error:
+        except (RayTaskError, RayActorError) as error:
             raise cause_of(error) from None
         return results
 
@@ -256,8 +256,9 @@ class RayCrew:
         """The pool, grown where so many calls have work for more: each actor is a process that holds the base model."""
         wanted = min(self._places, calls)
         if wanted > self._sought:
-            self._pool += self._hire(wanted - self._sought)
-            self._sought = wanted
+            hired = self._hire(wanted - self._sought)
+            self._pool += hired
+            self._sought = wanted if len(hired) == wanted - self._sought else self._places  # or each would wait anew
         return self._pool
 
     def _hire(self, count: int) -> list[Any]:
@@ -286,6 +287,8 @@ def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[
             f"no {place} of the cluster came free in {LONGEST_HIRE_SECONDS:.0f} s",
             "end other work on it, and run the same command again",
         )
+    for ref in ready:
+        result_of(ref)  # one that could not start counts as ready, too
     return [hired[ref] for ref in ready]
 
 

@@ -32,7 +32,12 @@ def export(store: Store, manifest: Manifest, task: str, out: Path) -> int:
     if manifest.task(task) is None:
         known = [card.name for card in manifest.tasks]
         raise NotFound(f"no task {task} in version {manifest.version}", nearest(task, known))
-    weights = _of_weights if str(store.header.model["name"]).startswith(WEIGHTS) else _of_model
+    merged = str(store.header.model["name"]).startswith(WEIGHTS)
+    if not out.name or out.is_dir():
+        raise ConfigError(f"--output {out} is a folder", "give the path of a file")
+    if merged and any(out.resolve() == file.resolve() for file in _base_of(store).files):
+        raise ConfigError(f"--output {out} is the base that this store needs", "give the path of another file")
+    weights = _of_weights if merged else _of_model
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights(store, manifest, task).items()}
     part = out.with_name(f"{out.name}.part")
     try:
@@ -58,10 +63,13 @@ def _of_model(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:
     return own | dict(experts.merged(task) or {}) | (head.tensors() if head else {})
 
 
+def _base_of(store: Store) -> Weights:
+    return Weights(Path(str(store.header.model["name"]).removeprefix(WEIGHTS)))
+
+
 def _of_weights(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:
     """The base's own tensors, those that are fused moved by the task's delta and rounded once to their dtype."""
-    header, layout = store.header, layout_of(store.header)
-    base = Weights(Path(str(header.model["name"]).removeprefix(WEIGHTS)))
+    header, layout, base = store.header, layout_of(store.header), _base_of(store)
     if base.sha256() != header.model_sha256:
         raise ModelError(f"{base.path} has changed since the store was made", "put the base back from a copy")
     state = state_of(store, manifest)

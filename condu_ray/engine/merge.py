@@ -16,6 +16,7 @@ from condu_ray.config import SessionConfig, check_task_name, fixed_by_store, res
 from condu_ray.engine.fusing import Fuser
 from condu_ray.engine.keys import state_key
 from condu_ray.engine.progress import Stage
+from condu_ray.engine.session import PLACEMENT
 from condu_ray.errors import ConfigError, DataError, FusionError
 from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
@@ -52,6 +53,11 @@ class Weights(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._where)
 
+    @property
+    def files(self) -> list[Path]:
+        """Where the tensors are read from."""
+        return list(self._files)
+
     def sha256(self) -> str:
         """Of all bytes of its files, in the order of their names."""
         total = hashlib.sha256()
@@ -71,8 +77,8 @@ def named(given: Sequence[str]) -> dict[str, Path]:
     """'[NAME=]PATH' -> task name and path; without a name, that of the file. Raises ConfigError."""
     found = dict[str, Path]()
     for text in given:
-        name, equals, path = text.rpartition("=")
-        name = name if equals else Path(path).stem
+        before, equals, after = text.partition("=")
+        name, path = (before, after) if equals and "/" not in before else (Path(text).stem, text)
         try:
             check_task_name(name)
         except ValueError as error:
@@ -94,6 +100,8 @@ def merge(
     start = Weights(base)
     settings = {"granularity": granularity, "triggers": triggers}
     given = {f"fusion.{name}": value for name, value in settings.items()}
+    # The method is said, or one of the environment that does not fuse would be taken.
+    given |= {"method": SessionConfig().method}
     config, _ = resolve({"store": url, "model": f"{WEIGHTS}{base.absolute()}", "tracking": "off", **given})
     opened = {name: Weights(path) for name, path in tuned.items()}
     layout = start.layout()
@@ -167,7 +175,7 @@ def _add(
         tasks=[c.model_copy(update={"figures": dict(fused.fidelity[c.name])}) for c in [*old, card]],
         objects=fused.objects,
         state={"method": fused.meta, "trained": train},
-        settings=config.model_dump(exclude={"store", "tasks", "tracking", "workers", "parallel", "gpu"}),
+        settings=config.model_dump(exclude=PLACEMENT),
         message=f"merged {name}",
     )
     store.commit(manifest)

@@ -107,6 +107,24 @@ def test_a_merged_store_is_a_store(files: Files, tmp_path: Path) -> None:
         assert (said.code, "Traceback" in said.err) == (2, False), said.err
 
 
+def test_a_name_stands_before_the_first_equals_sign_of_a_path(files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "lr=1e-4"
+    folder.mkdir()
+    for name in ("birds", "cars"):
+        files[name].rename(folder / f"{name}.safetensors")
+    given = [f"owls={folder / 'birds.safetensors'}", folder / "cars.safetensors"]
+    assert condu("merge", files["base"], *given, "-o", tmp_path / "merged").code == 0
+    assert [card.name for card in open_store(tmp_path / "merged").manifest().tasks] == ["owls", "cars"]
+
+
+def test_a_method_in_the_environment_is_not_what_merges(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONDU_METHOD", "finetune")
+    said = condu("merge", files["base"], files["birds"], "-o", tmp_path / "merged")
+    assert said.code == 0, said.err
+
+
 def test_what_does_not_fit_is_one_sentence(files: Files, tmp_path: Path) -> None:
     store = tmp_path / "merged"
 
@@ -132,6 +150,10 @@ def test_what_does_not_fit_is_one_sentence(files: Files, tmp_path: Path) -> None
     says("other weights", "merge", files["base"], f"birds={files['cars']}", "-o", store)
     says("no task cars", "export", store, "--task", "cars", "-o", tmp_path / "x")
     says("--output", "export", store, "--task", "birds", "-o", tmp_path / "no" / "x")
+    says("is a folder", "export", store, "--task", "birds", "-o", ".")
+    before = files["base"].read_bytes()
+    says("the base that this store needs", "export", store, "--task", "birds", "-o", files["base"])
+    assert files["base"].read_bytes() == before
     save_file(weights(9), files["base"])
     says("has changed", "export", store, "--task", "birds", "-o", tmp_path / "x")
 

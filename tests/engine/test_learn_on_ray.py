@@ -17,13 +17,13 @@ from ray_processes import ray_processes
 
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.engine.cluster import Cluster, connected
-from condu_ray.engine.crew import CHUNK, RayCrew
+from condu_ray.engine.crew import CHUNK, RayCrew, those_ready
 from condu_ray.engine.evaluate import snapshot_of
 from condu_ray.engine.figures import learned_pictures
 from condu_ray.engine.scoring import Scorer
 from condu_ray.engine.session import _jobs, learn
 from condu_ray.engine.train import train
-from condu_ray.errors import DataError
+from condu_ray.errors import DataError, TrainingError
 from condu_ray.methods.batches import Order
 from condu_ray.store import Store, open_store
 from condu_ray.store.header import fixed_settings
@@ -210,6 +210,17 @@ def test_a_loss_that_is_no_number_is_one_sentence(tiny_model_dir: Path, picture_
     assert "--train.lr" in said.err
     assert "Traceback" not in said.err
     assert open_store(store).versions() == []
+
+
+class Stillborn:
+    def __init__(self) -> None:
+        raise OSError("no store there")
+
+
+def test_a_process_that_cannot_start_is_one_sentence() -> None:
+    with pytest.raises(TrainingError, match=r"a process of this session is gone \(.*no store there\)") as found:
+        those_ready([ray.remote(num_cpus=0)(Stillborn).remote()], "CPU core")
+    assert "let every node see the store" in str(found.value)
 
 
 class Unlucky(RayCrew):

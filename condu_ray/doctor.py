@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -38,12 +39,17 @@ def examine(store: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "environment": {
-            name: "(set)" if any(word in name for word in SECRET) else value
+            name: "(set)" if any(word in name for word in SECRET) else without_credentials(value)
             for name, value in sorted(os.environ.items())
             if name.startswith(SETTINGS)
         },
         "store": _store(store),
     }
+
+
+def without_credentials(text: str) -> str:
+    """What stands before the @ of an address is nobody's business."""
+    return re.sub(r"//[^/@\s]*@", "//(set)@", text)
 
 
 def _version(package: str) -> str | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SKIPPED_SHOWN = 5
 PIPE_WIDTH = 200
+_AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names may hold [brackets]
 
 
 def emit(document: Any) -> None:
@@ -24,7 +25,7 @@ def emit(document: Any) -> None:
 
 def say(text: str = "") -> None:
     """Prints a line for people, as it is."""
-    Console(highlight=False, markup=False, soft_wrap=True).print(text)
+    Console(**_AS_IT_IS, soft_wrap=True).print(text)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -36,9 +37,9 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
         table.add_column(column, justify="right" if numbers else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(_text(value) for value in row))
-    console = Console(highlight=False)
+    console = Console(**_AS_IT_IS)
     if not console.is_terminal:
-        console = Console(highlight=False, width=PIPE_WIDTH)
+        console = Console(**_AS_IT_IS, width=PIPE_WIDTH)
     console.print(table)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import condu, process
 
+from condu_ray import reports
 from condu_ray.methods.registry import METHODS
 from condu_ray.store import open_store
 
@@ -81,10 +82,27 @@ def test_doctor_tells_no_secrets(store: Path, monkeypatch: pytest.MonkeyPatch) -
     assert said.document["environment"]["MLFLOW_TRACKING_PASSWORD"] == "(set)"
 
 
+def test_doctor_tells_no_password_of_an_address(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONDU_TRACKING", "https://bob:hunter2@mlflow.example/x")
+    found = condu("doctor", "--store", store, "--json").document["environment"]
+    assert found["CONDU_TRACKING"] == "https://(set)@mlflow.example/x"
+
+
 def test_doctor_works_without_a_store(tmp_path: Path) -> None:
     said = condu("doctor", "--store", tmp_path / "none", "--json")
     assert said.code == 0
     assert "no store at" in said.document["store"]["fault"]
+
+
+def test_tables_print_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich takes [brackets] for styles and :words: for pictures."""
+    names = ["cat [small].jpg", "[unknown]", "[/b] x", "a/:x:/b"]
+    reports.show_table("[red] title", ("name",), [(name,) for name in names])
+    for name in names:
+        reports.say(name)
+    out = capsys.readouterr().out
+    assert all(out.count(name) == 2 for name in names), out
+    assert "[red] title" in out
 
 
 def test_gc_says_what_would_go_and_then_removes_it(copy: Path) -> None:

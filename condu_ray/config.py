@@ -689,9 +689,11 @@ def read_yaml(path: Path, form: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ConfigError(f"{path}: is not YAML ({line}{error.problem})", "mend that line") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not YAML ({error})", "give a text file in UTF-8") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         # PyYAML lets through what Python says of a date that is none, a number too long, or brackets too deep.
-        raise ConfigError(f"{path}: is not YAML ({str(error).splitlines()[0]})", "give a text file in UTF-8") from None
+        raise ConfigError(f"{path}: is not YAML ({str(error).splitlines()[0]})", "put that value in quotes") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -37,6 +37,8 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
     """
     sweep = read_sweep(file)
     folder = folder.absolute()
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file", "give a folder by --work")
     _check(sweep, folder)
     tracking = None if sweep.config.tracking == "off" else open_tracking(sweep.config.tracking, folder)
     away = tracking.check() if tracking else None

@@ -73,7 +73,7 @@ class Table:
 @contextmanager
 def shown(sweep: Sweep) -> Iterator[Table]:
     """The table for as long as the block runs."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
         yield Table(sweep, None)
         return

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import condu
 
 from condu_ray.config import resolve
 from condu_ray.errors import ConfigError
@@ -73,6 +74,17 @@ def test_numbers_may_be_written_as_yaml_reads_them(written: Written) -> None:
     path, _ = written(["colours"], LR)
     path.write_text(path.read_text().replace("0.0001", "1e-4"))
     assert read_sweep(path).space["train.lr"].corners() == [1e-4, 1e-2]
+
+
+def test_a_file_or_folder_that_cannot_be_one_is_a_sentence(written: Written, tmp_path: Path) -> None:
+    file, _ = written(["colours"], LR)
+    for given, sentence in (
+        ([tmp_path], "cannot be read (Is a directory)"),
+        (["."], "cannot be read (Is a directory)"),
+        ([file.rename(tmp_path / "sweep")], "sweep is a file: give a folder by --work"),
+    ):
+        said = condu("sweep", *given)
+        assert (said.code, sentence in said.err) == (2, True), said.err
 
 
 def test_the_same_tasks_in_another_order_are_another_sweep(written: Written) -> None:

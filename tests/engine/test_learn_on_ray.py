@@ -212,12 +212,11 @@ def test_a_loss_that_is_no_number_is_one_sentence(tiny_model_dir: Path, picture_
     assert open_store(store).versions() == []
 
 
-class Stillborn:
-    def __init__(self) -> None:
-        raise OSError("no store there")
-
-
 def test_a_process_that_cannot_start_is_one_sentence() -> None:
+    class Stillborn:
+        def __init__(self) -> None:
+            raise OSError("no store there")
+
     with pytest.raises(TrainingError, match=r"a process of this session is gone \(.*no store there\)") as found:
         those_ready([ray.remote(num_cpus=0)(Stillborn).remote()], "CPU core")
     assert "let every node see the store" in str(found.value)

@@ -17,7 +17,7 @@ from condu_ray.data.listing import (
     read_templates,
 )
 from condu_ray.data.task import Picture
-from condu_ray.data.templates import spoken
+from condu_ray.data.templates import word_key
 from condu_ray.errors import DataError
 
 # Files that often lie beside pictures and are none; anything else is opened, and counted as skipped if it is none.
@@ -148,9 +148,9 @@ def _display_names(root: Path, names: list[str]) -> dict[str, str]:
         if without and len(without) < len(names):
             mend += f" (no line: {', '.join(without[:3])})"
         raise DataError(f"{root / CLASS_FILE} has {len(lines)} lines for {len(names)} class folders", mend)
-    place = {spoken(name.replace("-", " ")).casefold(): number for number, name in enumerate(names)}
+    place = {word_key(name.replace("-", " ")): number for number, name in enumerate(names)}
     for number, line in enumerate(lines):
-        other = place.get(spoken(line.replace("-", " ")).casefold(), number)
+        other = place.get(word_key(line.replace("-", " ")), number)
         if other != number:
             raise DataError(
                 f"{root / CLASS_FILE}: line {number + 1} is {line!r}, but that folder is {names[number]!r}",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from condu_ray.data.task import Picture, Skipped
-from condu_ray.data.templates import check_templates, spoken
+from condu_ray.data.templates import check_templates, word_key
 from condu_ray.errors import DataError, nearest
 
 Part = Literal["train", "test", ""]
@@ -56,12 +56,14 @@ def read_templates(folder: Path) -> tuple[str, ...] | None:
 
 
 def check_names(classes: Sequence[str], where: str) -> tuple[str, ...]:
-    """Returns the class names; raises DataError for fewer than two, an empty one, or two that make the same prompt."""
+    """Returns the class names; raises DataError for fewer than two, an empty one, one that is no text, or two that are
+    the same word."""
     if not classes:
         raise DataError(f"{where} names no class", "give at least two")
     seen: dict[str, tuple[int, str]] = {}
     for number, name in enumerate(classes, start=1):
-        key = spoken(name).casefold()
+        check_text(name, f"{where}: the class name")
+        key = word_key(name)
         if not key:
             raise DataError(f"{where}: class {number} has an empty name", "write its name or take it out")
         if key in seen:
@@ -74,6 +76,14 @@ def check_names(classes: Sequence[str], where: str) -> tuple[str, ...]:
     if len(classes) < 2:
         raise DataError(f"{where} has one class only ({classes[0]!r})", "a task needs at least two classes")
     return tuple(classes)
+
+
+def check_text(name: str, what: str) -> None:
+    """Raises DataError for a name that no manifest can hold: that of a file whose bytes are not UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{what} {name!r} is not UTF-8 text", "rename it") from None
 
 
 def match_classes(given: Sequence[str], found: Sequence[str], where: str) -> dict[str, int]:

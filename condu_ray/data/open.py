@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from condu_ray.data.folder import list_folder, picture_files
-from condu_ray.data.listing import Entry, Listing, Part, check_names
+from condu_ray.data.listing import Entry, Listing, Part, check_names, check_text
 from condu_ray.data.part import split_part
 from condu_ray.data.scan import Progress, Seen, scan
 from condu_ray.data.split import choose_test
@@ -45,6 +45,7 @@ def open_task(
     out: those of the source's own test split are not even opened. progress: called with (done, total).
     Raises DataError for everything that is wrong with the data; nothing but the cache is written.
     """
+    check_text(str(source), f"{name}: the source")
     try:
         listing = _list(str(source), classes, tests=validation is None)
         seen = scan([entry.picture for entry in listing.entries], progress)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from condu_ray.data.listing import Listing, read_lines
-from condu_ray.data.templates import spoken
+from condu_ray.data.templates import word_key
 from condu_ray.errors import DataError
 
 _PART = re.compile(r"(?P<source>.+)#(?P<number>[0-9]+)/(?P<parts>[0-9]+)")
@@ -69,7 +69,8 @@ class ClassSpan:
 def ordered(classes: Sequence[str], order: str | None) -> list[int]:
     """Places of the classes in the order of a seed, of a file, or (None) their own.
 
-    Raises DataError for a file that is no order of them.
+    Where all lines are names of classes they are taken for these, also where names are numbers. Raises DataError for a
+    file that is no order of them.
     """
     if order is None:
         return list(range(len(classes)))
@@ -78,8 +79,10 @@ def ordered(classes: Sequence[str], order: str | None) -> list[int]:
     lines = read_lines(Path(order).expanduser())
     if lines is None:
         raise DataError(f"there is no class order {order}", "give a seed, or a text file with a class a line")
-    names = {spoken(name).casefold(): place for place, name in enumerate(classes)}
-    found = [int(line) if line.isdecimal() else names.get(spoken(line).casefold(), -1) for line in lines]
+    names = {word_key(name): place for place, name in enumerate(classes)}
+    found = [names.get(word_key(line), -1) for line in lines]
+    if -1 in found:
+        found = [int(line) if line.isdecimal() else place for line, place in zip(lines, found, strict=True)]
     if sorted(found) != list(range(len(classes))):
         strange = next((line for line, place in zip(lines, found, strict=True) if not 0 <= place < len(classes)), None)
         fault = f"{strange!r} is none" if strange else f"{len(lines)} lines"

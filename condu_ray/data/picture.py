@@ -14,6 +14,7 @@ from condu_ray.errors import DataError
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 512 * 2**20
+LONGEST = 100  # times the short side
 
 # Only formats that PIL decodes by itself: some others start programs (EPS) or are no pictures of things.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
@@ -99,6 +100,8 @@ def open_image(body: bytes, most: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > most:
         raise Unreadable(f"too large: {width} x {height} pixels, over {most / 1e6:g} megapixels")
+    if max(width, height) > LONGEST * min(width, height):  # scaled by its short side it would fill the memory
+        raise Unreadable(f"{width} x {height} pixels are too long and thin")
     return image
 
 
@@ -134,16 +137,24 @@ def _decoded(image: Image.Image) -> None:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey values of more than 8 bits: integers as 16 bits, floats as 0 to 1 (0 to 255 if any is above 1)."""
-    values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        values = np.nan_to_num(values)
-        values = values * 255 if values.max(initial=0.0) <= 1 else values
-    else:
-        values = values / 257
-    return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
+    if image.mode != "F":
+        greys = np.array(image, dtype=np.int32)
+        np.clip(greys, 0, 65535, out=greys)
+        greys += 128  # rounds to the nearest: 257 is odd, so that no value lies halfway
+        greys //= 257
+        return Image.fromarray(greys.astype(np.uint8))
+    values = np.array(image, dtype=np.float32)
+    np.nan_to_num(values, copy=False)
+    largest = 1 if values.max(initial=0.0) <= 1 else 255
+    np.clip(values, 0, largest, out=values)
+    values *= 255 / largest
+    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
 
 
 def _orientation(image: Image.Image) -> int:
+    """How the picture has to be turned once it is decoded; PIL turns a TIFF itself."""
+    if image.format == "TIFF":
+        return 1
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged EXIF says nothing about the picture itself

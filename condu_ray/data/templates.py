@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
+from unicodedata import normalize
 
 from condu_ray.errors import DataError
 
@@ -31,6 +33,13 @@ def prompts(classname: str, templates: Sequence[str]) -> list[str]:
 def spoken(classname: str) -> str:
     """Returns a class name as it is said in a prompt: underscores are spaces, no space twice."""
     return " ".join(classname.replace("_", " ").split())
+
+
+@functools.lru_cache(maxsize=2**16)  # a vote with labels asks for every learned class
+def word_key(name: str) -> str:
+    """Returns what is equal for two names that are the same word: case, spacing and Unicode's two ways to write an
+    accent do not count."""
+    return normalize("NFC", spoken(name)).casefold()
 
 
 def check_templates(templates: Sequence[str], where: str) -> tuple[str, ...]:

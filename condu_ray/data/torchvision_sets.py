@@ -35,7 +35,7 @@ KNOWN: dict[str, tuple[_Arguments, _Arguments]] = {
     "Caltech256": _WHOLE,
     "Country211": (({"split": "train"}, {"split": "valid"}), ({"split": "test"},)),
     "DTD": _THREE,
-    "EMNIST": (({"split": "balanced", "train": True},), ({"split": "balanced", "train": False},)),
+    "EMNIST": (({"split": "letters", "train": True},), ({"split": "letters", "train": False},)),
     "EuroSAT": _WHOLE,
     "FGVCAircraft": _TRAINVAL,
     "FakeData": _WHOLE,
@@ -75,7 +75,7 @@ def list_torchvision(name: str, classes: Sequence[str] | None, tests: bool = Tru
 
 def _write(name: str, folder: Path) -> None:
     names: list[str] = []
-    largest = -1
+    labels: set[int] = set()
     for part, arguments in zip(("train", "test"), KNOWN[name], strict=True):
         count = itertools.count()
         for chosen in arguments:
@@ -83,10 +83,11 @@ def _write(name: str, folder: Path) -> None:
             names = names or _class_names(dataset)
             for number in range(len(dataset)):
                 picture, label = dataset[number]
-                largest = max(largest, int(label))
+                labels.add(int(label))
                 _save(picture, folder / part / f"{int(label):05d}", next(count))
-    names = names or [str(label) for label in range(largest + 1)]
-    (folder / CLASS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
+    # A line a class folder: some count labels from 1 or 3.
+    lines = [names[label] if names else str(label) for label in sorted(labels)]
+    (folder / CLASS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _construct(name: str, chosen: dict[str, Any]) -> Any:
@@ -113,7 +114,8 @@ def _construct(name: str, chosen: dict[str, Any]) -> Any:
 
 def _class_names(dataset: Any) -> list[str]:
     names = getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or []
-    return [str(name).replace("\n", " ") for name in names]
+    # Imagenette has several names a class.
+    return [str(name[0] if isinstance(name, tuple) else name).replace("\n", " ") for name in names]
 
 
 def _save(picture: Image.Image, folder: Path, number: int) -> None:

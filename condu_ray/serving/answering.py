@@ -17,8 +17,6 @@ from condu_ray.serving.messages import Question
 from condu_ray.voting.answer import Answer
 from condu_ray.voting.classifier import Classifier
 
-LONGEST = 100  # times the short side
-
 
 @dataclass(frozen=True, eq=False)
 class Asked:
@@ -48,10 +46,7 @@ def pixels_of(body: bytes, transform: Callable[[Any], Tensor], most: int) -> Ten
     """The picture as the base model sees it, f32[3, H, W]. Raises DataError for bytes that are no picture of at most
     `most` pixels."""
     try:
-        image = decode(body, most)
-        if max(image.size) > LONGEST * min(image.size):  # scaled by its short side it would fill the memory
-            raise Unreadable(f"{image.width} x {image.height} pixels are too long and thin")
-        return transform(image)
+        return transform(decode(body, most))
     except Unreadable as error:
         raise DataError(f"cannot be read ({error})", "send a JPEG, PNG or WebP picture") from error
 

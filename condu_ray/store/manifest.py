@@ -155,14 +155,14 @@ _R = TypeVar("_R", Manifest, StoreHeader)
 def dump(record: Manifest | StoreHeader) -> bytes:
     """Returns the record as JSON (UTF-8, sorted keys, one newline at the end): equal records give equal bytes.
 
-    Raises StoreError if settings or state hold what JSON cannot (NaN, objects).
+    Raises StoreError if it holds what JSON in UTF-8 cannot (NaN, objects, surrogates).
     """
     try:
         fields = record.model_dump(mode="json")
         text = json.dumps(fields, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+        return text.encode() + b"\n"
     except (ValueError, TypeError) as error:
         raise StoreError(f"a {type(record).__name__.lower()} cannot be written as JSON: {error}") from error
-    return text.encode() + b"\n"
 
 
 def _parse(kind: type[_R], raw: bytes, where: str) -> _R:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.data import DEFAULT_TEMPLATES, prompts
+from condu_ray.data.templates import word_key
 from condu_ray.errors import DataError
 
 MAX_CANDIDATES = 10_000
@@ -81,15 +81,20 @@ class LabelSpace:
 
     @staticmethod
     def of_candidates(names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> LabelSpace:
-        """The caller's labels. Raises DataError for none, an empty one, one given twice, or more than 10,000."""
+        """The caller's labels. Raises DataError for none, an empty one, two that are one word, or more than 10,000."""
         names = [name.strip() for name in names]
         if not 1 <= len(names) <= MAX_CANDIDATES:
             raise DataError(f"{len(names)} labels given", f"give 1 to {MAX_CANDIDATES:,}")
-        if "" in names:
-            raise DataError(f"label {names.index('') + 1} of {len(names)} is empty", "leave it out")
-        name, times = Counter(names).most_common(1)[0]
-        if times > 1:
-            raise DataError(f"label '{name}' is given {times} times", "give each label once")
+        seen: dict[str, str] = {}
+        for number, name in enumerate(names, start=1):
+            key = word_key(name)
+            if not key:
+                raise DataError(f"label {number} of {len(names)} is empty", "leave it out")
+            if key in seen:
+                twice = f"label '{name}' is given {names.count(name)} times"
+                both = f"labels '{seen[key]}' and '{name}' cannot be told apart"
+                raise DataError(twice if name == seen[key] else both, "give each label once")
+            seen[key] = name
         labels = tuple(Label(None, name) for name in names)
         return LabelSpace("candidates", labels, tuple(tuple(prompts(name, templates)) for name in names))
 
@@ -145,16 +150,16 @@ class LabelSpace:
 
 
 def places_of(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64] | None:
-    """Where the labels stand among a task's classes, i64[C]; None where one of them is none. Case counts only where
-    the task has both."""
+    """Where the labels stand among a task's classes, i64[C]; None where one of them is none. Spellings of the same
+    word (`word_key`) count as different only where the task has both."""
     found = _places(labels, classes)
     return None if None in found else np.array(found, dtype=np.int64)
 
 
 def _places(labels: Sequence[str], classes: Sequence[str]) -> list[int | None]:
     exact = {name: place for place, name in enumerate(classes)}
-    folded = {name.casefold(): place for name, place in exact.items()}
-    return [exact.get(label, folded.get(label.casefold())) for label in labels]
+    same = {word_key(name): place for name, place in exact.items()}
+    return [exact.get(label, same.get(word_key(label))) for label in labels]
 
 
 def _of_cards(cards: Iterable[Card]) -> tuple[tuple[Label, ...], tuple[tuple[str, ...], ...]]:

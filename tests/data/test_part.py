@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from condu_ray.data import open_task
+from condu_ray.data.part import ordered
 from condu_ray.errors import DataError
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
@@ -38,3 +39,24 @@ def test_a_part_that_is_not_there_is_refused(folder, part):
 def test_a_folder_of_that_name_is_meant_where_there_is_one(make, tmp_path):
     folder = make.image_folder(tmp_path / "animals#1" / "3", CLASSES)
     assert open_task("t", folder).classes == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("classes", "lines", "places"),
+    [
+        (("1", "10", "2", "0"), "10 2 0 1", [1, 2, 3, 0]),  # names, though they could be places
+        (("1", "10", "2", "3"), "0 3 2 1", [0, 3, 2, 1]),  # 0 is no name
+        (("red_fox", "Café", "owl"), "owl cafe\u0301 RED_FOX", [2, 1, 0]),
+        (("fox", "owl", "elk"), "2 fox 1", [2, 0, 1]),
+    ],
+)
+def test_an_order_file_holds_names_or_else_places(make, tmp_path, classes, lines, places):
+    file = make.write(tmp_path / "order.txt", lines.replace(" ", "\n").encode())
+    assert ordered(classes, str(file)) == places
+
+
+@pytest.mark.parametrize("lines", ["1 2 11", "1 2", "1 2 2 10", "0 1 3"])
+def test_what_is_no_order_of_the_classes_is_refused(make, tmp_path, lines):
+    file = make.write(tmp_path / "order.txt", lines.replace(" ", "\n").encode())
+    with pytest.raises(DataError, match="is no order of 3 classes"):
+        ordered(("1", "2", "10"), str(file))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from condu_ray.data import Picture, load_picture, open_pictures
-from condu_ray.data.picture import MAX_PIXELS, Unreadable, inspect
+from condu_ray.data import Picture, load_picture, open_pictures, open_task
+from condu_ray.data.picture import LONGEST, MAX_PIXELS, Unreadable, decode, inspect, to_rgb
 from condu_ray.errors import DataError
 
 
@@ -37,15 +38,39 @@ def test_every_png_mode_becomes_rgb(make, tmp_path, mode):
 
 
 def test_sixteen_bits_keep_their_greys(make, tmp_path):
-    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    got = np.asarray(load(make, tmp_path, make.encoded(Image.fromarray(ramp))))[..., 0]
-    assert np.abs(got.astype(float) - ramp / 257).max() <= 0.5
+    every = np.arange(65536).astype(np.uint16).reshape(256, 256)
+    got = np.asarray(load(make, tmp_path, make.encoded(Image.fromarray(every))))[..., 0]
+    assert np.array_equal(got, np.rint(every / 257))
+
+
+def test_integers_beyond_sixteen_bits_are_black_and_white():
+    got = to_rgb(Image.fromarray(np.array([[-(2**31), -1, 0, 65535, 65536, 2**31 - 1]], np.int32)))
+    assert np.asarray(got)[..., 0].tolist() == [[0, 0, 0, 255, 255, 255]]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_many_bits_a_pixel_are_not_made_doubles(kind):
+    image = Image.fromarray(np.ones((500, 500), kind))
+    tracemalloc.start()
+    to_rgb(image)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 12 * 500 * 500
 
 
 def test_float_tiff_from_zero_to_one(make, tmp_path):
     ramp = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
     got = np.asarray(load(make, tmp_path, make.encoded(Image.fromarray(ramp), "TIFF"), "x.tif"))[..., 1]
     assert np.array_equal(got, np.rint(ramp * 255))
+
+
+def test_floats_above_one_are_greys_and_what_is_no_number_is_black(make, tmp_path):
+    values = np.array([[np.nan, -np.inf, -3, 0.4, 1.6], [2, 254.6, 255, 300, np.inf]], np.float32)
+    got = np.asarray(load(make, tmp_path, make.encoded(Image.fromarray(values), "TIFF"), "x.tif"))[..., 1]
+    assert got.tolist() == [[0, 0, 0, 0, 2], [2, 255, 255, 255, 255]]
+    dark = np.array([[np.nan, -np.inf, 1.0]], np.float32)
+    got = np.asarray(load(make, tmp_path, make.encoded(Image.fromarray(dark), "TIFF"), "y.tif"))[..., 1]
+    assert got.tolist() == [[0, 0, 255]]
 
 
 def test_transparent_parts_are_white(make, tmp_path):
@@ -80,15 +105,18 @@ def test_an_animation_is_its_first_frame(make, tmp_path, kind, name):
 
 
 @pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})], ids=["png", "tiff", "lzw"]
+)
+@pytest.mark.parametrize(
     ("orientation", "size", "red_at"),
     [(1, (8, 4), (0, 0)), (2, (8, 4), (7, 0)), (3, (8, 4), (7, 3)), (4, (8, 4), (0, 3))]
     + [(5, (4, 8), (0, 0)), (6, (4, 8), (3, 0)), (7, (4, 8), (3, 7)), (8, (4, 8), (0, 7))],
 )
-def test_exif_orientation_is_applied(make, tmp_path, orientation, size, red_at):
+def test_exif_orientation_is_applied(make, tmp_path, orientation, size, red_at, kind, options):
     image = quarters()
     exif = image.getexif()
     exif[0x0112] = orientation
-    body = make.encoded(image, exif=exif)
+    body = make.encoded(image, kind, exif=exif, **options)
     got = load(make, tmp_path, body)
     assert got.size == size == inspect(body)
     assert got.getpixel(red_at) == (255, 0, 0)
@@ -133,6 +161,23 @@ def test_a_decompression_bomb_is_not_decoded(make, pixels):
     body[29:33] = zlib.crc32(bytes(body[12:29])).to_bytes(4)
     with pytest.raises(Unreadable, match="too large"):
         inspect(bytes(body))
+
+
+@pytest.mark.parametrize("size", [(2 * LONGEST + 1, 2), (2, 2 * LONGEST + 1)])
+@pytest.mark.parametrize("look", [inspect, decode])
+def test_a_long_thin_picture_is_refused_as_it_would_grow_with_its_short_side(make, size, look):
+    with pytest.raises(Unreadable, match=f"{size[0]} x {size[1]} pixels are too long and thin"):
+        look(make.picture_bytes(1, size))
+    look(make.picture_bytes(1, (2 * LONGEST, 2)))
+
+
+def test_learning_skips_a_long_thin_picture_and_predicting_names_it(make, tmp_path):
+    make.image_folder(tmp_path / "in", ["a", "b"], count=20)
+    thin = make.write(tmp_path / "in" / "a" / "thin.png", make.picture_bytes(77, (2000, 1)))
+    task = open_task("t", tmp_path / "in")
+    assert [(one.path, one.reason) for one in task.skipped] == [("a/thin.png", "2000 x 1 pixels are too long and thin")]
+    with pytest.raises(DataError, match=r"thin\.png cannot be used \(2000 x 1 pixels are too long and thin\)"):
+        open_pictures([str(thin)])
 
 
 def test_a_picture_that_went_away(tmp_path):

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from condu_ray.data import DEFAULT_TEMPLATES, Picture, PictureSet, Split, describe, open_task, prompts
+from condu_ray.data.listing import check_names
+from condu_ray.errors import DataError
 
 
 @pytest.fixture
@@ -84,6 +86,20 @@ def test_describe_is_json_and_counts(make, folder):
     assert said["width"] == {"min": 8, "median": 8, "max": 8}
     assert said["skipped"] == [{"path": "a/x.png", "reason": "not a picture"}]
     assert said["leaked"] == 0
+
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_trained(tmp_path):
+    """A manifest could not hold them; such names are what the system makes of bytes in another encoding."""
+    with pytest.raises(DataError, match=r"here: the class name 'caf\\udce9' is not UTF-8 text: rename it"):
+        check_names(["cat", "caf\udce9"], "here")
+    with pytest.raises(DataError, match=r"t: the source '.*caf\\udce9' is not UTF-8 text: rename it"):
+        open_task("t", tmp_path / "caf\udce9")
+
+
+@pytest.mark.parametrize("twin", ["caf\u00e9 au lait", "CAFE\u0301_au  lait"])
+def test_names_that_are_the_same_word_are_refused(twin):
+    with pytest.raises(DataError, match="have the same name"):
+        check_names(["cafe\u0301 au lait", twin], "here")
 
 
 def test_prompts():

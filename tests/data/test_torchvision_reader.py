@@ -54,6 +54,48 @@ def test_a_data_set_without_class_names_or_split(monkeypatch):
     assert len(task.train) + len(task.test) == 40 and task.sizes.width == (16, 16, 16)
 
 
+def test_labels_that_start_above_zero_or_leave_one_out(monkeypatch):
+    class FromThree(FakeFlags):
+        classes = None
+
+        def __init__(self, root, split, download=False):
+            super().__init__(root, split == "train", download=download)
+
+        def __getitem__(self, number):
+            return super().__getitem__(number)[0], 3 + 2 * (number % 2)
+
+    monkeypatch.setattr(torchvision, "CLEVRClassification", FromThree)
+    assert open_task("t", "CLEVRClassification").classes == ("3", "5")
+
+
+def test_emnist_has_a_split_whose_names_differ(monkeypatch):
+    """Letters: their labels count from 1."""
+    real = torchvision.EMNIST
+
+    class FakeLetters(FakeFlags):
+        def __init__(self, root, split, train=True, download=False):
+            super().__init__(root, train, download=download)
+            self.classes = real.classes_split_dict[split]
+            self.first, self.count = (0, 52) if train else (100, 26)
+
+        def __getitem__(self, number):
+            return Image.new("L", (8, 8), self.first + number), 1 + number % 26
+
+    monkeypatch.setattr(torchvision, "EMNIST", FakeLetters)
+    assert "".join(open_task("t", "EMNIST").classes) == "abcdefghijklmnopqrstuvwxyz"
+
+
+def test_of_several_names_a_class_the_first_is_taken(monkeypatch):
+    class FakeNames(FakeFlags):
+        classes = (("tench", "Tinca tinca"), ("cassette player",))
+
+        def __init__(self, root, split, download=False):
+            super().__init__(root, split == "train", download=download)
+
+    monkeypatch.setattr(torchvision, "Imagenette", FakeNames)
+    assert open_task("t", "Imagenette").classes == ("tench", "cassette player")
+
+
 def test_larger_pictures_are_kept_as_jpeg(monkeypatch):
     monkeypatch.setattr(torchvision.FakeData.__init__, "__defaults__", (12, (3, 200, 130), 2, None, None, 0))
     task = open_task("t", "torchvision:FakeData")

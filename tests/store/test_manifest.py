@@ -30,11 +30,15 @@ def test_equal_records_give_equal_bytes(make_manifest: Any) -> None:
     assert dump(one) == dump(two)
 
 
-def test_what_json_cannot_hold_is_refused(make_manifest: Any) -> None:
+def test_what_json_cannot_hold_is_refused(make_manifest: Any, make_card: Any) -> None:
     with pytest.raises(StoreError, match="cannot be written as JSON"):
         dump(make_manifest(1, settings={"rate": float("nan")}))
     with pytest.raises(StoreError, match="cannot be written as JSON"):
         dump(make_manifest(1, state={"thing": object()}))
+    with pytest.raises(StoreError, match="a manifest cannot be written as JSON"):
+        dump(make_manifest(1, settings={"name": "caf\udce9"}))
+    with pytest.raises(StoreError, match="a manifest cannot be written as JSON"):
+        dump(make_manifest(1, tasks=[make_card("pets").model_copy(update={"classes": ["caf\udce9"]})]))
 
 
 def test_a_newer_format_says_so(make_manifest: Any, make_header: Any) -> None:

@@ -67,6 +67,12 @@ def test_of_tasks_that_share_a_word_one_that_has_all_words_comes_first_then_the_
     assert found("dog", "cat", "stop") == (("pets", 1), newest, ("signs", 0))
 
 
+def test_the_same_word_may_be_written_in_several_ways() -> None:
+    card = Card("roads", ("give_way", "caf\u00e9", "stop"), ("a {c}.",))
+    words = ["STOP", "cafe\u0301", "Give  Way"]
+    assert LabelSpace.of_candidates(words).as_learned([card]).learned == (("roads", 2), ("roads", 1), ("roads", 0))
+
+
 def test_one_word_that_was_not_learned_leaves_all_of_them_words() -> None:
     space = LabelSpace.of_candidates(["cat", "owl"])
     assert space.as_learned([PETS, SIGNS]) is space
@@ -86,7 +92,10 @@ def test_each_task_has_its_part_of_words_that_are_all_learned() -> None:
     [
         ([], "0 labels given: give 1 to 10,000"),
         (["a", " "], "label 2 of 2 is empty"),
-        (["a", "b", "a "], "label 'a' is given 2 times"),
+        (["a", "_ "], "label 2 of 2 is empty"),
+        (["a", "b", "a "], "label 'a' is given 2 times: give each label once"),
+        (["b", "Give way", "give_way"], "labels 'Give way' and 'give_way' cannot be told apart: give each label once"),
+        (["caf\u00e9", "cafe\u0301"], "labels 'caf\u00e9' and 'cafe\u0301' cannot be told apart"),
         ([str(i) for i in range(10_001)], "10001 labels given"),
     ],
 )

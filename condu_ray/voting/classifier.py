@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -94,18 +93,21 @@ class Classifier:
         return self._vote
 
     def asking(self, k: int | None = None, voters: Voters | None = None) -> Classifier:
-        """The same version with at most `k` experts a picture, or with other voters than those of this process."""
-        other = copy.copy(self) if k is None else self._voting(k=k)
+        """The same version with at most `k` experts a picture, or with other voters than those of this process.
+
+        Where one model answers there are no experts to count.
+        """
+        other = copy.copy(self)
+        if k is not None and not self._single:
+            other._vote = self._vote.model_copy(update={"k": k})
+            other._router = self._router.asking(k)
         other.voters = voters or self.voters
         return other
 
     def by_experts(self) -> Classifier:
         """The same version, where the router chooses experts and says nothing of classes."""
-        return self._voting(within="expert")
-
-    def _voting(self, **settings: Any) -> Classifier:
         other = copy.copy(self)
-        other._vote = self._vote.model_copy(update=settings)
+        other._vote = self._vote.model_copy(update={"within": "expert"})
         other.__dict__.pop("_router", None)
         return other
 
@@ -249,12 +251,15 @@ class Classifier:
     def _in_parts(
         self, routed: Routed, votes: tuple[Vote, ...], parts: Mapping[str, Part], space: LabelSpace
     ) -> _Ballot:
-        """Each chosen expert scores those labels that are its task's, θ⁰ all of them."""
+        """Each chosen expert scores those labels that are its task's, θ⁰ all of them; θ⁰ alone where none that has a
+        say has any."""
         said: dict[str | None, NDArray[np.float64]] = {}
         if routed.evidence:
             said = {self._names[task]: row for task, row in zip(routed.experts, routed.evidence, strict=True)}
         every = np.arange(len(space.labels))
-        votes = tuple(vote for vote in votes if vote.task is None or vote.task in parts) or (Vote(None, None, 1.0),)
+        votes = tuple(vote for vote in votes if vote.task is None or vote.task in parts)
+        if not any(vote.weight for vote in votes):
+            votes = (Vote(None, None, 1.0),)
         whole = sum(vote.weight for vote in votes)
         return _Ballot(
             tuple(replace(vote, weight=vote.weight / whole) for vote in votes),

@@ -228,11 +228,12 @@ def _logit(probability: float) -> float:
     return float(np.log(probability / (1 - probability)))
 
 
-def calibrate(domains: Sequence[Domain]) -> Calibration:
+def calibrate(domains: Sequence[Domain]) -> Calibration | None:
     """From every task's held-out pictures: known ones to all tasks, and strange ones to the tasks without their own.
 
     temperature, within: the likeliest of a fixed list. middle, slope: logistic regression, a PRIOR share of pictures
     being strange; of a single task, for which nothing is strange, the middle is the 1 % quantile of its own.
+    None where nothing was held out.
     """
     whole = Discriminant(domains)
     likelihoods = np.zeros(len(TEMPERATURES))
@@ -254,7 +255,7 @@ def calibrate(domains: Sequence[Domain]) -> Calibration:
         if others:
             strange.append(Discriminant(others, scatter).distances(domain.held_out).relative)
     if not known:
-        return Calibration(float(TEMPERATURES[0]), -np.finfo(np.float32).max.item(), 1.0)
+        return None
     inside = np.concatenate(known)
     scale = float(inside.std()) or 1.0
     temperature = float(TEMPERATURES[int(np.argmax(likelihoods))])

@@ -5,14 +5,16 @@ Legend: B pictures, T tasks, M experts that answer for a picture, D and W widths
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.config import VoteConfig
+from condu_ray.data.templates import word_key
 from condu_ray.voting.combine import Scores, weights
 from condu_ray.voting.domains import (
     PRIOR,
@@ -93,6 +95,9 @@ class Router(Protocol):
     ) -> list[Routed]:
         """Who answers for each picture. prior: what the labels say beforehand, if any were given."""
 
+    def asking(self, k: int) -> Router:
+        """The same with at most `k` experts a picture; shares all that is computed from the tasks."""
+
     @property
     def tells_classes(self) -> bool:
         """Whether the vote listens to what the router says of classes, and it says something."""
@@ -103,7 +108,7 @@ class Router(Protocol):
 
 
 def router_of(tasks: Sequence[Known], vote: VoteConfig, calibrated: Calibrated) -> Router:
-    """By domains where the vote says so and every task has one; else by prototypes."""
+    """By domains where the vote says so, every task has one and they are calibrated; else by prototypes."""
     domains = [task.domain for task in tasks if task.domain is not None]
     if vote.router == "lda" and domains and len(domains) == len(tasks) and calibrated.domains:
         return DomainRouter(domains, vote, calibrated.domains)
@@ -136,10 +141,10 @@ def prior_of(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Prior:
     """What a caller's labels say, by their words alone (ours): labels that are a task's classes speak for that task,
     labels that no task has speak for none.
 
-    classes: of each task. Words are compared without regard to case.
+    classes: of each task. Words are compared by their `word_key`.
     """
-    asked = {label.casefold() for label in labels}
-    learned = [{name.casefold() for name in names} for names in classes]
+    asked = {word_key(label) for label in labels}
+    learned = [{word_key(name) for name in names} for names in classes]
     matches = np.array([len(asked & names) for names in learned], dtype=np.float64)
     even = np.full(len(classes), 1 / max(1, len(classes)))
     tasks = matches / matches.sum() if matches.any() else even
@@ -147,7 +152,18 @@ def prior_of(labels: Sequence[str], classes: Sequence[Sequence[str]]) -> Prior:
     return Prior((1 - DOUBT) * tasks + DOUBT * even, PRIOR + (1 - 2 * PRIOR) * unknown)
 
 
-class CosineRouter:
+class _Asking:
+    """What routers do alike with the vote."""
+
+    _vote: VoteConfig
+
+    def asking(self, k: int) -> Self:
+        other = copy.copy(self)
+        other._vote = self._vote.model_copy(update={"k": k})
+        return other
+
+
+class CosineRouter(_Asking):
     """The largest cosine to a class prototype decides (ConDU, as published); what the labels are does not matter."""
 
     def __init__(self, prototypes: Sequence[Prototypes], vote: VoteConfig, thresholds: Thresholds) -> None:
@@ -181,7 +197,7 @@ class CosineRouter:
         return routed
 
 
-class DomainRouter:
+class DomainRouter(_Asking):
     """A linear discriminant on domain features decides; θ⁰ weighs as much as the picture is strange (ours)."""
 
     def __init__(self, domains: Sequence[Domain], vote: VoteConfig, calibration: Calibration) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from condu_ray.config import VoteConfig
 from condu_ray.errors import DataError, NotFound
+from condu_ray.methods.registry import vote_of
 from condu_ray.models.clip import Clip, Features, Overrides, class_embeddings
 from condu_ray.voting.answer import Answer, Vote
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.combine import combine, probabilities, weights
-from condu_ray.voting.domains import make_domain
+from condu_ray.voting.domains import Calibration, make_domain
 from condu_ray.voting.labels import Label, LabelSpace
 from condu_ray.voting.router import Calibrated, DomainRouter, calibrated
 from condu_ray.voting.routing import Thresholds, similarities
@@ -458,6 +459,46 @@ def test_experts_of_tasks_that_have_none_of_the_words_are_not_asked(
             only_base += 1
             np.testing.assert_allclose(shares(answer, space), probabilities(base[row]), atol=1e-5)
     assert 0 < only_base < len(pixels)
+
+
+def test_where_no_expert_that_has_a_say_has_any_of_the_words_the_base_model_answers(
+    make: Make, pixels: Tensor, tiny_clip: Clip, speaking: Speaking
+) -> None:
+    """Experts that are asked although the router is sure of another: their weights are exactly 0."""
+    sure = Calibrated(domains=Calibration(1e-6, 0.0, 1.0))
+    words = ["apple", "dog"]
+    space = LabelSpace.of_candidates(words)
+    base = expert_logits(tiny_clip, pixels, space, None)
+    classifier = make(experts=speaking.experts, calibrated=sure, adaptive=False, base_weight=0.0)
+    only_base = 0
+    for row, answer in enumerate(classifier.classify(pixels, labels=words)):
+        assert sum(vote.weight for vote in answer.votes) == pytest.approx(1)
+        if answer.votes == (Vote(None, None, 1.0),):
+            only_base += 1
+            np.testing.assert_allclose(shares(answer, space), probabilities(base[row]), atol=1e-5)
+    assert 0 < only_base < len(pixels)
+
+
+def test_asking_for_fewer_experts_makes_no_router_anew(
+    make: Make, pixels: Tensor, speaking: Speaking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"experts": speaking.experts, "calibrated": speaking.calibrated, "adaptive": False}
+    classifier = make(**made)
+    expected = make(**made, k=1).classify(pixels)
+    assert classifier.asking(k=1).classify(pixels) == expected
+    monkeypatch.setattr("condu_ray.voting.classifier.router_of", None)
+    assert classifier.asking(k=1).classify(pixels) == expected
+    assert {len(answer.votes) for answer in classifier.asking(k=2).classify(pixels)} == {2}
+
+
+def test_one_model_that_answers_alone_is_not_asked_several_times(
+    tiny_clip: Clip, experts: tuple[TaskExpert, ...], overrides: dict[str, Overrides], pixels: Tensor
+) -> None:
+    vote = vote_of("sequential", VoteConfig())
+    one = Classifier(tiny_clip, experts, lambda task: overrides["pets"], vote, Calibrated(), 7, single=True)
+    assert [answer.votes for answer in one.asking(k=3).classify(pixels)] == [
+        answer.votes for answer in one.classify(pixels)
+    ]
 
 
 def test_the_published_union_scores_words_of_several_tasks_by_every_voter(make: Make, pixels: Tensor) -> None:

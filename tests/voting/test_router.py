@@ -25,12 +25,13 @@ def features(place: float, count: int = 60, seed: int = 0) -> NDArray[np.float32
     return (np.random.default_rng(seed).normal(size=(count, 4)) + place * np.array([1, -1, 0, 0])).astype(np.float32)
 
 
-def task(place: float, kept: bool = True) -> Task:
+def task(place: float, kept: bool = True, held_out: int = 20) -> Task:
     """The prototype of every task is the same, so that only domains can tell."""
     sums = FeatureSums.zero(1, 2)
-    prototypes = make_prototypes(sums, np.array([[1, 0]], np.float32), np.array([[1, 0]] * 4, np.float32))
+    seen = np.tile(np.array([[1, 0]], np.float32), (min(4, held_out), 1))
+    prototypes = make_prototypes(sums, np.array([[1, 0]], np.float32), seen)
     labels = np.zeros(60, np.int64)
-    made = make_domain(features(place), labels, 1, features(place, 20, 1), labels[:20]) if kept else None
+    made = make_domain(features(place), labels, 1, features(place, held_out, 1), labels[:held_out]) if kept else None
     return Task(prototypes, made)
 
 
@@ -117,6 +118,31 @@ def test_prototypes_decide_where_a_task_has_no_domain_or_the_vote_says_so() -> N
     assert isinstance(router_of([], VoteConfig(), calibrated([], VoteConfig())), CosineRouter)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_where_nothing_was_held_out_k_experts_and_the_base_model_always_vote(k: int) -> None:
+    tasks = [task(place, held_out=0) for place in (0.0, 6.0, 12.0)]
+    found = calibrated(tasks, VoteConfig(k=k))
+    assert found.domains is None
+    for place in (0.0, -30.0):
+        router = router_of(tasks, VoteConfig(k=k), Calibrated.from_state(found.to_state()))
+        (one,) = router.route(UNIT, np.array([[place, -place, 0, 0]], np.float32))
+        assert len(one.experts) == k and 0 < one.base < 1
+
+
+@pytest.mark.parametrize("router", ["lda", "cosine"])
+def test_asking_for_fewer_experts_shares_what_was_computed(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vote = VoteConfig.model_validate({"router": router, "adaptive": False})
+    limits = calibrated(TASKS, vote)
+    whole = router_of(TASKS, vote, limits)
+    expected = router_of(TASKS, vote.model_copy(update={"k": 1}), limits)
+    monkeypatch.setattr("condu_ray.voting.router.Discriminant", None)
+    place = np.array([[3.0, -3.0, 0, 0]], np.float32)
+    assert [one.experts for one in whole.asking(1).route(UNIT, place)] == [
+        one.experts for one in expected.route(UNIT, place)
+    ]
+    assert len(whole.route(UNIT, place)[0].experts) == 3
+
+
 def test_without_tasks_the_base_model_answers() -> None:
     (one,) = router_of([], VoteConfig(), Calibrated()).route(UNIT, np.zeros((1, 4), np.float32))
     assert one.experts == () and one.base == 1.0
@@ -139,6 +165,7 @@ def test_labels_speak_for_the_tasks_that_learned_them() -> None:
     shared = prior_of(["cat", "wolf"], CLASSES)
     assert shared.none == pytest.approx(0.5)
     assert shared.tasks[0] == shared.tasks[1] > shared.tasks[2] > 0
+    assert prior_of(["GIVE_WAY"], CLASSES).tasks.argmax() == 1
     foreign = prior_of(["lighthouse", "bridge"], CLASSES)
     assert foreign.none == pytest.approx(0.95) and foreign.tasks.tolist() == pytest.approx([1 / 3] * 3)
 

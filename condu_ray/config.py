@@ -578,8 +578,18 @@ def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
         **{f"lora.{name}": value for name, value in config.lora.model_dump().items()},
         **{f"fusion.{name}": value for name, value in config.fusion.model_dump(exclude={"shards"}).items()},
         **{f"adapter.{name}": value for name, value in config.adapter.model_dump(include=ADAPTER_FIXED).items()},
-        **({"memory.discriminant": gaussians_answer(config)} if config.method in REMEMBER else {}),
+        **(_memory_fixed(config) if config.method in REMEMBER else {}),
         **({f"dmc.{name}": value for name, value in config.dmc.model_dump().items()} if config.method in DMC else {}),
+    }
+
+
+def _memory_fixed(config: SessionConfig) -> dict[str, Any]:
+    """What the Gaussians of all sessions, which are joined, and the answers that are made of them have in common."""
+    return {
+        "memory.covariance": config.memory.covariance,
+        "memory.shrinkage": shrinkage_of(config),
+        "memory.gamma": config.memory.gamma,
+        "memory.discriminant": gaussians_answer(config),
     }
 
 

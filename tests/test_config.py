@@ -204,6 +204,7 @@ def test_a_store_refuses_other_values_of_what_it_fixed_all_at_once(file: Path, m
 
 
 SIGN = {"fusion.triggers": "sign"}
+MEMORY = {"memory.covariance", "memory.shrinkage", "memory.gamma"}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +242,26 @@ def test_a_store_that_is_older_than_a_setting_takes_its_default_and_a_newer_one_
     assert "fusion.tune_rescalers is 9 (from option), but this store was made with 7" in fault(
         {"fusion.tune_rescalers": 9}, fixed=newer
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "shrinkage"), [("rapf", "none"), ("calfuse", "convex"), ("dmc", "convex"), ("dmc-ot", "convex")]
+)
+def test_a_store_fixes_what_its_gaussians_are_joined_and_answer_by(method: str, shrinkage: str) -> None:
+    fixed = fixed_by_store(from_dotted({"method": method, "memory.gamma": 0.3}))
+    assert {name: value for name, value in fixed.items() if name in MEMORY} == {
+        "memory.covariance": "full",
+        "memory.shrinkage": shrinkage,
+        "memory.gamma": 0.3,
+    }
+    assert resolve({}, fixed=fixed)[0].memory.gamma == 0.3
+    told = fault({"memory.covariance": "diagonal", "memory.shrinkage": "rapf", "memory.gamma": 0.2}, fixed=fixed)
+    assert "memory.covariance is diagonal (from option), but this store was made with full" in told
+    assert f"memory.shrinkage is rapf (from option), but this store was made with {shrinkage}" in told
+    assert "memory.gamma is 0.2 (from option), but this store was made with 0.3" in told
+    older = {name: value for name, value in fixed.items() if name not in MEMORY}
+    assert resolve({"memory.covariance": "diagonal"}, fixed=older)[0].memory.covariance == "diagonal"
+    assert not MEMORY & set(fixed_by_store(from_dotted({"method": "condu"})))
 
 
 def test_a_store_fixes_what_its_experts_are_made_of_and_nothing_else() -> None:

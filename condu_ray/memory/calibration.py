@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from condu_ray.errors import TrainingError
 from condu_ray.memory.gaussians import Gaussians, shrunk
-from condu_ray.memory.moments import Features, Kind, Matrix, covariance, distance, root, roots, symmetric
+from condu_ray.memory.moments import FLOOR, Features, Kind, Matrix, covariance, distance, root, roots, symmetric
 
 Mode = Literal["none", "mean", "sdc", "ot", "linear"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -103,7 +104,7 @@ def fit(
     shrinkage: `ot`: of both covariances (`convex`); `linear`: the ridge, in units of the mean variance. strength: how
     much of the way statistics move. kind: which covariances `ot` compares; those within classes say nothing of how the
     current classes lie to each other, which old classes do not share. diagonal: `ot` of variances alone, for
-    memories that keep no more. Raises TrainingError where the covariance cannot be inverted (`roots`).
+    memories that keep no more. Raises TrainingError where what `ot` looks at cannot be inverted (`roots`, `scaling`).
     """
     one, two = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if mode == "none":
@@ -117,7 +118,7 @@ def fit(
     else:
         of = labels if kind == "within" else None
         pair = [shrunk(covariance(each, of), "convex", shrinkage) for each in (one, two)]
-        matrix = np.diag(np.sqrt(np.diag(pair[1]) / np.diag(pair[0]))) if diagonal else transport(*pair)
+        matrix = scaling(*pair) if diagonal else transport(*pair)
     return Affine(matrix, two.mean(axis=0) - matrix @ one.mean(axis=0)).partly(strength)
 
 
@@ -127,20 +128,37 @@ def transport(before: Matrix, after: Matrix) -> Matrix:
     return symmetric(inverse @ root(half @ after @ half) @ inverse)
 
 
+def scaling(before: Matrix, after: Matrix) -> Matrix:
+    """The same where only the variances are looked at. Raises TrainingError where one of those before is 0."""
+    one, two = np.diag(before), np.diag(after)
+    if not (one > 0).all():
+        raise TrainingError(
+            "some variances of features are 0, so they cannot be scaled",
+            "shrink them more (--dmc.shrinkage), or learn more pictures a task",
+        )
+    return np.diag(np.sqrt(two / one))
+
+
 def regression(before: Features, after: Features, ridge: float, only_symmetric: bool = False) -> Matrix:
     """The A that makes ‖Z₂ - A Z₁‖² + λ ‖A - I‖² least, of centred pictures; λ is `ridge` times their mean variance.
 
     only_symmetric: least among the symmetric A, where A (C₁₁ + λI) + (C₁₁ + λI) A is twice the symmetric part of
-    C₂₁ + λI.
+    C₂₁ + λI. Where no picture says anything, A is the identity.
     """
     one = np.asarray(before, np.float64) - np.mean(before, axis=0, dtype=np.float64)
     two = np.asarray(after, np.float64) - np.mean(after, axis=0, dtype=np.float64)
     own, cross = one.T @ one, two.T @ one
     pull = ridge * np.trace(own) / len(own) * np.eye(len(own))
+    change: Matrix
     if only_symmetric:
-        return symmetric(linalg.solve_continuous_lyapunov(own + pull, 2 * symmetric(cross + pull)))
-    # (A - I)(C₁₁ + λI) = C₂₁ - C₁₁: where no picture says anything, A is the identity.
-    change: Matrix = linalg.lstsq(own + pull, (cross - own).T)[0].T
+        # Of the change A - I, entry by entry in the eigenbasis of C₁₁ + λI.
+        values, vectors = linalg.eigh(own + pull)
+        sums = values[:, None] + values
+        told = vectors.T @ (2 * symmetric(cross - own)) @ vectors
+        change = np.divide(told, sums, out=np.zeros_like(told), where=sums > FLOOR * values[-1])
+        return np.eye(len(own)) + symmetric(vectors @ change @ vectors.T)
+    # (A - I)(C₁₁ + λI) = C₂₁ - C₁₁
+    change = linalg.lstsq(own + pull, (cross - own).T)[0].T
     return np.eye(len(own)) + change
 
 
@@ -173,19 +191,26 @@ def measure(
     shrinkage: float = 0.01,
     kind: Kind = "within",
 ) -> Drift:
-    """Fits every mode on nine tenths of the pictures and looks at the last. Arguments as those of `fit`.
+    """Fits every mode on nine tenths of the pictures and looks at the last. Arguments as those of `fit`. Raises
+    TrainingError for features that are not finite.
 
-    Read the residual of `ot` against that of `linear`: a large gap says that the drift has a part that `ot` cannot see.
+    A mode that cannot be fitted counts as no better than `none`. Read the residual of `ot` against that of `linear`: a
+    large gap says that the drift has a part that `ot` cannot see.
     """
     one, two = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if not (np.isfinite(one).all() and np.isfinite(two).all()):
+        raise TrainingError("the features of some pictures are not finite", "train with a smaller --train.lr")
     held = np.zeros(len(one), bool)
     held[np.random.default_rng([seed, len(one)]).permutation(len(one))[: max(1, round(HELD_OUT * len(one)))]] = True
     rest = ~held if held.sum() < len(held) else held
     moved = float(((two - one)[held] ** 2).sum())
-    left = {
-        mode: _residual(fit(mode, one[rest], two[rest], labels[rest], shrinkage=shrinkage, kind=kind), one, two, held)
-        for mode in MODES
-    }
+    left: dict[Mode, float] = {}
+    for mode in MODES:
+        try:
+            found = fit(mode, one[rest], two[rest], labels[rest], shrinkage=shrinkage, kind=kind)
+            left[mode] = _residual(found, one, two, held)
+        except TrainingError:
+            left[mode] = moved
     matrix = regression(one[rest], two[rest], shrinkage, only_symmetric=True)
     best = Affine(matrix, two[rest].mean(axis=0) - matrix @ one[rest].mean(axis=0))
     spread = float(((one - one.mean(axis=0))[held] ** 2).sum())

@@ -147,7 +147,7 @@ class _Fitting:
         groups = [{"params": [self._weight], "lr": own.lr}, {"params": [self._logit], "lr": SHARE_RATE * own.lr}]
         optimiser = torch.optim.Adam(groups)
         epochs = adapter_epochs(len(self._labels), self._config)
-        decays = [round(epochs * each) for each in DECAYS]
+        decays = [max(1, round(epochs * each)) for each in DECAYS]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, decays, DECAY)
         steps = math.ceil(len(self._labels) / own.batch_size)
         losses: Losses = []

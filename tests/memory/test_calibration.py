@@ -191,6 +191,19 @@ def test_regression_without_drift_is_the_identity_whatever_the_ridge(seed: int, 
     np.testing.assert_allclose(regression(before, 3 * before, 1e12), np.eye(WIDTH), atol=1e-9)
 
 
+@given(seeds)
+def test_the_best_symmetric_map_solves_its_equation(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    before, after = random.standard_normal((2, 40, WIDTH))
+    found = regression(before, after, 0.1, only_symmetric=True)
+    one, two = before - before.mean(axis=0), after - after.mean(axis=0)
+    own, cross = one.T @ one, two.T @ one
+    pull = 0.1 * np.trace(own) / WIDTH * np.eye(WIDTH)
+    np.testing.assert_allclose(found, found.T)
+    told = found @ (own + pull)
+    np.testing.assert_allclose(told + told.T, cross + cross.T + 2 * pull, atol=1e-8)
+
+
 def test_regression_of_few_pictures_moves_only_what_they_span() -> None:
     random = np.random.default_rng(1)
     before, drift = random.standard_normal((5, WIDTH)), random.standard_normal((WIDTH, WIDTH))
@@ -253,6 +266,36 @@ def test_shrinking_keeps_the_trace_and_makes_few_pictures_enough() -> None:
 def test_statistics_that_are_not_finite_are_refused() -> None:
     with pytest.raises(TrainingError, match="not finite"):
         roots(np.full((3, 3), np.nan))
+
+
+def test_variances_that_are_0_are_refused() -> None:
+    before, labels = np.random.default_rng(4).standard_normal((5, WIDTH)), np.arange(5)
+    with pytest.raises(TrainingError, match=r"some variances of features are 0.*learn more pictures a task"):
+        fit("ot", before, before + 1, labels, diagonal=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "shrinkage"), [(5, 5, 0.01), (5, 5, 0.0), (8, 2, 0.0)], ids=["one", "one, bare", "few, bare"]
+)
+def test_a_mode_that_cannot_be_fitted_is_measured_as_no_better_than_none(
+    count: int, classes: int, shrinkage: float
+) -> None:
+    random = np.random.default_rng(8)
+    before, labels = random.standard_normal((count, WIDTH)), np.arange(count) % classes
+    after = before + 1 + 0.1 * random.standard_normal(before.shape)
+    with pytest.raises(TrainingError, match="has no inverse"):
+        fit("ot", before, after, labels, shrinkage=shrinkage)
+    found = measure(before, after, labels, seed=0, shrinkage=shrinkage)
+    assert found.residuals["ot"] == found.residuals["none"] == 1
+    assert found.residuals["mean"] < 0.1 and best_mode(found) != "ot"
+    assert found.shift + found.symmetric + found.rotation + found.rest == pytest.approx(1)
+    assert abs(found.symmetric) < 0.1
+
+
+def test_features_that_are_not_finite_are_not_measured() -> None:
+    before = np.random.default_rng(8).standard_normal((20, WIDTH))
+    with pytest.raises(TrainingError, match="not finite"):
+        measure(before, np.where(before > 1, np.nan, before), np.arange(20) % 2, seed=0)
 
 
 def test_variances_alone_are_scaled_apart() -> None:

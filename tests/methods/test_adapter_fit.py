@@ -183,6 +183,13 @@ def test_statistics_are_those_of_all_pictures(stream: list[Features], settings: 
     assert diagonal.scatter.shape == (CLASSES, WIDTH)
 
 
+def test_one_epoch_learns_at_the_whole_rate(stream: list[Features], settings: Settings) -> None:
+    """One step of Adam, which moves by the rate."""
+    config = asked(settings, "rapf", adapter__epochs=1, adapter__init="identity", adapter__batch_size=CLASSES * EACH)
+    found = fit("one", stream[0], [], None, SCALE, config)
+    assert np.abs(found.adapter.weight - np.eye(WIDTH)).max() == pytest.approx(config.adapter.lr, rel=0.01)
+
+
 def test_steps_are_reported_and_a_loss_that_is_no_number_is_refused(stream: list[Features], settings: Settings) -> None:
     steps: list[Any] = []
     config = asked(settings, "rapf", adapter__epochs=2)

@@ -254,6 +254,27 @@ def test_auto_takes_what_fits_pictures_that_were_held_out(
     assert found is not None and found.drift.residuals[found.mode] == min(found.drift.residuals.values())
 
 
+@pytest.mark.parametrize("shrinkage", [0.01, 0.0])
+def test_only_a_calibration_that_is_asked_for_can_stop_a_session(
+    tiny_model_dir: Path, tmp_path: Path, shrinkage: float
+) -> None:
+    """One training picture a class: there is no covariance within classes."""
+    random = np.random.default_rng(0)
+    before, labels = random.standard_normal((4, 32)).astype(np.float32), np.arange(4)
+    after = before + np.float32(0.5) + 0.01 * random.standard_normal((4, 32)).astype(np.float32)
+
+    def follow(**others: Any) -> Any:
+        config = settings(tmp_path, tiny_model_dir, dmc__shrinkage=shrinkage, **others)
+        return dmc._follow({}, b"before", b"after", before, after, labels, config)[1]
+
+    assert follow(method="dmc").mode == "none"
+    assert follow(method="dmc-ot", dmc__memory_calibration="mean").drift.residuals["ot"] == 1
+    assert follow(method="dmc", dmc__memory_calibration="auto").mode in ("mean", "sdc", "linear")
+    for covariance in ("full", "diagonal"):
+        with pytest.raises(TrainingError, match="learn more pictures a task"):
+            follow(method="dmc-ot", memory__covariance=covariance)
+
+
 def test_diagonal_statistics_are_moved_too(tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path) -> None:
     config = settings(tmp_path / "store", tiny_model_dir, method="dmc-ot", memory__covariance="diagonal")
     learn_here(config, opened(picture_tasks, "colours", "stripes"))

@@ -148,12 +148,36 @@ def test_the_commands_run(
     exec(compile(code, "docs/store.md", "exec"), {})
 
 
-def test_the_library_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks(ROOT / "docs" / "fusion.md", "python")
-    space: dict[str, object] = {}
-    exec(compile(code, "docs/fusion.md", "exec"), space)
-    assert {name: each.shape for name, each in space["expert"].items()} == {"weight": (8, 16), "bias": (8,)}  # type: ignore[attr-defined]
-    assert "relative_l2" in capsys.readouterr().out
+def test_commands_in_all_documents_are_understood() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
+    found = 0
+    for document in DOCUMENTS:
+        for kind, body in FENCE.findall(document.read_text(encoding="utf-8")):
+            for line in body.replace("\\\n", " ").splitlines() if kind in ("sh", "console") else ():
+                if match := re.match(r"(?:\$ )?(?:uv run )?condu-ray (\w+)(.*)", line.split(" && ")[-1]):
+                    commands[match[1]].make_context(match[1], shlex.split(match[2], comments=True))
+                    found += 1
+    assert found >= 20
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_learns_draws_and_given_again_does_nothing_anew(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+) -> None:
+    monkeypatch.setenv("CONDU_MODEL", f"local-dir:{tiny_model_dir}")
+    monkeypatch.setenv("CONDU_TRAIN__STEPS", "2")
+    monkeypatch.setenv("CONDU_TRACKING", "off")
+    monkeypatch.setenv("CONDU_WORKERS", "1")
+    out = tmp_path / "demo"
+    found = condu("demo", "--out", out, "--json").document
+    assert list(found["methods"]) == ["zero-shot", "sequential", "condu-sign"]
+    assert len(found["tasks"]) == 5
+    assert all(Path(path).is_file() for path in found["pictures"])
+    assert condu(*shlex.split(found["next"][0])[1:]).code == 0
+    again = condu("demo", "--out", out)
+    assert again.code == 0
+    assert "condu-sign" in again.out
+    assert condu("demo", "--out", out, "--json").document["methods"] == found["methods"]
 
 
 def test_links_between_documents_lead_somewhere() -> None:

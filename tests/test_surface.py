@@ -206,16 +206,23 @@ def test_every_setting_says_what_it_is() -> None:
     assert [name for name, info in [*fields(), *fields(ServeConfig)] if not info.description] == []
 
 
+def test_every_command_but_the_server_answers_a_program() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # it is a group
+    without = [name for name, each in commands.items() if not any("--json" in given.opts for given in each.params)]
+    assert without == ["serve"]
+
+
 def test_every_method_can_be_chosen() -> None:
     assert list(METHODS) == list(get_args(MethodName))
 
 
 def tracked() -> list[str]:
-    """Paths of the files that belong to the project, new ones that are not ignored included."""
+    """Paths of the files that belong to the project; what its user writes beside them does not."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     return sorted({name for name in names if name and (ROOT / name).is_file()})
 
 

@@ -16,8 +16,21 @@ from condu_ray.store import Manifest, StoreHeader
 FEATURES = "features"
 """Name of what θ⁰ sees of a task's pictures, where a system learns on it: kept until its session is over."""
 
+PLACEMENT = {
+    "store",
+    "tasks",
+    "tracking",
+    "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "node_wait_seconds",
+    "parallel",
+    "gpu",
+}
+"""Settings that say where a session runs, not what it does: no version remembers them."""
+
 # What changes neither the trained bits nor what is kept of them; no more does whether Gaussians answer.
-_PLACEMENT = {"checkpoint_seconds", "loader_processes"}
+_TRAINING_PLACEMENT = {"checkpoint_seconds", "loader_processes"}
 
 
 def _key(kind: str, *parts: Any) -> str:
@@ -27,7 +40,7 @@ def _key(kind: str, *parts: Any) -> str:
 
 def training_settings(config: SessionConfig) -> dict[str, Any]:
     """The settings that decide what training gives."""
-    train = {name: value for name, value in config.train.model_dump().items() if name not in _PLACEMENT}
+    train = {name: value for name, value in config.train.model_dump().items() if name not in _TRAINING_PLACEMENT}
     memory = {**config.memory.model_dump(exclude={"discriminant"}), "shrinkage": shrinkage_of(config)}
     if config.method in DMC:
         return {"train": train, "dmc": config.dmc.model_dump(), "memory": memory, "seed": config.seed}

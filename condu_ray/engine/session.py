@@ -20,7 +20,7 @@ from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.fusing import Fused
-from condu_ray.engine.keys import FEATURES, features_key, state_key, tests_key, train_key, training_settings
+from condu_ray.engine.keys import FEATURES, PLACEMENT, features_key, state_key, tests_key, train_key, training_settings
 from condu_ray.engine.progress import Stage, Update
 from condu_ray.engine.scoring import Snapshot
 from condu_ray.engine.train import BASE, Job
@@ -41,18 +41,6 @@ from condu_ray.voting.router import calibrated
 
 MOST_RACES = 50
 RESCALERS = "trained-rescalers"
-PLACEMENT = {
-    "store",
-    "tasks",
-    "tracking",
-    "workers",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "node_wait_seconds",
-    "parallel",
-    "gpu",
-}
-"""Settings that say where a session runs, not what it does: no version remembers them."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from condu_ray.config import SessionConfig, fields, flatten, from_dotted
-from condu_ray.engine.session import PLACEMENT
+from condu_ray.engine.keys import PLACEMENT
 from condu_ray.errors import ConfigError, nearest
 
 Scalar = bool | int | float | str | None

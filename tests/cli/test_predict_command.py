@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import condu, process
 
@@ -87,3 +88,29 @@ def test_it_starts_no_ray(store: Path, picture: Path) -> None:
     said = process("predict", picture, "--store", store, "--json", code=code)
     assert (said.code, said.err.split()[-1]) == (0, "False")
     assert json.loads(said.out) == condu("predict", picture, "--store", store, "--json").document
+
+
+WITHOUT_RAY = """
+import json, sys
+from condu_ray.cli import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as left:
+        print(json.dumps([arguments[0], left.code, "ray" in sys.modules]), file=sys.stderr)
+"""
+
+
+def test_commands_that_work_on_one_store_start_no_ray(copy: Path, picture: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    for name, value in (("base", 0.0), ("birds", 1.0)):
+        save_file({"weight": np.full((4, 4), value, np.float32)}, tmp_path / f"{name}.safetensors")
+    here = ["--store", str(copy)]
+    merging = [str(tmp_path / "base.safetensors"), str(tmp_path / "birds.safetensors"), "-o", str(tmp_path / "merged")]
+    commands = [["drift", "--data", str(picture.parent), *here], ["track", *here], ["merge", *merging]]
+    commands += [["export", str(copy), "--task", "colours", "-o", str(tmp_path / "out.safetensors")]]
+    commands += [["forget", "stripes", *here], ["gc", "--fold", *here]]
+    said = process(json.dumps(commands), code=WITHOUT_RAY)
+    ran = [json.loads(line) for line in said.err.splitlines() if line.startswith('["')]
+    assert ran == [[command[0], 0, False] for command in commands], said.err

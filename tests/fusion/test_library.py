@@ -23,7 +23,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "fusion.md"
 def test_the_example_runs_without_ray_and_open_clip() -> None:
     examples = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert len(examples) == 1
-    code = examples[0] + "\nimport sys\nassert not {'ray', 'open_clip', 'mlflow', 'numba'} & set(sys.modules)"
+    code = examples[0] + "\nassert {n: e.shape for n, e in expert.items()} == {'weight': (8, 16), 'bias': (8,)}"
+    code += "\nimport sys\nassert not {'ray', 'open_clip', 'mlflow', 'numba'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Fidelity(" in done.stdout

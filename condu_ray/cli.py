@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -249,7 +250,7 @@ def show(
     pictures: PicturesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Shows one version: tasks, figures, objects, settings."""
+    """Shows one version: tasks, figures, objects; with --json its settings too."""
     from condu_ray.store import open_store
 
     opened = open_store(store)
@@ -284,7 +285,15 @@ def rollback(version: int, store: StoreOption = DEFAULT_STORE, json: JsonOption 
     made = roll(open_store(store), version)
     reports.emit({"version": made.version, "from": version}) if json else reports.say(
         f"version {made.version} is what version {version} was; next: condu-ray tasks --store {store}"
+        + _to_record(store)
     )
+
+
+def _to_record(store: str) -> str:
+    """What tells MLflow of a version that no session made, where runs are kept at all; '' elsewhere."""
+    tracking = os.environ.get("CONDU_TRACKING")
+    kept = tracking != "off" if tracking else Path(store, "mlflow.db").is_file()
+    return f"; condu-ray track --replay --store {store} records it" if kept else ""
 
 
 @app.command()
@@ -299,6 +308,7 @@ def forget(name: str, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fal
     made = drop(opened, name)
     reports.emit({"version": made.version, "forgotten": name}) if json else reports.say(
         f"version {made.version} is without {name}; earlier versions still hold it (condu-ray gc --keep 1 removes them)"
+        + _to_record(store)
     )
 
 
@@ -439,13 +449,15 @@ def gc(
 
     from condu_ray.store import open_store
 
-    opened = open_store(store)
+    opened, made = open_store(store), None
     if fold and not dry_run:
         from condu_ray.engine.fold import fold as take_in
 
-        take_in(opened)
+        made = take_in(opened)
     report = opened.gc(keep, dry_run=dry_run)
     reports.emit(asdict(report)) if json else reports.show_gc(report)
+    if made and not json:
+        reports.say(f"version {made.version} holds the flips of all sessions in its masks{_to_record(store)}")
 
 
 @app.command()

@@ -38,6 +38,7 @@ class _Calls:
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
         self._url, self._retries = url.rstrip("/"), retries
+        _check(self._url)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._options: dict[str, Any] = {"base_url": self._url, "headers": headers, "timeout": timeout}
 
@@ -155,6 +156,18 @@ class AsyncClient(_Calls):
             attempt += 1
 
 
+def _check(url: str) -> None:
+    """Raises ServiceError for what names no server, which httpx would say in errors of several kinds."""
+    try:
+        given = httpx.URL(url)
+        given.raw_host.decode("ascii").encode("idna")  # as a socket does
+        fault = "" if given.host and given.scheme in ("http", "https") else "it does not begin with http://HOST"
+    except (httpx.InvalidURL, UnicodeError) as error:
+        fault = str(error)
+    if fault:
+        raise ServiceError(f"{url!r} is no URL of a server ({fault})", "give http://HOST:PORT")
+
+
 def _predict(
     images: Sequence[Image],
     task: str | None = None,
@@ -163,6 +176,9 @@ def _predict(
     k: int | None = None,
     version: int | None = None,
 ) -> dict[str, Any]:
+    if task == "" or (labels is not None and not labels):  # a form would leave them out, and all classes compete
+        empty = "an empty task" if task == "" else "an empty list of labels"
+        raise DataError(f"{empty} was given", "leave it out to ask among all learned classes")
     given = {"task": task, "labels": None if labels is None else list(labels), "top_k": top_k, "k": k}
     fields = {name: value for name, value in {**given, "version": version}.items() if value is not None}
     return {"files": [("image", _part(place, image)) for place, image in enumerate(images)], "data": fields}

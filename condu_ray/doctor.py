@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from condu_ray import __version__
-from condu_ray.errors import ConduError
+from condu_ray.errors import ConduError, without_credentials
 from condu_ray.store import open_store
 
 PACKAGES = (
@@ -45,11 +44,6 @@ def examine(store: str) -> dict[str, Any]:
         },
         "store": _store(store),
     }
-
-
-def without_credentials(text: str) -> str:
-    """What stands before the @ of an address is nobody's business."""
-    return re.sub(r"//[^/@\s]*@", "//(set)@", text)
 
 
 def _version(package: str) -> str | None:

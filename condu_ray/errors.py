@@ -15,6 +15,7 @@ ConduError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -73,6 +74,11 @@ class DamagedObject(StoreError):
 
 class VersionTaken(StoreError):
     """Another writer committed this version number first."""
+
+
+def without_credentials(text: str) -> str:
+    """What stands before the @ of an address is nobody's business."""
+    return re.sub(r"//[^/\s]*@", "//(set)@", text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

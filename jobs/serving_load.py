@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 
+from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.store import Manifest, ObjectRef
-from condu_ray.voting.open import TASK_OBJECTS, load_classifier
+from condu_ray.voting.open import load_classifier
 from condu_ray.voting.pictures import classify_paths
 
 TOLERANCE = 2e-5

@@ -8,7 +8,7 @@ ImageNet-R and the like among them; UCF-101 has none there and takes those of CI
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from condu_ray.benchmark.protocols import FROM_TORCHVISION, places_of
 from condu_ray.benchmark.stream import Stream
 from condu_ray.data import classes_of
+from condu_ray.data.part import ordered
 from condu_ray.data.torchvision_sets import PREFIX
 from condu_ray.errors import ConfigError, nearest
 
@@ -83,14 +84,14 @@ def increments(name: str, data: str, increment: int | None, order: str | None) -
     if (base := _BASE.fullmatch(name)) is not None:
         if increment is None:
             raise ConfigError(f"--protocol {name} needs the number of classes a session", "give --increment N")
-        return Stream(_tasks([_whole(each) for each in data.split(",")], int(base["base"]), increment, order))
+        return _stream([_whole(each) for each in data.split(",")], int(base["base"]), increment, order, {})
     recipe = _RECIPE.fullmatch(name)
     assert recipe is not None, "is_incremental knows the name"
     if increment is not None:
         raise ConfigError(f"--increment {increment} beside --protocol {name}", "leave one out: the name says it")
     chosen = SETS[recipe["set"]]
     source = _source(recipe["set"], chosen, data)
-    return Stream(_tasks([source], int(recipe["base"]), int(recipe["increment"]), order), settings=chosen.settings)
+    return _stream([source], int(recipe["base"]), int(recipe["increment"]), order, chosen.settings)
 
 
 def _source(name: str, chosen: DataSet, data: str) -> str:
@@ -107,14 +108,21 @@ def _whole(source: str) -> str:
     return str(path.absolute()) if path.exists() else source
 
 
-def _tasks(sources: Sequence[str], base: int, increment: int, order: str) -> dict[str, str]:
-    """Task name -> source; names count over all sets."""
-    spans = [(source, span) for source in sources for span in cuts(len(classes_of(source)), base, increment)]
-    digits = len(str(len(spans)))
-    return {
-        f"session-{number:0{digits}d}": f"{source}#{first}-{last}@{order}"
-        for number, (source, (first, last)) in enumerate(spans, start=1)
-    }
+def _stream(sources: Sequence[str], base: int, increment: int, order: str, settings: Mapping[str, Any]) -> Stream:
+    """A session for each cut of each set; names count over all sets."""
+    parts: list[tuple[str, list[str]]] = []
+    for source in sources:
+        classes = classes_of(source)
+        names = [classes[place] for place in ordered(classes, order)]
+        for first, last in cuts(len(classes), base, increment):
+            parts.append((f"{source}#{first}-{last}@{order}", names[first - 1 : last]))
+    digits = len(str(len(parts)))
+    named = {f"session-{number:0{digits}d}": part for number, part in enumerate(parts, start=1)}
+    return Stream(
+        tasks={name: source for name, (source, _) in named.items()},
+        settings=settings,
+        classes={name: classes for name, (_, classes) in named.items()},
+    )
 
 
 def cuts(classes: int, base: int, increment: int) -> list[tuple[int, int]]:

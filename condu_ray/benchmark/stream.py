@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,13 +17,14 @@ class Stream:
     """tasks: name -> source as `data.open_task` takes it, in the order learned.
 
     settings: of all tasks; a file and the environment stand above them. full, lora: task -> settings of its own, where
-    all parameters are trained and where adapters are.
+    all parameters are trained and where adapters are. classes: task -> class names, where they are known already.
     """
 
     tasks: Mapping[str, str]
     settings: Settings = field(default_factory=dict)
     full: Mapping[str, Settings] = field(default_factory=dict)
     lora: Mapping[str, Settings] = field(default_factory=dict)
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def reversed(self) -> Stream:
         """The same tasks, the last one first."""

@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from condu_ray.benchmark.settings import Benchmark, kept_settings
+from condu_ray.data.part import split_part
 from condu_ray.errors import ConfigError, StoreError
 from condu_ray.store import Manifest
 from condu_ray.store.header import open_existing
@@ -21,11 +23,11 @@ def check(benchmark: Benchmark) -> None:
     asked, there = _terms(benchmark), read(_claim_of(benchmark))
     if there is None:
         return
-    differ = [name for name in sorted({*asked, *there}) if asked.get(name) != there.get(name)]
+    names = sorted({*asked, *there} - {name for name in _WHERE_KNOWN if not (asked.get(name) and there.get(name))})
+    differ = [_differs(name, there.get(name), asked.get(name)) for name in names if asked.get(name) != there.get(name)]
     if differ:
         raise ConfigError(
-            f"{benchmark.work} holds a benchmark with "
-            + ", ".join(f"{name} {there.get(name)}, not {asked.get(name)}" for name in differ),
+            f"{benchmark.work} holds a benchmark with {', '.join(differ)}",
             "use another --work, or the same stream and settings",
         )
 
@@ -39,14 +41,35 @@ def _claim_of(benchmark: Benchmark) -> Path:
     return benchmark.work / "benchmark.json"
 
 
+_WHERE_KNOWN = ("parts", "classes")
+"""Terms that are compared where both have them: folders of earlier releases do not, nor does every stream."""
+
+
 def _terms(benchmark: Benchmark) -> dict[str, Any]:
-    """What must stay the same for as long as the folder is used."""
+    """What must stay the same for as long as the folder is used. Where the data lie may change."""
+    stream = benchmark.stream
     return {
-        "tasks": list(benchmark.stream.tasks),
+        "tasks": list(stream.tasks),
+        "parts": [_part(source) for source in stream.tasks.values()],
+        "classes": [name for task in stream.tasks for name in stream.classes.get(task, ())],
         **kept_settings(benchmark),
-        **_own("full", benchmark.stream.full),
-        **_own("lora", benchmark.stream.lora),
+        **_own("full", stream.full),
+        **_own("lora", stream.lora),
     }
+
+
+def _part(source: str) -> str:
+    """Which part of a source's classes in whose order: '#1-20@1993', '' for all of them."""
+    place, part = split_part(source)
+    told, at, order = source.removeprefix(place).partition("@") if part else ("", "", "")
+    return told + at + Path(order).name
+
+
+def _differs(name: str, there: Any, asked: Any) -> str:
+    if name == "classes":  # there may be hundreds: the first tells
+        place, pair = next((at, pair) for at, pair in enumerate(zip_longest(there, asked), 1) if pair[0] != pair[1])
+        name, (there, asked) = f"class {place}", pair
+    return f"{name} {there}, not {asked}"
 
 
 def _own(kind: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -40,8 +40,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: ServeConfig, count: Count) -> None:
         self._app, self._count = app, count
-        self._most_bytes = int(config.body_mb * 2**20)
-        self._too_large = Problem(413, f"the request is larger than {config.body_mb:g} MiB")
+        self._body_mb, self._most_bytes = config.body_mb, int(config.body_mb * 2**20)
         self._seconds, self._queue = config.timeout_seconds, config.queue
         token = config.token.get_secret_value() if config.token else None
         self._expected = None if token is None else f"Bearer {token}".encode()
@@ -101,7 +100,7 @@ class Guard:
             raise Problem(429, f"{self._queue} requests are being answered already", busy=True)
         length = headers.get("content-length")
         if length is not None and length.isdecimal() and int(length) > self._most_bytes:
-            raise self._too_large
+            raise self._too_large()
 
     def _refused(self, scope: Scope, headers: Headers) -> Problem | None:
         if self._expected is None:
@@ -111,6 +110,10 @@ class Guard:
             return None
         return Problem(401, "the bearer token is missing or wrong", headers={"WWW-Authenticate": "Bearer"})
 
+    def _too_large(self) -> Problem:
+        """Made anew each time: an exception that is raised keeps the frames it passed, and they hold the request."""
+        return Problem(413, f"the request is larger than {self._body_mb:g} MiB")
+
     def _limited(self, receive: Receive) -> Receive:
         read = 0
 
@@ -119,7 +122,7 @@ class Guard:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._most_bytes:
-                raise self._too_large
+                raise self._too_large()
             return message
 
         return limited

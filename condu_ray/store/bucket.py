@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import random
 import threading
 import time
@@ -24,7 +25,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from condu_ray.errors import StoreError
+from condu_ray.errors import StoreError, without_credentials
 
 TRIES = 5
 """How often a request is sent by botocore, and how many rounds of those an unsettled write gets."""
@@ -60,9 +61,10 @@ class Entry:
 
 
 def make_client() -> Any:
-    """A client with limits; the endpoint is AWS_ENDPOINT_URL's, if set."""
+    """A client with limits; the endpoint is AWS_ENDPOINT_URL's, if set. Raises StoreError where that is no URL."""
     import boto3
     from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
 
     config = Config(
         connect_timeout=CONNECT_S,
@@ -73,7 +75,14 @@ def make_client() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return boto3.client("s3", config=config)
+    try:
+        return boto3.client("s3", config=config)
+    except BotoCoreError:  # some are ValueErrors, too
+        raise
+    except ValueError as error:
+        named = [name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if name in os.environ]
+        place = named[0] if named else "endpoint_url in the AWS configuration file"
+        raise StoreError(f"{place} is no URL ({without_credentials(str(error))})", "give http://HOST:PORT") from None
 
 
 class Bucket:
@@ -388,12 +397,16 @@ def refusal(error: Exception, what: str, where: str) -> StoreError:
 
 
 def _told(ask: Callable[[], _T], what: str, where: str) -> _T:
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         return ask()
     except (BotoCoreError, ClientError) as error:
         raise refusal(error, what, where) from error
+    except Boto3Error as error:  # upload_file's own, in place of what the server said
+        said = error.__context__
+        raise refusal(said if isinstance(said, ClientError) else error, what, where) from error
 
 
 def _parsed(url: str) -> tuple[str, str]:

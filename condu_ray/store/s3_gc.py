@@ -133,7 +133,7 @@ def _leftovers(bucket: Bucket) -> tuple[dict[str, float], dict[str, float]]:
         work[folder] = max(entry.changed, work.get(folder, 0.0))
     uploads: dict[str, float] = {}
     for path, _, begun in bucket.uploads():
-        if path.startswith("objects/"):
+        if path.startswith(("objects/", "work/")):
             uploads[f"uploads/{path}"] = max(begun, uploads.get(f"uploads/{path}", 0.0))
     return work, uploads
 

@@ -17,12 +17,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from condu_ray import __version__
-from condu_ray.errors import ConfigError
+from condu_ray.errors import ConfigError, without_credentials
 from condu_ray.store import Manifest, absolute_url, open_store
 from condu_ray.store.files import lock, publish, temporary
 from condu_ray.store.manifest import dump
@@ -54,6 +55,11 @@ class Tracking:
     artifacts: Path | None
     store: str
 
+    @property
+    def shown(self) -> str:
+        """The URI as it may be printed."""
+        return without_credentials(self.uri)
+
     def check(self) -> str | None:
         """Asks whether runs can be recorded, before work starts; writes nothing and does not import MLflow.
 
@@ -61,22 +67,26 @@ class Tracking:
         not even then (`condu-ray track --replay`). Raises ConfigError for a folder that does not exist, or a kind of
         URI that MLflow does not take.
         """
-        kind = urlsplit(self.uri).scheme
+        kind = _kind_of(self.uri)
         if kind in ("http", "https"):
+            parts = urlsplit(self.uri)
+            place = parts.netloc.rpartition("@")[2]  # urllib takes a user for a part of the host
             try:
-                urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=_CHECK_S).close()
+                urllib.request.urlopen(f"{kind}://{place}{parts.path.rstrip('/')}/health", timeout=_CHECK_S).close()
             except urllib.error.HTTPError as error:  # it answers, if only that it wants a password
                 error.close()
-            except OSError as error:
+            except (OSError, HTTPException, UnicodeError) as error:  # the last of a host's name that is none
                 reason = getattr(error, "reason", error)
-                return f"the tracking server {self.uri} cannot be reached ({reason}); {_LATER}."
+                return f"the tracking server {self.shown} cannot be reached ({reason}); {_LATER}."
         elif kind == "sqlite":
             folder = Path(self.uri.removeprefix("sqlite:///")).parent
             if self.artifacts is not None and folder != Path(self.store) and not folder.is_dir():
-                raise ConfigError(f"the tracking database {self.uri} has no folder {folder}", "make the folder first")
+                raise ConfigError(f"the tracking database {self.shown} has no folder {folder}", "make the folder first")
         elif kind in ("", "file"):
             mend = "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT, or leave it out"
-            raise ConfigError(f"MLflow does not keep runs in a plain folder any more (tracking URI {self.uri!r})", mend)
+            raise ConfigError(
+                f"MLflow does not keep runs in a plain folder any more (tracking URI {self.shown!r})", mend
+            )
         return None
 
     def prepare(self) -> None:
@@ -99,7 +109,7 @@ class Tracking:
                 runs, token = runs + list(page), page.token
         except (MlflowException, SQLAlchemyError, OSError) as error:
             raise ConfigError(
-                f"the runs at {self.uri} cannot be read ({reason_of(error)})", "start it first"
+                f"the runs at {self.shown} cannot be read ({reason_of(error)})", "start it first"
             ) from error
         return {int(run.data.tags[VERSION_TAG]) for run in runs if run.info.status == "FINISHED"}
 
@@ -123,9 +133,10 @@ class Tracking:
         store_id = open_store(self.store).header.id
         try:
             client = client_of(self.uri)
-            self._record(client, store_id, manifest, losses, matrix, pictures, version_source)
+            source = without_credentials(version_source)  # the command may name this very URI
+            self._record(client, store_id, manifest, losses, matrix, pictures, source)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            what = f"version {manifest.version} is published, but was not recorded at {self.uri} ({reason_of(error)})"
+            what = f"version {manifest.version} is published, but was not recorded at {self.shown} ({reason_of(error)})"
             return f"{what}; {_LATER}."
         return None
 
@@ -193,7 +204,8 @@ def open_tracking(uri: str | None, store: str | Path) -> Tracking:
     """Says where the runs of a store go, and makes nothing yet.
 
     uri: an MLflow tracking URI, such as http://HOST:PORT; None: `mlflow.db` and `mlruns/` in the folder of the store.
-    Files of a sqlite database stay in `mlruns/` beside it; a server decides for itself.
+    Files of a sqlite database stay in `mlruns/` beside it; a server decides for itself. Raises ConfigError for a URI
+    that cannot be read.
     """
     place = absolute_url(store)
     if uri is None:
@@ -201,14 +213,25 @@ def open_tracking(uri: str | None, store: str | Path) -> Tracking:
             mend = "give --tracking URI, or --tracking off (any version can be recorded later)"
             raise ConfigError(f"MLflow's database cannot be in {place}", mend)
         return Tracking(f"sqlite:///{place}/mlflow.db", Path(place) / "mlruns", place)
-    if urlsplit(uri).scheme == "sqlite":
+    if _kind_of(uri) == "sqlite":
         database = Path(uri.removeprefix("sqlite:///")).absolute()
         return Tracking(f"sqlite:///{database}", database.parent / "mlruns", place)
     return Tracking(uri, None, place)
 
 
+def _kind_of(uri: str) -> str:
+    try:
+        return urlsplit(uri).scheme
+    except ValueError as error:
+        raise ConfigError(
+            f"the tracking URI {without_credentials(uri)!r} cannot be read ({error})",
+            "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT",
+        ) from None
+
+
 def reason_of(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """What an error says, in one line that may be printed."""
+    return without_credentials((str(error).strip() or type(error).__name__).splitlines()[0])[:200]
 
 
 def model_name(store_id: str) -> str:
@@ -233,7 +256,7 @@ def client_of(uri: str) -> MlflowClient:
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # a page of lines when a database is new
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # that an environment of uv has no pip
-    if urlsplit(uri).scheme == "sqlite":
+    if _kind_of(uri) == "sqlite":
         _make_database(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 

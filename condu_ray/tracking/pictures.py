@@ -102,16 +102,15 @@ def draw_history(histories: Mapping[str, Sequence[tuple[int, float | None]]], pa
 def draw_votes(answer: Mapping[str, Any], image: str | Path | Image, path: Path) -> None:
     """Draws a picture beside its answer: the most likely labels, and the weight and similarity of each vote.
 
-    answer: one object of what `predict --json` prints. image: its file, or the picture itself.
+    answer: one object of what `predict --json` prints. image: its file, or the picture itself, which is
+    drawn as a model sees it. Raises DataError for a file that is no picture.
     """
     import numpy as np
-    from PIL import Image as pil
 
-    if isinstance(image, (str, Path)):
-        with pil.open(image) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    else:
-        pixels = np.asarray(image.convert("RGB"))
+    from condu_ray.data.picture import load_picture, to_rgb
+    from condu_ray.data.task import Picture
+
+    pixels = np.asarray(load_picture(Picture(str(image))) if isinstance(image, (str, Path)) else to_rgb(image))
     labels = [(_labelled(item["label"], item["task"]), item["probability"], "") for item in answer["labels"][:5]]
     votes = [
         (

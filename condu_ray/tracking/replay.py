@@ -56,4 +56,4 @@ def track(url: str, uri: str | None, replay: bool, stage: Stage) -> dict[str, An
         recorded = tracking.recorded()
         missing = [version for version in versions if version not in recorded]
     known = [version for version in versions if version in recorded]
-    return {"tracking": tracking.uri, "versions": versions, "recorded": known, "missing": missing}
+    return {"tracking": tracking.shown, "versions": versions, "recorded": known, "missing": missing}

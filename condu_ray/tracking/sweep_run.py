@@ -51,7 +51,7 @@ def record_sweep(
     try:
         _record(tracking, client_of(tracking.uri), name, terms, trials, best, files)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        return f"the sweep is done, but was not recorded at {tracking.uri} ({reason_of(error)})."
+        return f"the sweep is done, but was not recorded at {tracking.shown} ({reason_of(error)})."
     return None
 
 

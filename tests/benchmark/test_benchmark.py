@@ -23,10 +23,10 @@ from condu_ray.data import Picture, Split
 from condu_ray.engine import train
 from condu_ray.errors import ConfigError
 from condu_ray.methods import registry
+from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.models.clip import Clip
 from condu_ray.store import Manifest, Store, open_store
 from condu_ray.tracking.matrix import AccuracyMatrix
-from condu_ray.voting.open import TASK_OBJECTS
 
 TASKS = ["colours", "stripes", "places"]
 FIGURES = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from PIL import Image
 from condu_ray.benchmark.increments import RECIPES, SETS, cuts, increments, is_incremental, unknown
 from condu_ray.benchmark.run import measure
 from condu_ray.benchmark.settings import Benchmark, sessions
+from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import SYSTEMS
+from condu_ray.benchmark.work import check, claim
 from condu_ray.data import classes_of, open_task
 from condu_ray.errors import ConfigError, DataError
 from condu_ray.store import open_store
@@ -124,6 +128,38 @@ def test_recipes_find_their_set_and_carry_published_settings(name: str, tmp_path
     assert config.adapter.epochs == 15, "what RAPF read its tables with"
     with pytest.raises(DataError, match=f"lacks 1 of {kind}"):
         increments(name, str(tmp_path / "work"), None, None) if (tmp_path / "work").mkdir() is None else None
+
+
+def claimed(stream: Stream, work: Path) -> None:
+    benchmark = Benchmark(stream, ("zero-shot",), (0,), work)
+    check(benchmark)
+    claim(benchmark)
+
+
+def test_a_work_folder_is_for_one_order_of_one_set_wherever_that_lies(animals: Path, tmp_path: Path) -> None:
+    (tmp_path / "order.txt").write_text("gnu\nfox\nelk\ndog\ncat\nbee\nant\n")
+    moved, other = write_set(tmp_path / "moved", CLASSES), write_set(tmp_path / "other", [*CLASSES[:-1], "yak"])
+    claimed(increments("b0", str(animals), 3, None), tmp_path / "work")
+    claimed(increments("b0", str(moved), 3, None), tmp_path / "work")
+    for data, order, said in (
+        (animals, "7", r"parts \['#1-3@1993', '#4-7@1993'\], not \['#1-3@7', '#4-7@7'\]"),
+        (animals, str(tmp_path / "order.txt"), r"not \['#1-3@order.txt', '#4-7@order.txt'\]"),
+        (other, None, "holds a benchmark with class 6 gnu, not yak: use another --work, or the same stream"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            claimed(increments("b0", str(data), 3, order), tmp_path / "work")
+    turned = increments("b0", str(animals), 3, "7").classes  # of the same cut, as a file with other lines would make it
+    with pytest.raises(ConfigError, match="class 1 "):
+        claimed(replace(increments("b0", str(animals), 3, None), classes=turned), tmp_path / "work")
+
+
+def test_a_work_folder_of_an_earlier_release_goes_on(animals: Path, tmp_path: Path) -> None:
+    stream, file = increments("b0", str(animals), 3, None), tmp_path / "work" / "benchmark.json"
+    claimed(stream, tmp_path / "work")
+    terms = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in terms.items() if name not in ("parts", "classes")}))
+    claimed(stream, tmp_path / "work")
+    assert json.loads(file.read_text()) == terms
 
 
 def test_torchvision_has_cifar100_alone() -> None:

@@ -41,6 +41,8 @@ def test_show(store: Path) -> None:
     assert condu("show", "--store", store, "--json").document["version"] == 2
     text = condu("show", "--store", store).out
     assert "version 2 (learned stripes)" in text
+    assert (bool(shown["settings"]), "train.steps" in text) == (True, False)
+    assert "with --json its settings too" in condu("show", "--help").out
     assert "sha256" in text
 
 
@@ -126,6 +128,21 @@ def test_forget_makes_a_version_without_the_task(copy: Path) -> None:
     assert [row["name"] for row in condu("tasks", "--store", copy, "--json").document] == ["stripes"]
     assert "version 4 is without stripes" in condu("forget", "stripes", "--store", copy).out
     assert condu("tasks", "--store", copy, "--json").document == []
+
+
+@pytest.mark.parametrize(("given", "said"), [(None, True), ("http://mlflow:5000", True), ("off", False)])
+def test_what_no_session_made_is_told_to_be_recorded_where_runs_are_kept(
+    copy: Path, given: str | None, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = (["rollback", "2"], ["forget", "colours"])
+    mend = f"; condu-ray track --replay --store {copy} records it\n"
+    monkeypatch.delenv("CONDU_TRACKING", raising=False)
+    assert not condu("rollback", "2", "--store", copy).out.endswith(mend)
+    if given:
+        monkeypatch.setenv("CONDU_TRACKING", given)
+    else:
+        (copy / "mlflow.db").touch()
+    assert [condu(*command, "--store", copy).out.endswith(mend) for command in commands] == [said] * 2
 
 
 EACH_IN_TURN = """

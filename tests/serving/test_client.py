@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import pytest
 
 from condu_ray import client as module
 from condu_ray.client import AsyncClient, Client
-from condu_ray.errors import ServiceError
+from condu_ray.errors import DataError, ServiceError
 
 OK = (200, b'{"serving": 1}', {})
 BUSY = (503, b'{"detail": "busy"}', {"Retry-After": "0"})
@@ -100,6 +101,28 @@ def test_a_server_that_is_not_there_is_tried_again_and_named(ask: Ask) -> None:
         pass
     with pytest.raises(ServiceError, match="cannot be reached"):
         ask(url, retries=1)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "url", ["http://localhost:port", "http://[::1", "http://a..b", "localhost:8000", "http://", ""]
+)
+def test_what_is_no_url_is_named_and_not_tried(ask: Ask, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "_wait", None)
+    monkeypatch.setattr(AsyncClient, "_wait", None)
+    with pytest.raises(ServiceError, match=f"^'{re.escape(url.rstrip('/'))}' is no URL of a server .*HOST:PORT"):
+        ask(url)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [({"labels": []}, "an empty list of labels was given"), ({"task": ""}, "an empty task was given")],
+)
+def test_what_a_form_cannot_say_is_not_left_out_in_silence(asked: dict[str, Any], said: str) -> None:
+    with server(OK) as (url, seen):
+        with Client(url) as client, pytest.raises(DataError, match=said):
+            client.predict([b"picture"], **asked)
+        assert seen == []
 
 
 @BOTH

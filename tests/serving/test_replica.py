@@ -17,6 +17,7 @@ from in_process_crew import learn_here, opened, settings
 from ray import serve
 
 from condu_ray.config import ServeConfig
+from condu_ray.data import Picture, load_picture
 from condu_ray.errors import NotFound
 from condu_ray.serving import replica as replicas
 from condu_ray.serving.answering import Asked, Timed, answer_batch
@@ -117,15 +118,17 @@ def test_pictures_that_come_while_the_model_is_busy_go_through_it_together(
 
 
 def test_a_shadow_version_answers_beside_and_what_differs_is_logged(
-    replica: Replica, caplog: pytest.LogCaptureFixture
+    replica: Replica, picture_tasks: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     counted: list[str] = []
     replica._figures.shadowed = counted.append  # type: ignore[method-assign]
-    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    stripes = sorted((picture_tasks["stripes"] / "test").glob("*/1[2-4].png"))  # version 1 has no word for these
+    pictures = [load_picture(Picture(str(path))) for path in stripes]
 
     async def run(shadow: dict[str, Any], question: Question) -> None:
         await replica.reconfigure(shadow)
-        batch = [Asked(replica._shelf.current, question, one, time.monotonic() + 60) for one in pixels]
+        current, end = replica._shelf.current, time.monotonic() + 60
+        batch = [Asked(current, question, current.clip.eval_transform(one), end) for one in pictures]
         timed = [one for one in answer_batch(batch) if isinstance(one, Timed)]
         replica._score_in_the_shade(batch, timed)
         if replica._shading is not None:
@@ -140,12 +143,13 @@ def test_a_shadow_version_answers_beside_and_what_differs_is_logged(
         asyncio.run(run({"shadow_version": 1, "shadow_share": 1.0}, Question(task="colours", version=2)))
         assert counted == [], "none is asked for, no share is, or the client named a version itself"
         asyncio.run(run({"shadow_version": 2, "shadow_share": 1.0}, Question(task="stripes")))
-        assert counted == ["agrees"] * 4
+        assert counted == ["agrees"] * 9
         asyncio.run(run({"shadow_version": 1, "shadow_share": 1.0}, Question(task="stripes")))
-        assert counted[4:] == ["cannot"] * 4
+        assert counted[9:] == ["cannot"] * 9
         asyncio.run(run({"shadow_version": 1, "shadow_share": 1.0}, Question()))
     differ = [record for record in caplog.records if record.message == "the shadow version differs"]
-    assert len(differ) == counted[8:].count("differs")
+    assert len(counted) == 27
+    assert len(differ) == counted[18:].count("differs") > 0
     for record in differ:
         assert record.served["version"] == 2  # type: ignore[attr-defined]
         assert record.shadow["version"] == 1  # type: ignore[attr-defined]

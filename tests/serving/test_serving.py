@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -196,11 +197,12 @@ def test_what_happens_is_counted_for_prometheus(served: Served) -> None:
     node = ray.nodes()[0]
     wanted = {"condu_requests", "condu_stage_seconds", "condu_votes", "condu_similarity", "condu_expert_cache"}
     wanted |= {"condu_request_seconds", "condu_batch_pictures", "condu_base_weight", "condu_version"}
+    wanted |= {"condu_version_fault"}
     end, missing = time.monotonic() + 60, wanted
     while missing and time.monotonic() < end:
         httpx.post(f"{served.url}/v1/predict", files={"image": served.pictures[0].read_bytes()}, timeout=60)
         text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30).text
-        missing = {name for name in wanted if f"ray_{name}" not in text}
+        missing = {name for name in wanted if not re.search(rf"^ray_{name}(_total|_bucket)?\{{", text, re.MULTILINE)}
         time.sleep(0.5)
     assert missing == set()
 

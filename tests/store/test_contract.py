@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from condu_ray.errors import DamagedObject, NotFound, StoreError, VersionTaken
-from condu_ray.store import Store, create_store, open_store
+from condu_ray.store import Store, bucket, create_store, open_store
 
 ARRAYS = {
     "u": np.linspace(-1, 1, 30, dtype=np.float32).reshape(5, 6),
@@ -297,6 +297,20 @@ class TestGc:
         assert store.gc(in_use_s=0).leftovers == ["work/train-pets"]
         assert store.load_work("train-pets", "checkpoint") is None
 
+    @pytest.mark.parametrize("url", ["s3", "s3-in-memory"], indirect=True)
+    def test_a_part_upload_of_abandoned_work_goes(self, store: Store) -> None:
+        """As a process leaves it that is killed while it writes a large checkpoint."""
+        place, _, folder = store.url.removeprefix("s3://").partition("/")
+        client = bucket.make_client()
+        client.create_multipart_upload(Bucket=place, Key=f"{folder}/work/train-pets/step-1", Metadata={})
+
+        def uploads() -> int:
+            return len(client.list_multipart_uploads(Bucket=place, Prefix=f"{folder}/").get("Uploads", []))
+
+        left = ["uploads/work/train-pets/step-1"]
+        assert (store.gc(in_use_s=0, dry_run=True).leftovers, uploads()) == (left, 1)
+        assert (store.gc(in_use_s=0).leftovers, uploads()) == (left, 0)
+
 
 class TestWork:
     def test_survives_until_it_is_discarded(self, store: Store) -> None:
@@ -320,3 +334,13 @@ class TestWork:
 
     def test_the_place_for_other_programs_is_part_of_the_work(self, store: Store) -> None:
         assert store.work("train-pets") == "/".join((store.url, "work", "train-pets"))
+
+    @pytest.mark.parametrize("url", ["s3"], indirect=True)
+    def test_an_upload_that_is_refused_is_a_sentence(self, store: Store) -> None:
+        """boto3's own upload raises an error of its own kind."""
+        client, place = bucket.make_client(), store.url.removeprefix("s3://").partition("/")[0]
+        for each in client.list_objects_v2(Bucket=place)["Contents"]:
+            client.delete_object(Bucket=place, Key=each["Key"])
+        client.delete_bucket(Bucket=place)
+        with pytest.raises(StoreError, match="cannot write s3://.*: there is no such bucket: make it first"):
+            store.save_work("train-pets", "checkpoint", ARRAYS)

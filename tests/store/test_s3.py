@@ -16,7 +16,7 @@ from in_memory_s3 import InMemoryS3, error_of
 
 from condu_ray.errors import NotFound, StoreError, VersionTaken
 from condu_ray.store import Store, bucket, create_store, open_store, s3, s3_gc
-from condu_ray.store.bucket import refusal
+from condu_ray.store.bucket import make_client, refusal
 
 ARRAYS = {"u": np.arange(10, dtype=np.float32)}
 BIG = {"u": np.arange(100_000, dtype=np.float32)}
@@ -189,6 +189,16 @@ class TestAddresses:
     def test_credentials_in_an_address_are_refused_and_not_repeated(self) -> None:
         with pytest.raises(StoreError, match="holds credentials") as caught:
             open_store("s3://key:secret@memory/store")
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+    @pytest.mark.parametrize("given", ["localhost:9000", "http://[::1", "http://key:secret@a b"])
+    def test_an_endpoint_that_is_no_url_is_named(self, name: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bucket, "make_client", make_client)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv(name, given)
+        with pytest.raises(StoreError, match=rf"^{name} is no URL \(.*\): give http://HOST:PORT\.$") as caught:
+            open_store("s3://memory/store")
         assert "secret" not in str(caught.value)
 
     def test_no_bucket_is_named(self) -> None:

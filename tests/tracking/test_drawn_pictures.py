@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -120,6 +121,24 @@ def test_the_votes_name_the_base_model(tmp_path: Path) -> None:
     lines = words(tmp_path / "votes.svg").splitlines()
     assert {"river (scenes)", "7", "base model", "scenes"} <= set(lines)
     assert "83 %, version 3" in lines
+
+
+def test_the_votes_show_the_picture_as_the_model_saw_it(tmp_path: Path) -> None:
+    """Turned as its camera says, and 16 bits cut to 8."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    lying = Image.new("RGB", (40, 20), "red")
+    lying.paste("blue", (20, 0, 40, 20))
+    lying.save(tmp_path / "turned.png", exif=exif)
+    deep = np.full((20, 40), 128 * 257, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    for name, seen in (
+        ("turned", lying.transpose(Image.Transpose.ROTATE_270)),
+        ("deep", Image.new("RGB", (40, 20), (128, 128, 128))),
+    ):
+        pictures.draw_votes(ANSWER, tmp_path / f"{name}.png", tmp_path / f"{name} drawn.png")
+        pictures.draw_votes(ANSWER, seen, tmp_path / f"{name} seen.png")
+        assert (tmp_path / f"{name} drawn.png").read_bytes() == (tmp_path / f"{name} seen.png").read_bytes(), name
 
 
 def test_a_name_in_a_script_that_the_font_lacks(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from condu_ray.engine.progress import stage
 from condu_ray.errors import ConfigError
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
 from condu_ray.tracking.matrix import AccuracyMatrix
 from condu_ray.tracking.mlflow_run import Tracking, flatten, model_name, open_tracking, version_alias
+from condu_ray.tracking.replay import track
 
 pytestmark = [
     # MLflow's own use of its database library, once, when its first client is made.
@@ -131,6 +133,14 @@ def test_a_run_holds_what_the_session_did(
     assert (files / "accuracy_matrix.png").stat().st_size > 1000
     assert (files / "pictures" / "history.png").read_bytes() == b"picture"
     assert not [path for path in files.rglob("*") if path.suffix in (".pkl", ".pickle")]
+
+
+def test_a_password_in_the_command_is_not_recorded(
+    tracking: Tracking, client: Any, commit: Callable[[int], Manifest]
+) -> None:
+    assert tracking.record(commit(1), {}, None, [], "condu-ray learn --tracking http://bob:secret@host") is None
+    (run,), (model,) = runs(client), client.search_model_versions()
+    assert run.data.tags["mlflow.source.name"] == model.description == "condu-ray learn --tracking http://(set)@host"
 
 
 def test_a_version_is_recorded_once(tracking: Tracking, client: Any, commit: Callable[[int], Manifest]) -> None:
@@ -266,6 +276,52 @@ class TestCheck:
     @pytest.mark.parametrize("status", [200, 401, 404])
     def test_a_server_that_answers_is_there(self, server: Callable[[int], str], store: Store, status: int) -> None:
         assert open_tracking(server(status), store.url).check() is None
+
+    @pytest.mark.parametrize("uri", ["http://host:port", "http://a b", "http://a..b", "http://"])
+    def test_what_names_no_server_is_told_as_one_that_is_not_there(self, store: Store, uri: str) -> None:
+        warning = open_tracking(uri, store.url).check()
+        assert warning is not None
+        assert warning.startswith(f"the tracking server {uri} cannot be reached (")
+
+    def test_a_server_of_another_kind_is_told_as_one_that_is_not_there(self, store: Store) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def answer() -> None:
+                with listening.accept()[0] as caller:
+                    caller.recv(1000)
+                    caller.sendall(b"220 mail\r\n")
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            warning = open_tracking(f"http://127.0.0.1:{listening.getsockname()[1]}", store.url).check()
+            thread.join()
+        assert warning is not None
+        assert "cannot be reached (220 mail" in warning
+
+    @pytest.mark.parametrize("uri", ["http://[::1", "http://bob:secret@[::1"])
+    def test_a_uri_that_cannot_be_read_is_refused(self, store: Store, uri: str) -> None:
+        with pytest.raises(ConfigError, match=r"the tracking URI 'http.* cannot be read .*http://HOST:PORT") as caught:
+            open_tracking(uri, store.url)
+        assert "secret" not in str(caught.value)
+
+    def test_a_password_in_the_address_is_not_printed(
+        self,
+        server: Callable[[int], str],
+        nobody: str,
+        store: Store,
+        commit: Callable[[int], Manifest],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        there, away = (url.replace("//", "//bob:se@cret@") for url in (server(401), nobody))
+        assert open_tracking(there, store.url).check() is None  # the host is what follows the user
+        tracking, shown = open_tracking(away, store.url), nobody.replace("//", "//(set)@")
+        with pytest.raises(ConfigError) as caught:
+            tracking.recorded()
+        with pytest.raises(ConfigError) as listed:
+            track(store.url, away, False, stage)
+        for said in (tracking.check(), record(tracking, commit(1)), str(caught.value), str(listed.value)):
+            assert said is not None and shown in said and "cret" not in said, said
 
     def test_a_server_that_is_not_there_is_told_before_work_starts(self, nobody: str, store: Store) -> None:
         warning = open_tracking(nobody, store.url).check()

@@ -14,10 +14,12 @@ import pytest
 from command_line import Learned, condu, free_port
 from in_process_crew import learn_here, opened, settings
 
+from condu_ray.engine.fold import fold
 from condu_ray.engine.forget import forget
 from condu_ray.engine.progress import stage
 from condu_ray.store import open_store
-from condu_ray.tracking.mlflow_run import open_tracking
+from condu_ray.store.history import rollback
+from condu_ray.tracking.mlflow_run import model_name, open_tracking
 from condu_ray.tracking.replay import record, track
 
 Folders = dict[str, Path]
@@ -30,7 +32,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def stored(tiny_model_dir: Path, picture_tasks: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three versions that MLflow knows nothing of, the last without a task."""
-    config = settings(tmp_path_factory.mktemp("replay") / "store", tiny_model_dir)
+    config = settings(tmp_path_factory.mktemp("replay") / "store", tiny_model_dir, method="condu")
     learn_here(config, opened(picture_tasks, "colours", "stripes"))
     forget(open_store(config.store), "colours")
     return Path(config.store)
@@ -60,6 +62,23 @@ def test_what_is_missing_is_recorded_once_and_as_it_would_have_been(stored: Path
     assert sorted(mirror) == ["1", "2", "3"]
     assert mirror["2"] == at_once
     assert "3 of 3 versions are recorded at sqlite" in condu("track", "--store", store).out
+
+
+def test_versions_that_no_session_made_are_recorded_and_the_newest_is_one(stored: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    store = Path(shutil.copytree(stored, tmp_path / "store"))
+    tracking, opened_store = open_tracking(None, store), open_store(store)
+    assert record(opened_store, tracking, [1, 2, 3], stage, "condu-ray learn") == []
+    assert rollback(opened_store, 2).version == 4
+    assert (folded := fold(opened_store)) is not None and folded.version == 5
+    client, name = MlflowClient(tracking.uri, tracking.uri), model_name(opened_store.header.id)
+
+    def newest() -> str:
+        return str(client.get_model_version_by_alias(name, "newest").tags["condu.version"])
+
+    assert (track(str(store), None, False, stage)["missing"], newest()) == ([4, 5], "3")
+    assert (track(str(store), None, True, stage)["missing"], newest()) == ([], "5")
 
 
 def server(port: int, folder: Path) -> subprocess.Popen[bytes]:

@@ -170,7 +170,7 @@ def sweep(
 @app.command(epilog="Try: condu-ray predict cat.jpg --labels cat,dog,car")
 def predict(
     image: Annotated[list[str], typer.Argument(help="pictures, or folders of pictures")],
-    task: Annotated[str | None, typer.Option(help="answer among this task's classes, by its expert")] = None,
+    task: Annotated[str | None, typer.Option(help="answer among its classes, by its expert and the router")] = None,
     labels: Annotated[str | None, typer.Option(metavar="A,B,C", help="answer among these words")] = None,
     version: Annotated[int | None, typer.Option(help="version that answers [default: the newest]")] = None,
     top: Annotated[int, typer.Option(min=1, max=1000, help="labels listed for each picture")] = 5,

@@ -35,10 +35,10 @@ class ReplicaFigures:
         self._batch = Histogram("condu_batch_pictures", "pictures a batch", [1, 2, 4, 8, 16, 32, 64, 128])
         self._votes = Counter("condu_votes", "votes by task; base is the base model", ("task",))
         self._near = Histogram(
-            "condu_similarity", "how near the first expert's task is; low: an unknown domain", SHARES
+            "condu_similarity", "how sure the router is of the first expert's task among those learned", SHARES
         )
         self._strange = Histogram(
-            "condu_base_weight", "the base model's share of a vote; high: an unknown domain", SHARES
+            "condu_base_weight", "the base model's share where labels are given; high: an unknown domain", SHARES
         )
         self._cache = Gauge(
             "condu_expert_cache", "experts found loaded, and built, since the version serves", ("kind",)

@@ -432,7 +432,10 @@ class ServeConfig(_Section):
         description="bf16: half the memory an expert, and faster where there is hardware; rounds answers",
     )
     experts: int = Field(
-        default=8, ge=1, le=4096, description="experts as large as models that a process keeps; adapters all stay"
+        default=8,
+        ge=1,
+        le=4096,
+        description="experts as large as models that a process keeps of each version it answers by; adapters all stay",
     )
     versions: int = Field(default=1, ge=0, le=16, description="versions that stay loaded besides the one that serves")
     poll_seconds: float = Field(default=2.0, gt=0, le=3600, description="how often a new version is looked for")

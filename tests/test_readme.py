@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -11,9 +12,13 @@ import numpy as np
 import pytest
 import typer
 from command_line import condu
+from in_process_crew import InProcessCrew
 from PIL import Image
 
 from condu_ray.cli import app
+from condu_ray.config import SessionConfig
+from condu_ray.engine.cluster import Cluster
+from condu_ray.store import Store
 from condu_ray.tuning.settings import read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -160,14 +165,25 @@ def test_commands_in_all_documents_are_understood() -> None:
     assert found >= 20
 
 
-@pytest.mark.timeout(600)
+class Here(InProcessCrew):
+    def __init__(self, store: Store, config: SessionConfig, cluster: Cluster) -> None:
+        super().__init__(store, config)
+
+    def close(self) -> None:
+        pass
+
+
 def test_the_demo_learns_draws_and_given_again_does_nothing_anew(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In this process; what a session does on Ray is what it does here (tests/engine/)."""
+    monkeypatch.setattr("condu_ray.engine.command.RayCrew", Here)
+    monkeypatch.setattr(
+        "condu_ray.benchmark.demo.connected", lambda: contextlib.nullcontext(Cluster(((1, 0),), joined=False))
+    )
     monkeypatch.setenv("CONDU_MODEL", f"local-dir:{tiny_model_dir}")
     monkeypatch.setenv("CONDU_TRAIN__STEPS", "2")
     monkeypatch.setenv("CONDU_TRACKING", "off")
-    monkeypatch.setenv("CONDU_WORKERS", "1")
     out = tmp_path / "demo"
     found = condu("demo", "--out", out, "--json").document
     assert list(found["methods"]) == ["zero-shot", "sequential", "condu-sign"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -10,8 +11,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
-from ray.util import ActorPool
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
@@ -20,7 +20,7 @@ from condu_ray.engine.cluster import NAMESPACE, Cluster
 from condu_ray.engine.fusing import Fused
 from condu_ray.engine.fusion_actor import FusionActor
 from condu_ray.engine.progress import Update, unseen
-from condu_ray.engine.replies import TRIES, cause_of, result_of
+from condu_ray.engine.replies import TRIES, answer_of, gone, result_of
 from condu_ray.engine.scoring import Question, Scorer, Seen, Sent, Snapshot, threads_of
 from condu_ray.engine.train import Job, train, work_through
 from condu_ray.errors import TrainingError
@@ -34,6 +34,7 @@ from condu_ray.voting.labels import LabelSpace
 
 CHUNK = 256  # pictures a call; fixed, so that sums do not depend on the number of actors
 HIRE_SECONDS, LONGEST_HIRE_SECONDS = 60.0, 900.0
+HEAD = "node:__internal_head__"  # a resource that Ray gives the head node of any cluster
 
 
 class Crew(Protocol):
@@ -103,6 +104,8 @@ class RayCrew:
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 num_cpus=0,
+                # Without any resource Ray would place it on any node, and keep that node from being given back.
+                resources={HEAD: 0.001},
                 max_restarts=-1,
                 max_task_retries=TRIES,  # every change is named by its input, so it may be called again
                 lifetime="detached" if cluster.joined else None,
@@ -115,7 +118,11 @@ class RayCrew:
             train(self._store, self._config, jobs, self._cluster, update)
             return
         steps = sum(all_steps_for(len(job.data.train), self._config) for job in jobs)
-        self._watched(lambda report: self._hired(1)[0].fit.remote(list(jobs), self._threads(), report), steps, update)
+
+        def fit(actor: Any) -> Any:
+            return self._watched(lambda report: actor.fit.remote(list(jobs), self._threads(), report), steps, update)
+
+        self._alone(fit)
 
     def features(self, pictures: Split, update: Update) -> Seen:
         return Seen.joined(self._spread([("features", (chunk,)) for chunk in chunks(pictures)], update))
@@ -139,12 +146,14 @@ class RayCrew:
         def propose() -> None:
             (self._state,) = self._change("proposed", parent, task.name, delta)
 
-        def train(report: Callable[[Step], None]) -> Any:
-            return self._hired(1)[0].rescalers.remote(task, self._state, buffers, self._threads(), report)
+        def train(actor: Any) -> Any:
+            given = task, self._state, buffers, self._threads()
+            steps = steps_of(task, self._config)
+            return self._watched(lambda report: actor.rescalers.remote(*given, report), steps, update)
 
         self._refresh = propose
         propose()
-        return np.asarray(self._with_state(lambda: self._watched(train, steps_of(task, self._config), update)))
+        return np.asarray(self._with_state(lambda: self._alone(train)))
 
     def fuse(
         self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None
@@ -199,7 +208,7 @@ class RayCrew:
             ref = ask(reporter(board))
             while not ray.wait([ref], timeout=POLL_SECONDS)[0]:
                 show(ray.get(board.read.remote())[0], steps, update)
-            return result_of(ref)
+            return answer_of(ref)
         finally:
             ray.kill(board)
 
@@ -217,17 +226,49 @@ class RayCrew:
         return ask()
 
     def _spread(self, calls: Sequence[tuple[str, tuple[Any, ...]]], update: Update) -> list[Any]:
-        """Results of these calls in their order, from whichever actors are free."""
-        results = []
-        try:
-            for result in ActorPool(self._hired(len(calls))).map(
-                lambda actor, call: getattr(actor, call[0]).remote(*call[1]), calls
-            ):
-                results.append(result)
-                update(len(results), len(calls), "")
-        except (RayTaskError, RayActorError) as error:
-            raise cause_of(error) from None
+        """Results of these calls in their order, from whichever actors are free; the call of one that dies is given to
+        another."""
+        results: list[Any] = [None] * len(calls)
+        waiting, tries = deque(range(len(calls))), [TRIES] * len(calls)
+        free, under_way = list(self._hired(len(calls))), dict[Any, tuple[int, Any]]()
+        while waiting or under_way:
+            while waiting and free:
+                place, actor = waiting.popleft(), free.pop()
+                name, given = calls[place]
+                under_way[getattr(actor, name).remote(*given)] = (place, actor)
+            for ref in ray.wait(list(under_way))[0]:
+                place, actor = under_way.pop(ref)
+                try:
+                    results[place] = answer_of(ref)
+                except RayActorError as error:
+                    tries[place] -= 1
+                    if not tries[place]:
+                        raise gone(error) from None
+                    waiting.appendleft(place)
+                    free += self._instead_of(actor)
+                    continue
+                free.append(actor)
+                update(len(calls) - len(waiting) - len(under_way), len(calls), "")
         return results
+
+    def _alone(self, ask: Callable[[Any], Any]) -> Any:
+        """What `ask`, which is given one actor of the pool, returns; asked again of another where that one dies."""
+        for left in range(TRIES - 1, -1, -1):
+            actor = self._hired(1)[0]
+            try:
+                return ask(actor)
+            except RayActorError as error:
+                if not left:
+                    raise gone(error) from None
+                self._instead_of(actor)
+        raise AssertionError("not reached")
+
+    def _instead_of(self, dead: Any) -> list[Any]:
+        """Takes an actor out of the pool and hires another, if it finds a place: its node may be gone for good."""
+        self._pool.remove(dead)
+        hired = self._hire(1)
+        self._pool += hired
+        return hired
 
     @property
     def _gpu(self) -> bool:
@@ -263,8 +304,8 @@ class RayCrew:
 
     def _hire(self, count: int) -> list[Any]:
         gpu = self._gpu
-        options = {"num_cpus": 1, "num_gpus": 1 if gpu else 0, "max_restarts": -1, "max_task_retries": TRIES}
-        actor = ray.remote(Worker).options(**options)
+        # Not restarted by Ray: it would wait for the node that it was lost with, and others can do its work.
+        actor = ray.remote(Worker).options(num_cpus=1, num_gpus=1 if gpu else 0)
         device, decoders = ("cuda", min(MOST_LOADERS, self._beside_a_gpu())) if gpu else ("cpu", 1)
         given = (self._store.url, self._config, device, decoders)
         place = "GPU" if gpu else "CPU core"

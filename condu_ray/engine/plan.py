@@ -74,12 +74,13 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
     fused, total = layout.total, learned + len(tasks)
     plane = fused // 8
     fused_together = fuses(config)
+    asked = min(config.vote.k, total)  # experts that an evaluation process holds
     return Need(
         parameters=parameters,
         fused=sum(entry.size for entry in layout.entries),
         worker=4 * (3 * parameters + 3 * fused),
         fusion=(12 * fused + total * 2 * plane) if fused_together else 8 * fused,
-        scorer=4 * (2 * parameters + 3 * fused if rescales(config) else parameters + 2 * fused),
+        scorer=4 * max(parameters + (1 + asked) * fused, (2 * parameters + 3 * fused) if rescales(config) else 0),
         version=(4 * fused + 2 * plane) if fused_together else 4 * fused,
         passing=4 * fused * len(tasks) if registry.info(config.method).trains else 0,
     )

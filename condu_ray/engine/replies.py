@@ -13,20 +13,31 @@ TRIES = 3
 
 
 def result_of(ref: Any) -> Any:
-    """What a reference stands for. Raises as `cause_of` says."""
+    """What a reference stands for. Raises what was raised there, and TrainingError where the actor is gone."""
+    try:
+        return answer_of(ref)
+    except RayActorError as error:
+        raise gone(error) from None
+
+
+def answer_of(ref: Any) -> Any:
+    """As `result_of`, but RayActorError where the actor is gone: another one may be asked."""
     try:
         return ray.get(ref)
-    except (RayTaskError, RayActorError) as error:
+    except RayTaskError as error:
         raise cause_of(error) from None
 
 
-def cause_of(error: RayTaskError | RayActorError) -> BaseException:
-    """What a process raised, without Ray's text around it, where it is meant for the user; why it is gone."""
-    if isinstance(error, RayActorError):
-        said = str(error).strip().splitlines()
-        return TrainingError(
-            f"a process of this session is gone ({said[-1].strip() if said else type(error).__name__})",
-            "free memory or use fewer --workers, let every node see the store, and run the same command again",
-        )
+def cause_of(error: RayTaskError) -> BaseException:
+    """What a process raised, without Ray's text around it, where it is meant for the user."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, ConduError) else error
+
+
+def gone(error: RayActorError) -> TrainingError:
+    """Why there is no answer."""
+    said = str(error).strip().splitlines()
+    return TrainingError(
+        f"a process of this session is gone ({said[-1].strip() if said else type(error).__name__})",
+        "free memory or use fewer --workers, let every node see the store, and run the same command again",
+    )

@@ -200,6 +200,7 @@ class Scorer:
                     self._vote,
                     snapshot.calibrated,
                     version=0,
+                    cache=self._vote.k,  # what a picture asks: each may be as large as a model
                     single=registry.info(self._store.header.method).single,
                 ),
             )

@@ -30,7 +30,7 @@ from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.keys import FEATURES, features_key
 from condu_ray.engine.progress import Update
-from condu_ray.engine.worker_group import work
+from condu_ray.engine.worker_group import Apart, work
 from condu_ray.errors import ConduError, StoreError, TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import Features, TaskState, Vector
@@ -97,6 +97,11 @@ def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster
             "leave --gpus-per-worker out, or use --parallel tasks",
         )
     room = places(config.cpus_per_worker or 1, gpus_each, cluster)
+    if gpus_each and not room:
+        raise TrainingError(
+            f"no node has a GPU with {config.cpus_per_worker or 1} CPU core beside each worker",
+            "use fewer --cpus-per-worker, or --gpu no",
+        )
     most = room if shared else min(room, 1 if ordered else jobs)
     workers = config.workers or max(1, most)
     if not shared:
@@ -118,15 +123,17 @@ def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
 
 
 def places(cpus_each: int, gpus_each: float, cluster: Cluster) -> int:
-    """How many workers of this size the nodes have room for; of GPUs alone where a worker may have any core."""
-    if gpus_each and cpus_each == 1:
-        return sum(int(gpus / gpus_each) for _, gpus in cluster.nodes)
+    """How many workers of this size the nodes have room for."""
     return sum(_room(node, cpus_each, gpus_each) for node in cluster.nodes)
 
 
 def _room(node: tuple[int, int], cpus_each: int, gpus_each: float) -> int:
     cores, gpus = node
-    return min(cores // cpus_each, int(gpus / gpus_each)) if gpus_each else cores // cpus_each
+    if not gpus_each:
+        return cores // cpus_each
+    # Ray takes a fraction of one GPU, never of two.
+    most = gpus * int(1 / gpus_each + 1e-9) if gpus_each < 1 else int(gpus / gpus_each)
+    return min(cores // cpus_each, most)
 
 
 def _need(workers: int, cpus_each: int | None, gpus_each: float) -> str:
@@ -155,8 +162,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     trainer = TorchTrainer(
         work,
         train_loop_config={"given": ray.put(Given(store.url, config, tuple(jobs), group, board))},
-        # NCCL refuses two workers on one GPU, and those that train alone have nothing to say to each other.
-        torch_config=TorchConfig(backend="nccl" if group.gpus_each and group.shared else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if group.gpus_each else "gloo") if group.shared else Apart(),
         scaling_config=ScalingConfig(
             num_workers=group.workers,
             use_gpu=group.gpus_each > 0,

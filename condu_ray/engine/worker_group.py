@@ -1,10 +1,12 @@
-"""What Ray Train calls in each worker. Its controller imports this module as well, so nothing heavy stands on top."""
+"""What Ray Train calls in each worker. Its controller imports this module as well, so no model stands on top."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import ray
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -12,3 +14,18 @@ def work(settings: dict[str, Any]) -> None:
     from condu_ray.engine.train import take_part
 
     take_part(ray.get(settings["given"]))
+
+
+class NoGroup(Backend):
+    """Connects nobody."""
+
+    share_cuda_visible_devices = True
+
+
+class Apart(TorchConfig):
+    """Of workers that train different tasks: they have nothing to say to each other, so that no address of theirs has
+    to be reached (a host's name often stands for loopback), and two of them may share a GPU, which NCCL refuses."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return NoGroup

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -291,15 +291,11 @@ class _Model:
         return [*old, PromptedTask(prompt_tokens(self.clip, task.classes, shared + own), newest.to(self.clip.device))]
 
 
-@dataclass(frozen=True)
 class _Stages:
-    """Checkpoints of one training as those of its two stages."""
+    """Checkpoints of one training as those of its two stages. What was found is let go once a stage goes on from it."""
 
-    resume: Resume
-    found: Checkpoint | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "found", self.resume.load())
+    def __init__(self, resume: Resume) -> None:
+        self.resume, self.found = resume, resume.load()
 
     def vision(self) -> Trained | None:
         """What the first stage gave, where it was over."""
@@ -309,7 +305,11 @@ class _Stages:
         return Trained(self.found[f"{VISION}/delta"], {}, losses)
 
     def first(self) -> Resume:
-        return Resume(lambda: self.found, self.resume.save)
+        return Resume(self._taken, self.resume.save)
+
+    def _taken(self) -> Checkpoint | None:
+        found, self.found = self.found, None
+        return found
 
     def keep(self, vision: Trained) -> None:
         self.resume.save(_named(vision))
@@ -317,7 +317,8 @@ class _Stages:
     def second(self, vision: Trained) -> Resume:
         begun = self.found is not None and f"{VISION}/delta" in self.found and "step" in self.found
         return Resume(
-            lambda: self.found if begun else None, lambda checkpoint: self.resume.save({**checkpoint, **_named(vision)})
+            lambda: self._taken() if begun else None,
+            lambda checkpoint: self.resume.save({**checkpoint, **_named(vision)}),
         )
 
 

@@ -180,6 +180,7 @@ def train_task(
     )
     saved_state = resume.load()
     first, losses = restore(saved_state, parameters, optimiser, model) if saved_state else (0, [])
+    del saved_state  # parameters and both moments: they would stay in memory as long as the training goes on
     module = place.wrap(loss_of)
     autocast = precision(clip, config)
     begun = saved = time.monotonic()

@@ -93,6 +93,7 @@ class Shelf:
         if version == wanted:
             self.fault = None
         if before is not None:
+            before.cached.empty()  # its experts may be as large as models, and few will ask for them
             self._put_aside(before)
         log.info("version %s serves", version, extra={"version": version})
         return True

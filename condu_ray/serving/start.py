@@ -30,7 +30,10 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
     open_store(config.store).manifest(config.version)
     _check_port(config)
     config = config.model_copy(update={"store": os.path.abspath(config.store)} if os.path.isdir(config.store) else {})
-    with connected(cluster):
+    with connected(cluster) as found:
+        _check_free(config)
+        if not found.joined:
+            _check_room(config, found)
         serve.start(http_options={"host": config.host, "port": config.port})
         try:
             serve.run(application(config), name=NAME, route_prefix="/")
@@ -43,6 +46,28 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
             ) from error
         finally:
             serve.shutdown()
+
+
+def _check_free(config: ServeConfig) -> None:
+    """Raises ConfigError where Serve runs already: its applications would go with this server."""
+    there = serve.status()
+    if there.applications or there.proxies:
+        names = ", ".join(there.applications) or "none yet"
+        raise ConfigError(
+            f"Ray Serve runs on this cluster already (applications: {names})",
+            "use `serve deploy clusters/serve.yaml` there, or unset RAY_ADDRESS to serve on this machine",
+        )
+
+
+def _check_room(config: ServeConfig, cluster: Cluster) -> None:
+    """Raises ConfigError where this machine has no room for all processes that answer: Ray would wait without end."""
+    asked, ((cores, gpus), *_) = config.replicas + config.expert_replicas, cluster.nodes
+    if asked * config.cpus > cores or asked * config.gpus > gpus:
+        each = f"{config.cpus:g} CPU cores" + (f" and {config.gpus:g} GPUs" if config.gpus else "")
+        raise ConfigError(
+            f"{asked} processes that answer need {each} each, this machine has {cores} cores and {gpus} GPUs",
+            "use fewer --replicas or --expert-replicas, or smaller ones (--cpus, --gpus)",
+        )
 
 
 def run(config: ServeConfig, say: Callable[[str], None], wait: Callable[[], None]) -> None:

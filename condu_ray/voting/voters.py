@@ -54,16 +54,21 @@ class ExpertCache:
         self.hits = self.misses = 0
 
     def __call__(self, task: str) -> models.Expert | None:
-        if task in self._kept:
+        kept = self._kept
+        if task in kept:
             self.hits += 1
-            self._kept.move_to_end(task)
-            return self._kept[task]
+            kept.move_to_end(task)
+            return kept[task]
         self.misses += 1
-        large = [name for name, kept in self._kept.items() if not _small(kept)]
+        large = [name for name, each in kept.items() if not _small(each)]
         for name in large[: max(0, len(large) + 1 - self._limit)]:  # room first: two large experts are not held for one
-            del self._kept[name]
-        self._kept[task] = self._expert_of(task)
-        return self._kept[task]
+            del kept[name]
+        kept[task] = self._expert_of(task)
+        return kept[task]
+
+    def empty(self) -> None:
+        """Lets all go, to be made again when they are asked for. Another thread that asks now keeps what it has."""
+        self._kept = OrderedDict()
 
     def small(self, task: str) -> bool:
         """Whether the expert is adapters beside θ⁰, or θ⁰ itself, with or without a head."""

@@ -49,8 +49,16 @@ def test_a_worker_never_needs_more_cores_than_its_node_has() -> None:
 
 
 def test_a_gpu_without_a_core_beside_it_is_refused() -> None:
-    with pytest.raises(TrainingError, match="CPU core beside each"):
+    with pytest.raises(TrainingError, match="no node has a GPU with 1 CPU core beside each worker"):
         plan(Cluster(((0, 2), (8, 0)), joined=True), 1)
+
+
+def test_no_more_workers_than_ray_finds_places_for() -> None:
+    """It takes a share of one GPU, never of two, and each worker's cores where its GPU is."""
+    assert plan(Cluster(((16, 2),), joined=False), 3, gpus_per_worker=0.6).workers == 2
+    assert plan(BOX, 20, gpus_per_worker=0.3).workers == 12
+    assert plan(Cluster(((4, 1),), joined=False), 10, gpus_per_worker=0.1) == Group(4, 1, gpus_each=0.1, shared=False)
+    assert plan(Cluster(((2, 4),), joined=False), 1, cpus_per_worker=1).workers == 2
 
 
 def test_cores_of_a_worker_are_as_asked() -> None:

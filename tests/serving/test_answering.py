@@ -6,6 +6,7 @@ import io
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,23 @@ def test_what_nobody_waits_for_is_not_answered_and_a_fault_stays_with_its_questi
     late, wrong, right = answer_batch(batch)
     assert isinstance(late, TooLate)
     assert "task nothing is not in version" in str(wrong)
+    assert isinstance(right, Timed)
+
+
+def test_what_breaks_for_one_question_breaks_for_no_other(
+    classifier: Classifier, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Classifier.classify
+
+    def classify(self: Classifier, pictures: Tensor, task: Any = None, labels: Any = None) -> Any:
+        if labels:
+            raise RuntimeError("CUDA out of memory")
+        return real(self, pictures, task, labels)
+
+    monkeypatch.setattr(Classifier, "classify", classify)
+    questions = [Question(labels=("a", "b")), Question()]
+    broken, right = answer_batch([asked(classifier, each, pixels[0]) for each in questions])
+    assert isinstance(broken, RuntimeError)
     assert isinstance(right, Timed)
 
 

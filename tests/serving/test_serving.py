@@ -249,6 +249,12 @@ def test_a_port_that_is_taken_is_said_before_anything_starts(served: Served) -> 
     assert "cannot listen on" in told.err and "give another --port" in told.err
 
 
+def test_a_cluster_that_serves_already_is_left_alone(served: Served) -> None:
+    told = condu("serve", "--store", served.store.url, "--port", str(free_port()))
+    assert (told.code, "Ray Serve runs on this cluster already" in told.err) == (2, True), told.err
+    assert httpx.get(f"{served.url}/healthz", timeout=60).status_code == 200
+
+
 @pytest.mark.slow
 def test_experts_in_processes_of_their_own_answer_the_same(served: Served) -> None:
     from ray import serve

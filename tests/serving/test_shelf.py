@@ -20,6 +20,7 @@ class Stored:
         self.damaged: set[int] = set()
         self.away = False
         self.loads: list[int] = []
+        self.emptied: list[int] = []
 
     def versions(self) -> list[int]:
         if self.away:
@@ -32,7 +33,7 @@ class Stored:
             raise NotFound(f"no version {version}")
         if version in self.damaged:
             raise DamagedObject(f"version {version} is damaged")
-        return SimpleNamespace(version=version)
+        return SimpleNamespace(version=version, cached=SimpleNamespace(empty=lambda: self.emptied.append(version)))
 
     def shelf(self, keep: int = 1) -> Shelf:
         return Shelf(self.versions, self.load, keep)
@@ -50,6 +51,7 @@ def test_the_newest_serves_and_a_newer_one_takes_its_place() -> None:
     assert shelf.refresh()
     assert shelf.current.version == 3
     assert stored.loads == [2, 3], "what serves already is not loaded again"
+    assert stored.emptied == [2], "experts as large as models are those of the version that serves"
 
 
 def test_a_version_that_cannot_be_loaded_leaves_the_one_before_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

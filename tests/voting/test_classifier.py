@@ -221,6 +221,23 @@ def test_a_cache_keeps_as_many_experts_as_it_may(limit: int, overrides: dict[str
     assert (cache.misses, cache.hits) == (len(built), 16 - len(built))
 
 
+def test_a_cache_that_is_emptied_makes_experts_anew_and_disturbs_nobody(overrides: dict[str, Overrides]) -> None:
+    def expert_of(task: str) -> Overrides:
+        if task == "slow":
+            cache.empty()  # as another thread may, while this one is made
+        built.append(task)
+        return overrides["pets"]
+
+    built: list[str] = []
+    cache = ExpertCache(expert_of, 2)
+    assert cache("slow") is overrides["pets"]
+    for _ in range(2):
+        cache("pets")
+    cache.empty()
+    cache("pets")
+    assert built == ["slow", "pets", "pets"]
+
+
 def test_class_names_are_embedded_once_an_expert(make: Make, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     embedded: list[int] = []
     texts = Clip.texts

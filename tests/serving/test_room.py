@@ -1,0 +1,30 @@
+"""Processes that find no place are said before Serve is started: it would wait for them without end."""
+
+from __future__ import annotations
+
+import pytest
+
+from condu_ray.config import ServeConfig
+from condu_ray.engine.cluster import Cluster
+from condu_ray.errors import ConfigError
+from condu_ray.serving.start import _check_room
+
+MACHINE = Cluster(((2, 1),), joined=False)
+
+
+@pytest.mark.parametrize("given", [{"replicas": 2, "gpus": 0.5}, {"replicas": 1, "expert_replicas": 1, "cpus": 1}])
+def test_what_fits_is_served(given: dict[str, float]) -> None:
+    _check_room(ServeConfig(**given), MACHINE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"replicas": 4}, "4 processes that answer need 1 CPU cores each, this machine has 2 cores and 1 GPUs"),
+        ({"gpus": 1, "expert_replicas": 1}, "2 processes that answer need 1 CPU cores and 1 GPUs each"),
+        ({"cpus": 3}, "use fewer --replicas"),
+    ],
+)
+def test_what_does_not_fit_is_a_sentence(given: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        _check_room(ServeConfig(**given), MACHINE)  # type: ignore[arg-type]

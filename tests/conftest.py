@@ -37,15 +37,11 @@ settings.load_profile("untimed")
 @pytest.hookimpl(tryfirst=True)  # before the name of the group goes into the name of the test
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps all that needs the one Ray cluster in one process of the run, and what serves there at its end: Serve's
-    controller, once shut down, comes back as often as somebody's handle asks for it (Ray 2.60). Other tests of serving
-    are not among the last: in that process they would find what Serve leaves behind before it is cleared away."""
-
-    def on_ray(item: pytest.Item) -> bool:
-        return "ray_cluster" in getattr(item, "fixturenames", ())
-
-    items.sort(key=lambda item: on_ray(item) and "serving" in item.path.parts)
-    for item in filter(on_ray, items):
-        item.add_marker(pytest.mark.xdist_group("ray"))
+    controller, once shut down, comes back as often as somebody's handle asks for it (Ray 2.60)."""
+    items.sort(key=lambda item: "serving" in item.path.parts)
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 TINY: dict[str, Any] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -36,10 +36,17 @@ class Adapters:
     layers: tuple[str, ...]
     rank: int
     start: Factors
+    _placed: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def scale(self) -> float:
         return 1 / math.sqrt(self.rank)
+
+    def placed(self, name: str, device: torch.device) -> Tensor:
+        """A factor of the start on a device: one tensor for all experts, which then go through it together."""
+        if (name, device) not in self._placed:
+            self._placed[name, device] = torch.as_tensor(self.start[name], device=device)
+        return self._placed[name, device]
 
 
 def plan_adapters(
@@ -187,9 +194,10 @@ def low_rank(model: nn.Module, adapters: Adapters, factors: Mapping[str, NDArray
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in adapters.layers:
         if name not in small:
-            device = model.get_parameter(f"{name}.weight").device
-            a, b = (torch.as_tensor(factors[f"{name}.lora_{side}"], device=device) for side in "AB")
-            pairs[name] = (a, adapters.scale * b)
+            device, of_a = model.get_parameter(f"{name}.weight").device, f"{name}.lora_A"
+            shared = factors[of_a] is adapters.start[of_a]
+            a = adapters.placed(of_a, device) if shared else torch.as_tensor(factors[of_a], device=device)
+            pairs[name] = (a, adapters.scale * torch.as_tensor(factors[f"{name}.lora_B"], device=device))
     return LowRank(pairs, {name.removesuffix(".weight"): weight for name, weight in merged.items()})
 
 

@@ -219,6 +219,8 @@ def test_experts_in_one_pass_answer_as_one_at_a_time(clip: Clip, pixels: Tensor,
         every[1] = {name: factor + np.float32(0.1) for name, factor in every[1].items()}
     experts = [low_rank(clip.model, adapters, factors) for factors in every]
     assert can_run_in_rows(clip.model, adapters)
+    for name in experts[0].factors:  # one tensor, also where it had to be copied to a device
+        assert (experts[1].factors[name][0] is experts[0].factors[name][0]) == shared
     rows, sizes = torch.cat([pixels, pixels.flip(0), pixels[:1]]), [3, 3, 1]
     with torch.no_grad():
         found = clip.images_in_rows(rows, list(zip(experts, sizes, strict=True)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +39,3 @@ def served(
 
     yield Served(f"http://127.0.0.1:{port}", open_store(store), pictures, learn)
     serve.shutdown()
-    with warnings.catch_warnings():  # Serve leaves an event loop open (Ray 2.60): told now, not in some later test
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()

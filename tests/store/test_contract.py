@@ -302,7 +302,8 @@ class TestGc:
         """As a process leaves it that is killed while it writes a large checkpoint."""
         place, _, folder = store.url.removeprefix("s3://").partition("/")
         client = bucket.make_client()
-        client.create_multipart_upload(Bucket=place, Key=f"{folder}/work/train-pets/step-1", Metadata={})
+        key = "/".join((folder, "work", "train-pets", "step-1"))
+        client.create_multipart_upload(Bucket=place, Key=key, Metadata={})
 
         def uploads() -> int:
             return len(client.list_multipart_uploads(Bucket=place, Prefix=f"{folder}/").get("Uploads", []))

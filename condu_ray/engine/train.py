@@ -284,7 +284,7 @@ def take_part(given: Given) -> None:
     torch.set_num_threads(group.cpus_each)
     mine = list(given.jobs) if group.shared else deal(given.jobs, size, config)[rank]
     together = group.shared and size > 1
-    place = Place(rank, size, _distribute, _barrier) if together else Place()
+    place = Place(rank, size, _distribute, _barrier, _agree) if together else Place()
     if ray.get(board.read.remote())[1] is not None:
         return
     try:
@@ -300,6 +300,13 @@ def _barrier() -> None:
     torch.distributed.barrier()
 
 
+def _agree(*numbers: int) -> bool:
+    spread = torch.tensor([*numbers, *(-each for each in numbers)], device=get_device())
+    torch.distributed.all_reduce(spread, torch.distributed.ReduceOp.MIN)
+    least, most = spread.view(2, -1)
+    return bool((least == -most).all())
+
+
 def _distribute(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, static_graph=True)
 
@@ -313,7 +320,7 @@ def work_through(
     device: str = "cpu",
 ) -> None:
     """Trains these jobs one after another and puts each delta into the store; what is there already is left alone."""
-    if all(store.find(job.key, "delta") for job in jobs):
+    if all(_is_trained(store, job, place) for job in jobs):
         return
     header = store.header
     clip = load(config.model_spec, device, header.model_sha256)
@@ -321,8 +328,8 @@ def work_through(
     info = registry.info(header.method)
     state = _state_before(store, jobs[0]) if info.ordered else None
     for job in jobs:
-        if store.find(job.key, "delta") is None:
-            resume = checkpoints(store, job.key)
+        if not _is_trained(store, job, place):
+            resume = checkpoints(store, job.key, place)
             if learner is None:
                 trained = train_task(clip, method, layout, job.data, config, _start(state), place, resume, report)
             else:
@@ -337,6 +344,14 @@ def work_through(
         if state is not None:
             trained_arrays = _trained(store, job)
             state = state.add(job.data.name, trained_arrays["delta"], memory_in(trained_arrays))
+
+
+def _is_trained(store: Store, job: Job, place: Place) -> bool:
+    """Whether any process of the group sees the delta: another session may put it while they look one by one, and
+    those that go on would wait for ever for those that do not."""
+    found = store.find(job.key, "delta") is not None
+    same = place.agree(found)
+    return found or not same
 
 
 def _state_before(store: Store, job: Job) -> TaskState:
@@ -370,9 +385,15 @@ def _features(store: Store, config: SessionConfig, task: TaskData) -> Features:
     return Features(seen["raw"], task.train.labels, unit)
 
 
-def checkpoints(store: Store, key: str) -> Resume:
-    """Checkpoints of the training called `key`, not more often than they may cost."""
+def checkpoints(store: Store, key: str, place: Place | None = None) -> Resume:
+    """Checkpoints of the training called `key`, not more often than they may cost; none where the processes of a group
+    find different ones, which another session of the same task may write."""
+    place = place or Place()
     free = [0.0]  # monotonic seconds
+
+    def load() -> Checkpoint | None:
+        found = store.load_work(key, "checkpoint")
+        return found if place.agree(*_progress(found)) else None
 
     def save(checkpoint: Checkpoint) -> None:
         begun = time.monotonic()
@@ -380,4 +401,9 @@ def checkpoints(store: Store, key: str) -> Resume:
             store.save_work(key, "checkpoint", checkpoint)
             free[0] = time.monotonic() + (time.monotonic() - begun) / CHECKPOINT_SHARE
 
-    return Resume(lambda: store.load_work(key, "checkpoint"), save)
+    return Resume(load, save)
+
+
+def _progress(found: Checkpoint | None) -> tuple[int, int]:
+    """How far a training was: number of arrays, which grows from stage to stage, and steps (-1: not in a stage)."""
+    return (len(found), int(found["step"][0]) if "step" in found else -1) if found else (0, -1)

@@ -51,12 +51,16 @@ MEMORY = "memory"
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among those that train the same task, and how gradients are shared."""
+    """Where this process stands among those that train the same task, and how gradients are shared.
+
+    agree: whether all of them gave the same numbers; each must ask, in the same order.
+    """
 
     rank: int = 0
     size: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
     barrier: Callable[[], None] = lambda: None
+    agree: Callable[..., bool] = lambda *numbers: True
 
 
 @dataclass(frozen=True)

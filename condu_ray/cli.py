@@ -153,7 +153,7 @@ def _flat(config: SessionConfig) -> dict[str, Any]:
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP.yaml", help="what to search for; see docs/sweeps.md")],
     work: Annotated[
-        Path | None, typer.Option(help="folder that holds all of it [default: as the file, without .yaml]")
+        Path | None, typer.Option(help="folder that holds all of it", show_default="as the file, without .yaml")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -172,7 +172,7 @@ def predict(
     image: Annotated[list[str], typer.Argument(help="pictures, or folders of pictures")],
     task: Annotated[str | None, typer.Option(help="answer among its classes, by its expert and the router")] = None,
     labels: Annotated[str | None, typer.Option(metavar="A,B,C", help="answer among these words")] = None,
-    version: Annotated[int | None, typer.Option(help="version that answers [default: the newest]")] = None,
+    version: Annotated[int | None, typer.Option(help="version that answers", show_default="the newest")] = None,
     top: Annotated[int, typer.Option(min=1, max=1000, help="labels listed for each picture")] = 5,
     url: Annotated[
         str | None, typer.Option(help="ask a server instead of a store; its token comes from CONDU_SERVE__TOKEN")
@@ -223,7 +223,7 @@ def serve(store: StoreOption = DEFAULT_STORE, settings: dict[str, Any] | None = 
 @app.command()
 def tasks(
     store: StoreOption = DEFAULT_STORE,
-    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    version: Annotated[int | None, typer.Option(help="version to look at", show_default="the newest")] = None,
     json: JsonOption = False,
 ) -> None:
     """Lists what a version has learned, and how much of it is left."""
@@ -245,7 +245,7 @@ def versions(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> No
 
 @app.command()
 def show(
-    version: Annotated[int | None, typer.Argument(help="[default: the newest]")] = None,
+    version: Annotated[int | None, typer.Argument(help="version to look at", show_default="the newest")] = None,
     store: StoreOption = DEFAULT_STORE,
     pictures: PicturesOption = None,
     json: JsonOption = False,
@@ -344,7 +344,7 @@ def export(
     store: Annotated[str, typer.Argument(metavar="STORE", help="folder that holds the versions")],
     task: Annotated[str, typer.Option(help="whose expert")],
     output: Annotated[Path, typer.Option("--output", "-o", help="safetensors file to write")],
-    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    version: Annotated[int | None, typer.Option(help="version to look at", show_default="the newest")] = None,
     json: JsonOption = False,
 ) -> None:
     """Writes one task's expert as plain weights, which open_clip (or whoever made the base) loads."""
@@ -368,7 +368,7 @@ def evaluate(
     labels: Annotated[
         str, typer.Option(help="task (named), candidates (its classes are given) or union (all classes)")
     ] = "task",
-    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    version: Annotated[int | None, typer.Option(help="version to look at", show_default="the newest")] = None,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -386,7 +386,7 @@ def evaluate(
 @app.command(epilog="Try: condu-ray drift --data ./new-pictures")
 def drift(
     data: Annotated[list[str], typer.Option(help="pictures, or folders of pictures; may be given several times")],
-    version: Annotated[int | None, typer.Option(help="[default: the newest]")] = None,
+    version: Annotated[int | None, typer.Option(help="version to look at", show_default="the newest")] = None,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -406,7 +406,8 @@ def drift(
 def track(
     replay: Annotated[bool, typer.Option("--replay", help="record what is missing")] = False,
     tracking: Annotated[
-        str | None, typer.Option(envvar="CONDU_TRACKING", help="MLflow tracking server [default: beside the store]")
+        str | None,
+        typer.Option(envvar="CONDU_TRACKING", help="MLflow tracking server", show_default="beside the store"),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
@@ -436,7 +437,9 @@ def methods(json: JsonOption = False) -> None:
 
 @app.command()
 def gc(
-    keep: Annotated[int | None, typer.Option(min=1, help="how many of the newest versions stay [default: all]")] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="how many of the newest versions stay", show_default="all")
+    ] = None,
     fold: Annotated[
         bool, typer.Option("--fold", help="first make a version that needs no flips of earlier sessions")
     ] = False,

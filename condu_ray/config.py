@@ -87,7 +87,7 @@ class TrainConfig(_Section):
     steps: int | None = Field(
         default=None, ge=1, description="optimiser steps; unset: 10 epochs, at least 100, at most 1000"
     )
-    batch_size: int = Field(default=32, ge=1, le=65536, description="pictures a step, over all workers together")
+    batch_size: int = Field(default=32, ge=1, le=65536, description="pictures per step, over all workers together")
     accumulate: int = Field(
         default=1, ge=1, description="parts that each worker's share of a batch is cut into, to save memory"
     )
@@ -116,7 +116,7 @@ class TrainConfig(_Section):
         default=None,
         ge=0,
         le=64,
-        description="processes a worker that decode pictures ahead; unset: none on CPUs, up to 8 beside a GPU",
+        description="processes per worker that decode pictures ahead; unset: none on CPUs, up to 8 beside a GPU",
     )
 
 
@@ -134,7 +134,9 @@ class LoraConfig(_Section):
     mode: Literal["shared_a", "factors", "exact"] = Field(
         default="shared_a", description="shared_a: A frozen, B fused; factors: both fused (published); exact: no fusion"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of A at the start, the same for all tasks of a store")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="random seed of A at the start, the same for all tasks of a store"
+    )
 
 
 class FusionConfig(_Section):
@@ -163,7 +165,7 @@ class AdapterConfig(_Section):
 
     basis: AdapterBasis | None = Field(
         default=None,
-        description="in which an adapter is fused with the one before; unset: svd for rapf, qr for calfuse",
+        description="basis in which an adapter is fused with the one before; unset: svd for rapf, qr for calfuse",
     )
     weights: Literal["element", "direction", "constant"] = Field(
         default="element", description="what decides how much of a change is taken over"
@@ -176,13 +178,17 @@ class AdapterConfig(_Section):
     mix: Literal["normalized", "raw"] = Field(
         default="normalized", description="whether the adapted feature is made unit before it is mixed with θ⁰'s"
     )
-    share: float = Field(default=0.7, ge=0, le=1, description="of the adapted feature: fixed, or where learning starts")
-    share_start: float = Field(default=0.5, ge=0, le=1, description="of a schedule, in the first session")
-    share_end: float = Field(default=0.8, ge=0, le=1, description="of a schedule, from session `share_sessions` on")
-    share_sessions: int = Field(default=10, ge=2, le=10_000, description="sessions until a schedule ends")
-    share_pull: float = Field(default=0.1, ge=0, description="weight that holds a share that is learned at `share`")
+    share: float = Field(
+        default=0.7, ge=0, le=1, description="share of the adapted feature where it is fixed, or where learning starts"
+    )
+    share_start: float = Field(default=0.5, ge=0, le=1, description="share in the first session, for a schedule")
+    share_end: float = Field(
+        default=0.8, ge=0, le=1, description="share from session `share_sessions` on, for a schedule"
+    )
+    share_sessions: int = Field(default=10, ge=2, le=10_000, description="sessions until the schedule ends")
+    share_pull: float = Field(default=0.1, ge=0, description="weight that holds a learned share near `share`")
     init: Literal["identity", "default"] = Field(
-        default="default", description="of the first adapter; default: the uniform one of a linear layer"
+        default="default", description="how the first adapter starts; default: the uniform weights of a linear layer"
     )
     epochs: int | None = Field(
         default=None,
@@ -190,29 +196,39 @@ class AdapterConfig(_Section):
         le=10_000,
         description="passes over a task's features; unset: 15, and more where these make less than 750 steps",
     )
-    batch_size: int = Field(default=100, ge=1, le=65536, description="features a step, without those that are drawn")
-    lr: float = Field(default=1e-3, gt=0, lt=1, description="of Adam; a tenth after 4/15 and again after 10/15")
-    hinge: float = Field(default=1.0, ge=0, description="weight of the hinge that parts classes with similar texts")
-    hinge_distance: float = Field(default=0.55, ge=0, le=2, description="of texts, below which classes are similar")
-    hinge_margin: float = Field(default=0.1, ge=0, le=2, description="of the hinge, in units of cosine")
-    hinge_pairs: int = Field(default=64, ge=1, le=65536, description="most pairs of similar classes a step")
+    batch_size: int = Field(default=100, ge=1, le=65536, description="features per step, without those that are drawn")
+    lr: float = Field(
+        default=1e-3,
+        gt=0,
+        lt=1,
+        description="learning rate of Adam; a tenth after 4/15 of the epochs and again after 10/15",
+    )
+    hinge: float = Field(
+        default=1.0, ge=0, description="weight of the hinge that keeps classes with similar texts apart"
+    )
+    hinge_distance: float = Field(
+        default=0.55, ge=0, le=2, description="distance of two texts below which their classes are similar"
+    )
+    hinge_margin: float = Field(default=0.1, ge=0, le=2, description="margin of the hinge, in units of cosine")
+    hinge_pairs: int = Field(default=64, ge=1, le=65536, description="most pairs of similar classes per step")
     distillation: float | None = Field(
         default=None, ge=0, description="weight of the adapter before as a teacher; unset: 0 for rapf, 1 for calfuse"
     )
-    temperature: float = Field(default=2.0, gt=0, le=100, description="of the distillation")
+    temperature: float = Field(default=2.0, gt=0, le=100, description="temperature of the distillation")
 
 
 class MemoryConfig(_Section):
     """Class Gaussians, from which features of old classes are drawn."""
 
     covariance: Literal["full", "diagonal"] = Field(
-        default="full", description="what is kept a class; full: the square of a feature's width"
+        default="full", description="what is kept per class; full: as many numbers as the square of a feature's width"
     )
     shrinkage: Shrinkage | None = Field(
-        default=None, description="of covariances when features are drawn; unset: none for rapf, else convex"
+        default=None,
+        description="how covariances are shrunk when features are drawn; unset: none for rapf, else convex",
     )
     gamma: float = Field(default=0.1, ge=0, le=1, description="share of the mean variance, for convex shrinkage")
-    per_epoch: int = Field(default=2000, ge=0, description="features drawn an epoch, over all old classes together")
+    per_epoch: int = Field(default=2000, ge=0, description="features drawn per epoch, over all old classes together")
     discriminant: bool | None = Field(
         default=None, description="whether the Gaussians answer too, beside the class vectors; unset: yes, but for rapf"
     )
@@ -238,19 +254,19 @@ class DmcConfig(_Section):
     )
     prompt_lr: float = Field(default=2e-3, gt=0, lt=1, description="peak learning rate of the prompts")
     replay: float = Field(
-        default=1.0, ge=0, le=16, description="draws an old class for each picture of a new class in a batch; 0: none"
+        default=1.0, ge=0, le=16, description="draws per old class for each picture of a new class in a batch; 0: none"
     )
     classes_per_step: int = Field(
-        default=100, ge=2, le=65536, description="most classes that compete in a step where a prompt is shared"
+        default=100, ge=2, le=65536, description="most classes that compete in one step where a prompt is shared"
     )
     memory_calibration: MemoryCalibration | None = Field(
         default=None,
         description="how statistics of old classes follow the image tower; unset: none for dmc, ot for dmc-ot",
     )
     shrinkage: float = Field(
-        default=0.01, ge=0, le=1, description="of the covariances that ot compares, and ridge of linear"
+        default=0.01, ge=0, le=1, description="shrinkage of the covariances that ot compares, and ridge of linear"
     )
-    strength: float = Field(default=1.0, ge=0, le=1, description="share of the way that statistics are moved")
+    strength: float = Field(default=1.0, ge=0, le=1, description="share of the whole way that statistics are moved")
     compared: Literal["within", "pooled"] = Field(
         default="within", description="which covariances ot compares: around class means, or around the common mean"
     )
@@ -263,10 +279,15 @@ class VoteConfig(_Section):
     router: Literal["lda", "cosine"] = Field(
         default="lda", description="what chooses experts: lda (domains, docs/voting.md) or cosine (published)"
     )
-    combine: Literal["mean_logits", "weighted"] = Field(default="weighted", description="published: mean_logits")
+    combine: Literal["mean_logits", "weighted"] = Field(
+        default="weighted", description="how the votes are joined; published: mean_logits"
+    )
     average: Literal["logits", "probabilities"] = Field(default="logits", description="what `weighted` averages")
     temperature: float = Field(
-        default=0.05, gt=0, le=10, description="of the softmax over similarities, for `weighted` with router cosine"
+        default=0.05,
+        gt=0,
+        le=10,
+        description="temperature of the softmax over similarities, for `weighted` with router cosine",
     )
     base_weight: float | None = Field(
         default=None,
@@ -339,28 +360,38 @@ class SessionConfig(_Section):
     dmc: DmcConfig = DmcConfig()
     vote: VoteConfig = VoteConfig()
     workers: int | None = Field(
-        default=None, ge=1, le=4096, description="training processes; unset: one a GPU, or as tasks and cores allow"
+        default=None,
+        ge=1,
+        le=4096,
+        description="training processes; unset: one per GPU, or as many as tasks and cores allow",
     )
     cpus_per_worker: int | None = Field(
-        default=None, ge=1, le=4096, description="cores of a training process; unset: as many as its node has for it"
+        default=None, ge=1, le=4096, description="CPU cores per training process; unset: as many as its node has for it"
     )
     gpus_per_worker: float = Field(
-        default=1.0, gt=0, le=1, description="share of a GPU of a training process; below 1, small tasks share a GPU"
+        default=1.0, gt=0, le=1, description="share of a GPU per training process; below 1, small tasks share a GPU"
     )
     node_wait_seconds: float = Field(
         default=0, ge=0, le=86400, description="longest wait for nodes that a cluster's autoscaler brings; 0: none"
     )
     parallel: Literal["auto", "tasks", "data"] = Field(
         default="auto",
-        description="tasks: a worker a task; data: all workers share each task (DDP); auto: data for a single task",
+        description="tasks: one worker per task; data: all share each task (DDP); auto: data for one task on GPUs",
     )
     gpu: Annotated[Literal["auto", "no"], _word_for_false("no")] = Field(
         default="auto", description="auto: GPUs where the cluster has them"
     )
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of splits, order of pictures, augmentation")
-    test_share: float = Field(default=0.2, gt=0, lt=1, description="of the pictures, where the data has no test split")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="random seed of splits, order of pictures and augmentation"
+    )
+    test_share: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="share of the pictures that is set aside for testing where the data has no test split",
+    )
     eval_pictures: int = Field(
-        default=1000, ge=1, description="most test pictures a task in an evaluation (stratified, seeded)"
+        default=1000, ge=1, description="most test pictures per task in an evaluation (stratified, seeded)"
     )
     tracking: Annotated[str | None, _word_for_false("off")] = Field(
         default=None, description="MLflow tracking server; unset: a file beside the store; 'off': none"
@@ -419,7 +450,9 @@ class ServeConfig(_Section):
     shadow_version: int | None = Field(
         default=None, ge=1, description="version that scores a share of the traffic too, without answering"
     )
-    shadow_share: float = Field(default=0.1, ge=0, le=1, description="of the pictures, that `shadow_version` scores")
+    shadow_share: float = Field(
+        default=0.1, ge=0, le=1, description="share of the pictures that `shadow_version` scores too"
+    )
     replicas: int = Field(default=1, ge=1, le=1024, description="processes that hold θ⁰ and answer")
     expert_replicas: int = Field(
         default=0, ge=0, le=1024, description="processes that hold experts for them; 0: each holds its own"
@@ -429,7 +462,7 @@ class ServeConfig(_Section):
     gpus: float = Field(default=0, ge=0, le=8, description="GPUs of each process that answers")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="bf16: half the memory an expert, and faster where there is hardware; rounds answers",
+        description="bf16: half the memory per expert, and faster where the hardware has it; rounds answers",
     )
     experts: int = Field(
         default=8,
@@ -439,12 +472,12 @@ class ServeConfig(_Section):
     )
     versions: int = Field(default=1, ge=0, le=16, description="versions that stay loaded besides the one that serves")
     poll_seconds: float = Field(default=2.0, gt=0, le=3600, description="how often a new version is looked for")
-    batch: int = Field(default=64, ge=1, le=4096, description="most pictures a pass")
+    batch: int = Field(default=64, ge=1, le=4096, description="most pictures per pass through the model")
     batch_wait_ms: float = Field(default=5.0, ge=0, le=1000, description="how long a picture waits for others")
-    queue: int = Field(default=128, ge=1, le=65536, description="most requests at once in a front; others get 429")
+    queue: int = Field(default=128, ge=1, le=65536, description="most requests at once per front; others get 429")
     timeout_seconds: float = Field(default=30.0, gt=0, le=3600, description="longest time for a request")
     body_mb: float = Field(default=16.0, gt=0, le=1024, description="largest request, in MiB")
-    pictures: int = Field(default=16, ge=1, le=1024, description="most pictures a request")
+    pictures: int = Field(default=16, ge=1, le=1024, description="most pictures per request")
     megapixels: float = Field(default=64.0, gt=0, le=64, description="largest picture, once decoded")
     labels: int = Field(default=100, ge=1, le=10_000, description="most labels that a request may give")
     origins: tuple[str, ...] = Field(default=(), description="origins whose pages may call (CORS)")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 
 from condu_ray.config import SessionConfig, fields
 
@@ -31,9 +32,13 @@ def with_settings(
             command(**arguments, settings={name: value for name, value in settings.items() if value is not None})
 
         own = inspect.signature(command, eval_str=True).parameters
+        panel = command.__name__ if of is not SessionConfig else "session"
         options = [
             inspect.Parameter(
-                key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, _option(name, info)]
+                key,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[str | None, _option(name, info, panel)],
             )
             for key, (name, info) in given.items()
         ]
@@ -45,12 +50,12 @@ def with_settings(
     return decorate
 
 
-def _option(name: str, info: FieldInfo) -> Any:
-    section = name.partition(".")[0] if "." in name else "session"
-    default = "" if info.default is None else f" [default: {info.default}]"
+def _option(name: str, info: FieldInfo, panel: str) -> Any:
+    section = name.partition(".")[0] if "." in name else panel
+    default = "" if info.default is None else f" [default: {_word(info.default)}]"
     return typer.Option(
         f"--{name.replace('_', '-')}",
-        help=f"{info.description}{default}",
+        help=escape(f"{info.description}{default}"),  # what stands in brackets would be read as a style
         metavar=_metavar(info.annotation),
         rich_help_panel=f"Settings: {section}",
         show_default=False,
@@ -58,9 +63,14 @@ def _option(name: str, info: FieldInfo) -> Any:
 
 
 def _metavar(kind: Any) -> str:
-    choices = get_args(kind)
-    if get_origin(kind) is Literal:
-        return "|".join(str(choice) for choice in choices)
+    kinds = [each for each in (kind, *get_args(kind)) if get_origin(each) is Literal]
+    if kinds:
+        return "|".join(str(choice) for choice in get_args(kinds[0]))
     names = {int: "N", float: "X", bool: "yes|no"}
-    found = kind if kind in names else next((each for each in choices if each in names), None)
-    return names.get(found, "TEXT") if found is not None else "TEXT"
+    return next((names[each] for each in (kind, *get_args(kind)) if each in names), "TEXT")
+
+
+def _word(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return ",".join(default) or "none" if isinstance(default, tuple) else str(default)

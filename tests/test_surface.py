@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 import typer
 import yaml
+from command_line import process
+from pydantic import BaseModel
 
 from condu_ray.cli import app
-from condu_ray.config import MethodName, ServeConfig, fields, resolve, resolve_serving
+from condu_ray.config import MethodName, ServeConfig, SessionConfig, fields, resolve, resolve_serving
 from condu_ray.methods.registry import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +206,20 @@ def test_the_settings() -> None:
 
 def test_every_setting_says_what_it_is() -> None:
     assert [name for name, info in [*fields(), *fields(ServeConfig)] if not info.description] == []
+
+
+@pytest.mark.parametrize(("command", "settings"), [("learn", SessionConfig), ("serve", ServeConfig)])
+def test_help_says_what_each_setting_may_be_and_is(command: str, settings: type[BaseModel]) -> None:
+    lines = [line for line in process(command, "--help", COLUMNS="400").out.splitlines() if line.startswith("│ --")]
+    said = {line.split()[1]: line for line in lines}
+    for name, info in fields(settings):
+        if name in ("tasks", "token"):  # --task; of the environment only
+            continue
+        line = said[f"--{name.replace('_', '-')}"]
+        choices = [each for each in (info.annotation, *get_args(info.annotation)) if get_origin(each) is Literal]
+        assert not choices or "|".join(get_args(choices[0])) in line
+        if info.default not in (None, ()) and not isinstance(info.default, bool):
+            assert f"[default: {info.default}" in line
 
 
 def test_every_command_but_the_server_answers_a_program() -> None:

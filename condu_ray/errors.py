@@ -10,6 +10,7 @@ ConduError
 └── StoreError       the folder or bucket that holds versions
     ├── NotFound         no such store, version or task
     ├── DamagedObject    bytes that do not match their sha256
+    ├── OtherBytes       an object is there already with other bytes
     └── VersionTaken     another writer committed this version number first
 """
 
@@ -72,12 +73,16 @@ class DamagedObject(StoreError):
     """The bytes of a stored object do not match their sha256."""
 
 
+class OtherBytes(StoreError):
+    """An object that is to be written is there already with other bytes."""
+
+
 class VersionTaken(StoreError):
     """Another writer committed this version number first."""
 
 
 def without_credentials(text: str) -> str:
-    """What stands before the @ of an address is nobody's business."""
+    """Returns the text with user and password of every address in it replaced by (set)."""
     return re.sub(r"//[^/\s]*@", "//(set)@", text)
 
 

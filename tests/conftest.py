@@ -102,9 +102,15 @@ def tiny_clip(tiny_model_dir: Path) -> Clip:
 
 
 @pytest.fixture(scope="session")
-def conv_clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
-    """A random base model whose image tower is a small EfficientNet: BatchNorm, 1x1 and depthwise convolutions."""
-    return _load(write_model(tmp_path_factory.mktemp("conv-clip"), CONVOLUTIONAL))
+def conv_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model whose image tower is a small EfficientNet: BatchNorm, 1x1 and depthwise convolutions."""
+    return write_model(tmp_path_factory.mktemp("conv-clip"), CONVOLUTIONAL)
+
+
+@pytest.fixture(scope="session")
+def conv_clip(conv_model_dir: Path) -> Clip:
+    """The base model of `conv_model_dir`."""
+    return _load(conv_model_dir)
 
 
 @pytest.fixture(scope="session")

@@ -68,8 +68,7 @@ def give_deltas(config: SessionConfig, tasks: Sequence[TaskData], target: Store,
     for task in tasks:
         key = _key(source, config, task)
         if source.find(key, "delta") is not None:
-            for name in ("buffers", "delta"):  # the delta last: it says that the training is done
-                _give(source, target, key, name)
+            _give(source, target, key, "delta")
             given[task.name] = seconds_in(_seconds(config)) / len(config.tasks)
     write(record, given)
 

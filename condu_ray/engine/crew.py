@@ -13,6 +13,7 @@ import ray
 from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError
 
+from condu_ray import __version__
 from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
@@ -334,8 +335,8 @@ def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[
 
 
 def _fusion_name(store: Store, shards: int) -> str:
-    """A copy of a store has the same id, but not the same place."""
-    return f"fusion-{store.header.id}-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}-{shards}"
+    """A copy of a store has the same id, but not the same place; another release is other code."""
+    return f"fusion-{__version__}-{store.header.id}-{hashlib.sha256(store.url.encode()).hexdigest()[:12]}-{shards}"
 
 
 def chunks(pictures: Split) -> list[Split]:

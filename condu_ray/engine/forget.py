@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from condu_ray.config import VoteConfig
-from condu_ray.engine.keys import state_key
+from condu_ray.engine.keys import forgotten, state_key
 from condu_ray.errors import NotFound, VersionTaken, nearest
 from condu_ray.methods.stored import TASK_OBJECTS, config_of, state_of
 from condu_ray.store import Manifest, Store
@@ -65,6 +65,7 @@ def _without(store: Store, name: str) -> Manifest:
             "state": {
                 **newest.state,
                 "method": state.meta(),
+                "trained": forgotten(newest.state["trained"], name),
                 **routing,
             },
             "figures": {"accuracy": accuracy},

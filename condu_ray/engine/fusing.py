@@ -91,8 +91,9 @@ class Fuser:
 
         Doing it again with the same key changes nothing.
         """
-        if self._done is not None and self._done.key == key:
-            return self._done
+        done = self._done
+        if done is not None and done.key == key and all(self._store.touch(ref.path) for ref in done.objects.values()):
+            return done
         state = self.propose(parent, task, delta)
         if rescalers is not None:
             assert isinstance(state, FusedState), "only fused tasks have rescalers"

@@ -16,6 +16,9 @@ from condu_ray.store import Manifest, StoreHeader
 FEATURES = "features"
 """Name of what θ⁰ sees of a task's pictures, where a system learns on it: kept until its session is over."""
 
+SEEN = ("prototypes", "domain", FEATURES)
+"""Names of all that θ⁰ sees of a task's pictures; the first two stay with every version."""
+
 PLACEMENT = {
     "store",
     "tasks",
@@ -31,6 +34,11 @@ PLACEMENT = {
 
 # What changes neither the trained bits nor what is kept of them; no more does whether Gaussians answer.
 _TRAINING_PLACEMENT = {"checkpoint_seconds", "loader_processes"}
+
+
+def forgotten(trained: str, task: str) -> str:
+    """Names the training that a version goes on from once it was made to forget a task."""
+    return _key("forgot", trained, task)
 
 
 def _key(kind: str, *parts: Any) -> str:
@@ -62,13 +70,17 @@ def features_key(header: StoreHeader, config: SessionConfig, task: TaskData) -> 
     return _key("features", header.model_sha256, config.seed, task.fingerprint, *kind)
 
 
-def tests_key(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Names a list of test pictures by what it says: the same pictures in another place are another list."""
-    return _key("tests", {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in arrays.items()})
+def content_key(kind: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Names an object by what it holds: a list of test pictures (the same ones in another place are another list), or
+    buffers, which other hardware rounds otherwise."""
+    return _key(kind, {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in arrays.items()})
 
 
-def state_key(parent: Manifest | None, config: SessionConfig, task: str, train: str, rescaled: int = 0) -> str:
-    """Names the state after a task was added to a version. rescaled: steps that train its rescalers."""
+def state_key(parent: Manifest | None, config: SessionConfig, task: str, given: str, rescaled: int = 0) -> str:
+    """Names the state after a version was changed. rescaled: steps that train the task's rescalers.
+
+    given: what it is made from, by its bytes: a training that is done again on other hardware gives others.
+    """
     before = sorted((name, ref.sha256) for name, ref in parent.objects.items()) if parent else []
     meta = parent.state if parent else {}
-    return _key("state", before, meta, fixed_by_store(config), rescaled, task, train)
+    return _key("state", before, meta, fixed_by_store(config), rescaled, task, given)

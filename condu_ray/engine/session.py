@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +20,24 @@ from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.fusing import Fused
-from condu_ray.engine.keys import FEATURES, PLACEMENT, features_key, state_key, tests_key, train_key, training_settings
+from condu_ray.engine.keys import (
+    FEATURES,
+    PLACEMENT,
+    content_key,
+    features_key,
+    state_key,
+    train_key,
+    training_settings,
+)
 from condu_ray.engine.progress import Stage, Update
 from condu_ray.engine.scoring import Snapshot
 from condu_ray.engine.train import BASE, Job
-from condu_ray.errors import DataError, StoreError, VersionTaken
+from condu_ray.errors import DataError, StoreError
 from condu_ray.methods import registry
 from condu_ray.methods.rescaling import steps_of
 from condu_ray.methods.stored import TASK_OBJECTS
-from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
+from condu_ray.methods.training import buffers_in
+from condu_ray.store import Manifest, ObjectRef, Store, TaskCard, put_first
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import make_domain
 from condu_ray.voting.open import buffers_of, task_experts
@@ -69,6 +78,10 @@ class _Known:
     delta: ObjectRef | None
     buffers: ObjectRef | None
     losses: list[tuple[int, float]]
+
+    def refs(self) -> list[ObjectRef]:
+        given = (self.prototypes, self.domain, self.tests, self.delta, self.buffers)
+        return [ref for ref in given if ref is not None]
 
 
 def newest(store: Store) -> Manifest | None:
@@ -124,20 +137,25 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
         with clock("train"), stage("training") as update:
             crew.train(jobs, update)
         for job in jobs:
-            store.discard_work(job.key)
+            with suppress(StoreError):  # gc takes what is left
+                store.discard_work(job.key)
     known = []
     for job in jobs:
         with clock("features"), stage(f"features of {job.data.name}") as update:
             prototypes, domain = _features(store, config, crew, job.data, update)
             tests, pictures = _tests(store, config, job.data)
         delta = store.find(job.key, "delta") if job.key else None
-        buffers = store.find(job.key, "buffers") if job.key else None
+        trained = store.get(delta) if delta else {}
+        changed = buffers_in(trained)
+        buffers = store.put(content_key("buffers", changed), "buffers", changed) if changed else None
         with clock("evaluate"), stage(f"{job.data.name} before fusion") as update:
             base = measure.baseline(crew, job.data, pictures, delta, buffers, update)
-        losses = [(int(step), float(loss)) for step, loss in store.get(delta)["losses"]] if delta else []
+        losses = [(int(step), float(loss)) for step, loss in trained.get("losses", ())]
         known.append(_Known(job, prototypes, domain, tests, pictures, base, delta, buffers, losses))
     made = list[Manifest]()
     for index, one in enumerate(known):
+        for path in (ref.path for each in known[index:] for ref in each.refs()):
+            store.touch(path)  # many tasks take long, and gc takes what nobody asks for in a day
         later = {each.job.data.name: (each.job.data, each.pictures) for each in known[index + 1 :]}
         manifest = _add(store, config, crew, one, later, made, clock, stage)
         if manifest is not None:
@@ -176,22 +194,22 @@ def _features(
     if prototypes is None or domain is None or lacks:
         features, domains, lengths = crew.features(task.train, update)
         if lacks:
-            store.put(key, FEATURES, {"raw": features * lengths[:, None]})
+            put_first(store, key, FEATURES, {"raw": features * lengths[:, None]})
         held = held_out_indices(task.train.labels, config.seed)
         rest = np.setdiff1d(np.arange(len(task.train)), held)
         labels, classes = task.train.labels[rest], len(task.classes)
         sums = FeatureSums.zero(classes, features.shape[1]).add(features[rest], labels)
         made = make_prototypes(sums, crew.text_means(task.classes, task.templates), features[held])
-        prototypes = store.put(key, "prototypes", made.arrays())
+        prototypes = put_first(store, key, "prototypes", made.arrays())
         own = make_domain(domains[rest], labels, classes, domains[held], task.train.labels[held])
-        domain = store.put(key, "domain", own.arrays())
+        domain = put_first(store, key, "domain", own.arrays())
     return prototypes, domain
 
 
 def _tests(store: Store, config: SessionConfig, task: TaskData) -> tuple[ObjectRef, Split]:
     pictures = measure.test_pictures(task, config)
     packed = measure.pack_pictures(pictures)
-    return store.put(tests_key(packed), "tests", packed), pictures
+    return store.put(content_key("tests", packed), "tests", packed), pictures
 
 
 def _add(
@@ -205,34 +223,61 @@ def _add(
     stage: Stage,
 ) -> Manifest | None:
     """Fuses the task onto the newest version and commits; onto the next newest if another session was faster."""
-    task = one.job.data
     for _ in range(MOST_RACES):
         parent = newest(store)
-        if not to_learn(store, config, [task]):
+        if not to_learn(store, config, [one.job.data]):
             return None  # another session learned the very same task meanwhile
-        _check_start(config, parent, one)
-        before = _before(store, config, crew, parent, one, made, clock, stage)
-        key = state_key(parent, config, task.name, one.job.key, steps_of(task, config))
-        rescalers = _rescalers(store, config, crew, key, parent, one, clock, stage)
-        with clock("fuse"), stage(f"fusing {task.name}"):
-            fused = crew.fuse(key, parent, task.name, one.delta, rescalers)
-        draft = _draft(config, parent, one, fused, before)
-        with clock("evaluate"), stage(f"evaluating version {draft.version}") as update:
-            manifest = _measured(store, config, crew, draft, fused, one, later, update)
-        manifest = manifest.model_copy(update={"seconds": clock.seconds})
         try:
+            manifest, rescaling = _next(store, config, crew, parent, one, later, made, clock, stage)
             store.commit(manifest)
-        except VersionTaken:
-            continue
-        # Fused: what is left of them is in the version.
-        if one.delta is not None:
-            store.discard(one.job.key, "delta")
-        if registry.info(config.method).on_features:
-            store.discard(features_key(store.header, config, task), FEATURES)
-        if rescalers is not None:
-            store.discard(key, RESCALERS)
+        except StoreError:
+            if newest(store) == parent:
+                raise
+            continue  # what this try began from may be gone, too
+        _tidy(store, config, one, rescaling)
         return manifest
     raise StoreError(f"{MOST_RACES} other sessions were faster in a row", "run the same command again")
+
+
+def _next(
+    store: Store,
+    config: SessionConfig,
+    crew: Crew,
+    parent: Manifest | None,
+    one: _Known,
+    later: dict[str, tuple[TaskData, Split]],
+    made: Sequence[Manifest],
+    clock: _Clock,
+    stage: Stage,
+) -> tuple[Manifest, str]:
+    """(the version after `parent`, whose objects are in the store; the name of the task's trained rescalers, if any)"""
+    task = one.job.data
+    _check_start(config, parent, one)
+    before = _before(store, config, crew, parent, one, made, clock, stage)
+    steps, given = steps_of(task, config), one.delta.sha256 if one.delta else ""
+    key = rescaling = state_key(parent, config, task.name, given, steps)
+    rescalers = _rescalers(store, config, crew, rescaling, parent, one, clock, stage)
+    if rescalers is not None:
+        key = state_key(parent, config, task.name, f"{given} {rescalers.sha256}", steps)
+    with clock("fuse"), stage(f"fusing {task.name}"):
+        fused = crew.fuse(key, parent, task.name, one.delta, rescalers)
+    draft = _draft(config, parent, one, fused, before)
+    with clock("evaluate"), stage(f"evaluating version {draft.version}") as update:
+        manifest = _measured(store, config, crew, draft, fused, one, later, update)
+    return manifest.model_copy(update={"seconds": clock.seconds}), rescaling
+
+
+def _tidy(store: Store, config: SessionConfig, one: _Known, rescaling: str) -> None:
+    """Removes what is left of a task's training: it is in the version. What cannot be removed now is left to gc."""
+    done = {
+        (one.job.key, "delta"): one.delta is not None,
+        (features_key(store.header, config, one.job.data), FEATURES): registry.info(config.method).on_features,
+        (rescaling, RESCALERS): rescales(config),
+    }
+    for (key, name), is_there in done.items():
+        if is_there:
+            with suppress(StoreError):
+                store.discard(key, name)
 
 
 def _check_start(config: SessionConfig, parent: Manifest | None, one: _Known) -> None:
@@ -291,7 +336,7 @@ def _rescalers(
         found = store.find(key, RESCALERS)
         if found is None:
             trained = crew.rescalers(parent, one.job.data, one.delta, one.buffers, update)
-            found = store.put(key, RESCALERS, {"rescalers": trained})
+            found = put_first(store, key, RESCALERS, {"rescalers": trained})
     return found
 
 

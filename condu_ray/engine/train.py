@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.keys import FEATURES, features_key
+from condu_ray.engine.keys import FEATURES, SEEN, features_key
 from condu_ray.engine.progress import Update
 from condu_ray.engine.worker_group import Apart, work
 from condu_ray.errors import ConduError, StoreError, TrainingError
@@ -45,10 +46,11 @@ from condu_ray.methods.training import (
     train_task,
 )
 from condu_ray.models.load import load
-from condu_ray.store import Store, open_store
+from condu_ray.store import Store, object_path, open_store, put_first
 
 BASE = "base"
 RESTARTS = 3
+TOUCH_SECONDS = 3600.0
 CHECKPOINT_SHARE = 0.05
 """Most of a worker's time that writing checkpoints may take: a store that is far gets fewer."""
 
@@ -172,18 +174,42 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             name=name, failure_config=FailureConfig(max_failures=RESTARTS), **_storage(store.work(name))
         ),
     )
+    kept = [object_path(job.key, "delta") for job in jobs]
+    kept += [object_path(features_key(store.header, config, job.data), each) for job in jobs for each in SEEN]
+
+    def tell(steps: Mapping[str, Step]) -> None:
+        show(steps, total, update) if steps else update(0, total, unplaced(group))
+        keeper.touch()
+
+    keeper = Keeper(store, kept, name)
     try:
         total = sum(_steps(job, config) for job in pending)
-        _watch(trainer, board, lambda s: show(s, total, update) if s else update(0, total, unplaced(group)))
+        _watch(trainer, board, tell)
     finally:
         ray.kill(board)
-        store.discard_work(name)
+        with suppress(StoreError):  # what is left of it goes with gc; an error of the training is what counts
+            store.discard_work(name)
     missing = [job.data.name for job in jobs if store.find(job.key, "delta") is None]
     if missing:
         raise TrainingError(
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
+
+
+class Keeper:
+    """Says again and again that what a session has finished is in use, or gc would take it from one that lasts long."""
+
+    def __init__(self, store: Store, paths: Sequence[str], work: str) -> None:
+        self._store, self._paths, self._work = store, paths, work
+        self._next = time.monotonic() + TOUCH_SECONDS
+
+    def touch(self) -> None:
+        if time.monotonic() >= self._next:
+            for path in self._paths:
+                self._store.touch(path)
+            self._store.work(self._work)
+            self._next = time.monotonic() + TOUCH_SECONDS
 
 
 def unplaced(group: Group) -> str:
@@ -337,9 +363,7 @@ def work_through(
                 seen = _features(store, config, job.data) if info.on_features else None
                 trained = learner.learn(clip, layout, job.data, config, before, seen, place, resume, report)
             if place.rank == 0:
-                if trained.buffers:
-                    store.put(job.key, "buffers", trained.buffers)
-                store.put(job.key, "delta", trained.arrays())
+                put_first(store, job.key, "delta", trained.arrays())
             place.barrier()  # the next task may start from this delta
         if state is not None:
             trained_arrays = _trained(store, job)

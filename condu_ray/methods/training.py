@@ -36,6 +36,7 @@ __all__ = [
     "Trained",
     "adapter_epochs",
     "all_steps_for",
+    "buffers_in",
     "learning_rate_for",
     "memory_in",
     "prompt_steps_for",
@@ -46,7 +47,7 @@ __all__ = [
 
 EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 100, 1000
 ADAPTER_EPOCHS, LEAST_ADAPTER_STEPS = 15, 750
-MEMORY = "memory"
+MEMORY, BUFFER = "memory", "buffer"
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class Trained:
     memory: Memory = field(default_factory=dict)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """All but the buffers by name, for the store."""
+        """Everything by name, for the store."""
         kept = {f"{MEMORY}/{task}/{name}": each for task, own in self.memory.items() for name, each in own.items()}
-        return {"delta": self.delta, "losses": np.array(self.losses, np.float64).reshape(-1, 2), **kept}
+        buffers = {f"{BUFFER}/{name}": each for name, each in self.buffers.items()}
+        return {"delta": self.delta, "losses": np.array(self.losses, np.float64).reshape(-1, 2), **kept, **buffers}
 
 
 def memory_in(arrays: Mapping[str, NDArray[Any]]) -> Memory:
@@ -90,6 +92,11 @@ def memory_in(arrays: Mapping[str, NDArray[Any]]) -> Memory:
             task, _, name = rest.partition("/")
             found.setdefault(task, {})[name] = values
     return found
+
+
+def buffers_in(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The buffers in what `Trained.arrays` gave."""
+    return {path.removeprefix(f"{BUFFER}/"): each for path, each in arrays.items() if path.startswith(f"{BUFFER}/")}
 
 
 def steps_for(pictures: int, config: SessionConfig) -> int:

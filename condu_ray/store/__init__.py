@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from condu_ray.errors import StoreError
-from condu_ray.store.base import IN_USE_S, GcReport, Store
+from condu_ray.store.base import IN_USE_S, GcReport, Store, object_path, put_first
 from condu_ray.store.local import LocalStore
 from condu_ray.store.manifest import Manifest, ObjectRef, StoreHeader, TaskCard
 
@@ -20,7 +20,9 @@ __all__ = [
     "TaskCard",
     "absolute_url",
     "create_store",
+    "object_path",
     "open_store",
+    "put_first",
 ]
 
 

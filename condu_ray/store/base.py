@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from condu_ray.errors import DamagedObject, NotFound, StoreError, VersionTaken
+from condu_ray.errors import DamagedObject, NotFound, OtherBytes, StoreError, VersionTaken
 from condu_ray.store.manifest import Manifest, ObjectRef, StoreHeader
 
 if TYPE_CHECKING:
@@ -59,26 +59,24 @@ class Store(Protocol):
     def manifest(self, version: int | None = None) -> Manifest:
         """Returns the manifest of a version, None for the newest. Raises NotFound naming the versions there are."""
 
-    def put(
-        self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, str] | None = None
-    ) -> ObjectRef:
+    def put(self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> ObjectRef:
         """Writes objects/<key>/<name>.safetensors, which appears whole or not at all.
 
-        Putting the same bytes again returns the same reference. Raises StoreError if the object exists with other
-        bytes, or nothing could be written (and then nothing was).
+        Putting the same bytes again returns the same reference. Raises OtherBytes if the object is there with other
+        bytes, StoreError if nothing could be written (and then nothing was).
         """
 
     def find(self, key: str, name: str) -> ObjectRef | None:
         """Returns the object that an earlier `put` finished, None if there is none; marks it as in use for gc."""
+
+    def touch(self, path: str) -> bool:
+        """Marks the object at this path (as in `ObjectRef`) as in use for gc, without reading it; False: not there."""
 
     def get(self, ref: ObjectRef) -> dict[str, np.ndarray[Any, Any]]:
         """Returns an object's arrays: read-only views of the mapped file, no copy.
 
         The sha256 is checked on first load in this process. Raises DamagedObject, which says what still serves.
         """
-
-    def meta(self, ref: ObjectRef) -> dict[str, str]:
-        """Returns the metadata given to `put`, checked like `get`."""
 
     def fault(self, ref: ObjectRef) -> str | None:
         """Reads an object's bytes again and returns what is wrong with them, None if nothing."""
@@ -144,6 +142,41 @@ def object_path(key: str, name: str) -> str:
     return f"objects/{key}/{name}.safetensors"
 
 
+def put_first(store: Store, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> ObjectRef:
+    """Puts an object, or returns the one that was first: the same work on other hardware is rounded otherwise.
+
+    Raises StoreError if nothing could be written.
+    """
+    try:
+        return store.put(key, name, arrays)
+    except OtherBytes:
+        if (there := store.find(key, name)) is None:
+            raise
+        return there
+
+
+def other_bytes(store: Store, path: str) -> OtherBytes:
+    """Returns the error for an object that is there with other bytes."""
+    return OtherBytes(
+        f"{store.url}/{path} exists with other bytes",
+        "use `find` before the work is done again, or remove it if no version names it",
+    )
+
+
+def may_name(versions: Iterable[int], paths: Callable[[int], Collection[str]], path: str) -> bool:
+    """Whether one of these versions names the object, or may, since its manifest cannot be read.
+
+    paths: those of the objects that a version names; raises StoreError where they cannot be known.
+    """
+    for version in versions:
+        try:
+            if path in paths(version):
+                return True
+        except StoreError:
+            return True
+    return False
+
+
 def differing(store: Store, header: StoreHeader) -> StoreError | None:
     """Returns the error where a store was made with another header; the id and the format may differ."""
     differ = [name for name in StoreHeader.model_fields if name not in ("id", "format")]
@@ -157,7 +190,8 @@ def differing(store: Store, header: StoreHeader) -> StoreError | None:
 
 def taken(store: Store, manifest: Manifest) -> VersionTaken:
     """Returns the error for a number that another writer has."""
-    return VersionTaken(f"version {manifest.version} of {store.url} exists already", "read it and go on from there")
+    mend = "run the same command again, it goes on from there"
+    return VersionTaken(f"version {manifest.version} of {store.url} exists already", mend)
 
 
 def check_turn(store: Store, manifest: Manifest, newest: int) -> None:

@@ -56,8 +56,20 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[bool]:
-    """Holds the folder's advisory lock (freed by the system if the process dies); False where there are no locks."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Holds the folder's advisory lock (freed by the system if the process dies); False where there are no locks.
+
+    A file, open for writing: NFS, SMB and FUSE pass on the locks of such, and keep those of folders to one machine.
+    """
+    try:
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        yield False
+        return
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        yield False
+        return
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -14,10 +14,10 @@ def rollback(store: Store, version: int) -> Manifest:
     Raises NotFound for a version that is not there, VersionTaken where another writer was faster.
     """
     target = store.manifest(version)
-    newest = store.manifest()
+    newest = store.versions()[-1]  # its manifest may be what is damaged
     made = Manifest(
-        version=newest.version + 1,
-        parent=newest.version,
+        version=newest + 1,
+        parent=newest,
         kind="rollback",
         tasks=target.tasks,
         objects=target.objects,

@@ -5,6 +5,7 @@ versions/00000001.json              one manifest a version
 objects/<key>/<name>.safetensors    written once, never changed
 work/<key>/                         unfinished work of a session; no reader looks there
 tmp/                                files that are being written
+lock                                whoever writes holds its lock
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from condu_ray.store.base import (
     check_turn,
     damaged,
     differing,
+    may_name,
     misfit,
     missing_version,
     object_path,
+    other_bytes,
     taken,
 )
 from condu_ray.store.files import hash_file, lock, publish, refusal, temporary
@@ -52,6 +55,7 @@ class LocalStore:
     def __init__(self, root: Path, header: StoreHeader) -> None:
         self.root = root
         self._header = header
+        self._named: dict[int, frozenset[str]] = {}  # version -> paths; a manifest never changes
 
     def __repr__(self) -> str:
         return f"LocalStore({str(self.root)!r})"
@@ -120,32 +124,32 @@ class LocalStore:
         return sorted(int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name)))
 
     def manifest(self, version: int | None = None) -> Manifest:
-        known = self.versions()
-        if not known or (version is not None and version not in known):
-            raise missing_version(version, known, self.url)
+        known = self.versions() if version is None else []
+        if version is None and not known:
+            raise missing_version(None, known, self.url)
         number = known[-1] if version is None else version
         path = self._manifest_path(number)
         try:
             manifest = parse_manifest(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise missing_version(number, self.versions(), self.url) from None
         except OSError as error:
             raise refusal(error, "read", path) from error
         if manifest.version != number:
             raise StoreError(f"{path} says that it is version {manifest.version}", "put the file back from a copy")
         return manifest
 
-    def put(
-        self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, str] | None = None
-    ) -> ObjectRef:
+    def put(self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> ObjectRef:
         path = object_path(key, name)
         target = self.root / path
         total = Digest()
         try:
             if target.exists():
-                for piece in tensors.pieces(arrays, meta):
+                for piece in tensors.pieces(arrays):
                     total.update(piece)
             else:
                 with (
-                    temporary(self.root / "tmp", total.through(tensors.pieces(arrays, meta))) as source,
+                    temporary(self.root / "tmp", total.through(tensors.pieces(arrays))) as source,
                     lock(self.root) as locked,
                     suppress(FileExistsError),  # another process was first; its bytes are compared below
                 ):
@@ -155,8 +159,7 @@ class LocalStore:
         except OSError as error:
             raise refusal(error, "write", target) from error
         if self.find(key, name) != total.ref(path):
-            mend = "use `find` before the work is done again, or remove the file if no version names it"
-            raise StoreError(f"{target} exists with other bytes", mend)
+            raise other_bytes(self, path)
         return total.ref(path)
 
     def find(self, key: str, name: str) -> ObjectRef | None:
@@ -172,11 +175,19 @@ class LocalStore:
             os.utime(file)
         return digest.ref(path)
 
+    def touch(self, path: str) -> bool:
+        file = self.root / path
+        with suppress(PermissionError):  # then nobody collects garbage here either
+            try:
+                os.utime(file)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                raise refusal(error, "touch", file) from error
+        return True
+
     def get(self, ref: ObjectRef) -> dict[str, np.ndarray[Any, Any]]:
         return tensors.read(self._map(ref), f"{self.root}/{ref.path}")
-
-    def meta(self, ref: ObjectRef) -> dict[str, str]:
-        return tensors.read_meta(self._map(ref), f"{self.root}/{ref.path}")
 
     def fault(self, ref: ObjectRef) -> str | None:
         try:
@@ -217,11 +228,11 @@ class LocalStore:
     def discard(self, key: str, name: str) -> None:
         path = object_path(key, name)
         file = self.root / path
+        if may_name(self.versions(), self._paths, path):  # most manifests are read before the lock is taken
+            return
         try:
             with lock(self.root):
-                if any(
-                    ref.path == path for number in self.versions() for ref in self.manifest(number).objects.values()
-                ):
+                if may_name(self.versions(), self._paths, path):
                     return
                 file.unlink(missing_ok=True)
                 with suppress(OSError):  # other objects have the same key
@@ -275,6 +286,16 @@ class LocalStore:
 
     def _manifest_path(self, version: int) -> Path:
         return self.root / "versions" / f"{version:08d}.json"
+
+    def _paths(self, version: int) -> frozenset[str]:
+        """Paths of the objects that a version names; none if it was removed in this moment."""
+        if version not in self._named:
+            try:
+                refs = self.manifest(version).objects.values()
+            except NotFound:
+                return frozenset()
+            self._named[version] = frozenset(ref.path for ref in refs)
+        return self._named[version]
 
     def _must_be_there(self, manifest: Manifest) -> None:
         for name, ref in manifest.objects.items():

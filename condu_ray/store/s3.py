@@ -32,9 +32,11 @@ from condu_ray.store.base import (
     check_turn,
     damaged,
     differing,
+    may_name,
     misfit,
     missing_version,
     object_path,
+    other_bytes,
     taken,
 )
 from condu_ray.store.bucket import Bucket, Entry
@@ -102,14 +104,14 @@ class S3Store:
         return sorted(self._manifests())
 
     def manifest(self, version: int | None = None) -> Manifest:
-        known = self.versions()
-        if not known or (version is not None and version not in known):
-            raise missing_version(version, known, self.url)
+        known = self.versions() if version is None else []
+        if version is None and not known:
+            raise missing_version(None, known, self.url)
         number = known[-1] if version is None else version
         path = _manifest_path(number)
         raw = self._bucket.read(path)
-        if not raw:  # removed in this moment
-            raise missing_version(version, self.versions(), self.url)
+        if not raw:  # never there, or removed
+            raise missing_version(number, self.versions(), self.url)
         manifest = parse_manifest(raw, f"{self.url}/{path}")
         if manifest.version != number:
             raise StoreError(
@@ -117,38 +119,28 @@ class S3Store:
             )
         return manifest
 
-    def put(
-        self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, str] | None = None
-    ) -> ObjectRef:
+    def put(self, key: str, name: str, arrays: Mapping[str, np.ndarray[Any, Any]]) -> ObjectRef:
         path = object_path(key, name)
         with self._cache.temporary() as file:
-            ref = _spool(file, tensors.pieces(arrays, meta), path)
+            ref = _spool(file, tensors.pieces(arrays), path)
             there = self.find(key, name)
             if there is None and not self._bucket.create_from(path, file, ref.sha256):
                 there = self.find(key, name)
             if there not in (None, ref):
-                mend = "use `find` before the work is done again, or remove the object if no version names it"
-                raise StoreError(f"{self.url}/{path} exists with other bytes", mend)
+                raise other_bytes(self, path)
             self._cache.put(file, ref.sha256)
         return ref
 
     def find(self, key: str, name: str) -> ObjectRef | None:
         path = object_path(key, name)
-        entry = self._bucket.look(path)
-        if entry is None:
-            return None
-        if time.monotonic() - self._marked.get(path, -_MARK_AGAIN_S) >= _MARK_AGAIN_S:
-            self._mark([path])
-            entry = self._bucket.look(path)  # a gc that did not see the mark may have been at it
-            if entry is None:
-                return None
-        return self._ref(entry)
+        entry = self._marked_entry(path)
+        return None if entry is None else self._ref(entry)
+
+    def touch(self, path: str) -> bool:
+        return self._marked_entry(path) is not None
 
     def get(self, ref: ObjectRef) -> dict[str, np.ndarray[Any, Any]]:
         return tensors.read(self._map(ref), f"{self.url}/{ref.path}")
-
-    def meta(self, ref: ObjectRef) -> dict[str, str]:
-        return tensors.read_meta(self._map(ref), f"{self.url}/{ref.path}")
 
     def fault(self, ref: ObjectRef) -> str | None:
         digest = Digest()
@@ -189,7 +181,7 @@ class S3Store:
 
     def discard(self, key: str, name: str) -> None:
         path = object_path(key, name)
-        if not any(path in self._paths(number) for number in self.versions()):
+        if not may_name(self.versions(), self._paths, path):
             self._bucket.delete([path, mark_of(path)])
             self._marked.pop(path, None)
 
@@ -229,6 +221,14 @@ class S3Store:
             refs = parse_manifest(raw, f"{self.url}/{_manifest_path(version)}").objects.values() if raw else ()
             self._named[version] = frozenset(ref.path for ref in refs)
         return self._named[version]
+
+    def _marked_entry(self, path: str) -> Entry | None:
+        """What is at this path, marked as in use unless it was marked lately."""
+        entry = self._bucket.look(path)
+        if entry is not None and time.monotonic() - self._marked.get(path, -_MARK_AGAIN_S) >= _MARK_AGAIN_S:
+            self._mark([path])
+            entry = self._bucket.look(path)  # a gc that did not see the mark may have been at it
+        return entry
 
     def _mark(self, paths: Collection[str]) -> None:
         self._bucket.touch([mark_of(path) for path in paths])

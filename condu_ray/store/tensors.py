@@ -1,8 +1,8 @@
 """safetensors, written with the same bytes for the same arrays, and read without a copy.
 
 The layout is the public one (8 bytes of header length, JSON, data), so any safetensors reader opens the files. Two
-things are fixed here that the format leaves open: the metadata is one key that holds sorted JSON, and the data starts
-at a multiple of 64 bytes, so that a mapped array is aligned for any kernel.
+things are fixed here that the format leaves open: the header is sorted JSON, and the data starts at a multiple of 64
+bytes, so that a mapped array is aligned for any kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from condu_ray.errors import StoreError
 if TYPE_CHECKING:
     import numpy as np
 
-METADATA_KEY = "condu"
 _ALIGN = 64
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 _NUMPY = {
@@ -37,7 +36,7 @@ _NUMPY = {
 _CODES = {text: code for code, text in _NUMPY.items()}
 
 
-def pieces(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, str] | None = None) -> Iterator[Any]:
+def pieces(arrays: Mapping[str, np.ndarray[Any, Any]]) -> Iterator[Any]:
     """Yields the bytes of a safetensors file piece by piece (buffers; no copy of arrays that are contiguous).
 
     arrays: any shape, bool, integers or float16/32/64, any byte order. Raises StoreError for another dtype.
@@ -59,8 +58,6 @@ def pieces(arrays: Mapping[str, np.ndarray[Any, Any]], meta: Mapping[str, str] |
         span = [offset, offset + array.nbytes]
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": span}
         offset += array.nbytes
-    if meta is not None:
-        header["__metadata__"] = {METADATA_KEY: json.dumps(dict(meta), sort_keys=True)}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGN)
     yield len(text).to_bytes(8, "little") + text
@@ -112,13 +109,3 @@ def read(buffer: Any, where: str) -> dict[str, np.ndarray[Any, Any]]:
         arrays[name] = flat.reshape(shape)
         arrays[name].flags.writeable = False
     return arrays
-
-
-def read_meta(buffer: Any, where: str) -> dict[str, str]:
-    """Returns the metadata that `pieces` was given, empty if none. Raises StoreError."""
-    header, _ = _header(buffer, where)
-    try:
-        meta = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise StoreError(f"{where}: its metadata cannot be read ({error})") from error
-    return {str(key): str(value) for key, value in meta.items()}

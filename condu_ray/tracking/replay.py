@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from condu_ray.errors import ConfigError
+from condu_ray.errors import ConfigError, StoreError
 from condu_ray.store import Store, open_store
 from condu_ray.tracking.history import accuracy_matrix, histories
 from condu_ray.tracking.mlflow_run import Tracking, open_tracking
@@ -20,9 +20,15 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
 def record(store: Store, tracking: Tracking, versions: Collection[int], stage: Stage, source: str) -> list[str]:
     """Tells MLflow of these versions, unless it knows, oldest first; returns sentences of warning.
 
-    source: what asked for it.
+    source: what asked for it. Raises StoreError for one of them that cannot be read; others are left out of pictures.
     """
-    manifests = [store.manifest(version) for version in store.versions()]
+    manifests = []
+    for version in store.versions():
+        try:
+            manifests.append(store.manifest(version))
+        except StoreError:
+            if version in versions:
+                raise
     wanted = [manifest for manifest in manifests if manifest.version in versions]
     warnings = []
     with stage("recording") as update, tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from condu_ray.data import open_task
 from condu_ray.engine import session, train
 from condu_ray.engine.evaluate import _given
 from condu_ray.engine.forget import forget
+from condu_ray.engine.fusing import Fuser
 from condu_ray.errors import DataError, NotFound, StoreError
 from condu_ray.methods.stored import state_of
-from condu_ray.store import LocalStore, Manifest, open_store
+from condu_ray.store import LocalStore, Manifest, ObjectRef, open_store
 from condu_ray.store.history import rollback
 from condu_ray.voting.open import load_classifier
 from condu_ray.voting.pictures import classify_paths
@@ -202,6 +206,151 @@ def test_rollback_then_learn(copy: SessionConfig, picture_tasks: Folders, traini
     assert trainings == ["places"]
     assert [store.fault(ref) for ref in made.objects.values()] == [None] * len(made.objects)
     assert answers(copy.store, pictures_of(picture_tasks["places"]), task="places")
+
+
+@pytest.mark.parametrize("triggers", ["mask", "sign"])
+def test_what_was_rolled_back_is_learned_again_on_other_hardware(
+    triggers: str, copy: SessionConfig, picture_tasks: Folders, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It rounds otherwise, and the objects of the version that was rolled back stay what they are."""
+    config = copy
+    if triggers == "mask":
+        config = settings(tmp_path / "masks", copy.model.removeprefix("local-dir:"), method="condu")
+        learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    store, real = open_store(config.store), train.train_task
+
+    def rounded(*given: Any, **named: Any) -> Any:
+        trained = real(*given, **named)
+        return replace(trained, delta=trained.delta * np.float32(1.0001))
+
+    monkeypatch.setattr(train, "train_task", rounded)
+    rollback(store, 1)
+    (made,) = learn_here(config, opened(picture_tasks, "stripes"))
+    assert [card.name for card in made.tasks] == ["colours", "stripes"]
+    assert made.objects.keys() >= store.manifest(2).objects.keys() - {"tests-2", "prototypes-2", "domain-2"}
+    every = [ref for version in store.versions() for ref in store.manifest(version).objects.values()]
+    assert [store.fault(ref) for ref in every] == [None] * len(every)
+
+
+def test_buffers_that_other_hardware_rounded_otherwise_are_kept_beside(
+    conv_model_dir: Path, picture_tasks: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path / "store", conv_model_dir, train__batch_norm="updated")
+    learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    store, real = open_store(config.store), train.train_task
+
+    def rounded(*given: Any, **named: Any) -> Any:
+        trained = real(*given, **named)
+        changed = {name: values * 2 for name, values in trained.buffers.items()}
+        return replace(trained, buffers=changed)
+
+    monkeypatch.setattr(train, "train_task", rounded)
+    rollback(store, 1)
+    (made,) = learn_here(config, opened(picture_tasks, "stripes"))
+    before, after = (
+        store.get(store.manifest(each).objects[name]) for each, name in ((2, "buffers-2"), (4, "buffers-4"))
+    )
+    assert before.keys() == after.keys()
+    assert made.version == 4
+    assert all(np.array_equal(after[name], 2 * values) for name, values in before.items())
+
+
+def test_tasks_that_wait_for_their_turn_are_not_taken_by_gc(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path, trainings: list[str]
+) -> None:
+    """A session of many tasks lasts longer than what nobody asks for is kept."""
+    config = settings(tmp_path / "store", tiny_model_dir)
+    store = make_store(config)
+
+    class Slow(InProcessCrew):
+        def fuse(self, *given: Any) -> Any:
+            store.gc()
+            fused = super().fuse(*given)
+            for file in Path(config.store).glob("objects/*/*"):
+                os.utime(file, (time.time() - 25 * 3600,) * 2)
+            return fused
+
+    made = session.learn(store, config, opened(picture_tasks, "colours", "stripes"), Slow(store, config), silent)
+    assert [each.version for each in made] == [1, 2]
+    assert trainings == ["colours", "stripes"]
+
+
+def test_an_old_version_that_cannot_be_read_stops_no_session(copy: SessionConfig, picture_tasks: Folders) -> None:
+    """Nor does it lose an object that it may name."""
+    store = open_store(copy.store)
+    named = set(Path(copy.store).glob("objects/*/*"))
+    (Path(copy.store) / "versions" / "00000001.json").write_text("{", encoding="utf-8")
+    assert [each.version for each in learn_here(copy, opened(picture_tasks, "places"))] == [3]
+    assert named <= set(Path(copy.store).glob("objects/*/*"))
+    store.discard(*object_of(store.manifest(2).objects["domain-1"]))
+    assert named <= set(Path(copy.store).glob("objects/*/*"))
+
+
+def object_of(ref: ObjectRef) -> tuple[str, str]:
+    """Key and name of an object."""
+    _, key, file = ref.path.split("/")
+    return key, file.removesuffix(".safetensors")
+
+
+def test_the_way_back_from_a_damaged_newest_version_is_open(copy: SessionConfig) -> None:
+    (Path(copy.store) / "versions" / "00000002.json").write_text("", encoding="utf-8")
+    assert rollback(open_store(copy.store), 1).version == 3
+    assert [card.name for card in open_store(copy.store).manifest().tasks] == ["colours"]
+
+
+def test_a_version_that_is_removed_while_it_is_built_upon_is_no_fault(
+    copy: SessionConfig, picture_tasks: Folders, trainings: list[str]
+) -> None:
+    """Another session made the next one, and whoever looks after the store has cleaned up."""
+    store = open_store(copy.store)
+
+    class Overtaken(InProcessCrew):
+        overtaken = False
+
+        def fuse(self, *given: Any) -> Any:
+            if not self.overtaken:
+                self.overtaken = True
+                forget(store, "colours")
+                store.gc(keep=1)
+            return super().fuse(*given)
+
+    (made,) = session.learn(store, copy, opened(picture_tasks, "places"), Overtaken(store, copy), silent)
+    assert (made.version, [card.name for card in made.tasks]) == (4, ["stripes", "places"])
+    assert trainings == ["places"]
+
+
+def test_what_a_fuser_has_done_is_done_again_once_gc_has_taken_it(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    """It outlives the session that asked for it, where it is the actor of a cluster."""
+    config = settings(tmp_path / "store", tiny_model_dir)
+    store = make_store(config)
+    (job,) = session._jobs(store, config, opened(picture_tasks, "colours"))
+    InProcessCrew(store, config).train([job], silent)
+    fuser, delta = Fuser(config.store), store.find(job.key, "delta")
+    first = fuser.add("state", None, "colours", delta, None)
+    for ref in first.objects.values():
+        (Path(config.store) / ref.path).unlink()
+    assert fuser.add("state", None, "colours", delta, None).objects == first.objects
+    assert [store.fault(ref) for ref in first.objects.values()] == [None] * len(first.objects)
+
+
+def test_a_long_training_says_again_that_its_finished_tasks_are_in_use(copy: SessionConfig) -> None:
+    store = open_store(copy.store)
+    (path,) = {ref.path for name, ref in store.manifest(1).objects.items() if name == "domain-1"}
+    file = Path(store.url) / path
+    folder = Path(store.work("ray-train-1"))
+    keeper = train.Keeper(store, [path, "objects/none/delta.safetensors"], "ray-train-1")
+
+    def age() -> float:
+        for each in (file, folder):
+            os.utime(each, (0, 0))
+        keeper.touch()
+        return max(file.stat().st_mtime, folder.stat().st_mtime)
+
+    assert age() == 0  # not all the time
+    keeper._next = 0
+    assert age() > 0
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, other: Any) -> None:

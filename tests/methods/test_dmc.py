@@ -11,7 +11,7 @@ import encoder_drift
 import numpy as np
 import pytest
 import torch
-from in_process_crew import contents, learn_here, opened, settings
+from in_process_crew import InProcessCrew, contents, learn_here, opened, settings, silent
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
@@ -20,7 +20,8 @@ from condu_ray.data.loading import PictureSet
 from condu_ray.data.templates import DEFAULT_TEMPLATES, prompts
 from condu_ray.engine.export import export
 from condu_ray.engine.forget import forget
-from condu_ray.errors import ConfigError, TrainingError
+from condu_ray.engine.session import learn
+from condu_ray.errors import ConfigError, StoreError, TrainingError
 from condu_ray.memory.calibration import fit
 from condu_ray.memory.discriminant import discriminant
 from condu_ray.memory.gaussians import Gaussians, Sampler
@@ -193,6 +194,26 @@ def test_a_forgotten_task_leaves_no_statistics_and_learning_goes_on(
     assert tuple(memory(config, 3)) == ("colours",)
     learn_here(config, opened(picture_tasks, "places"))
     assert set(memory(config, 4)) == {"colours", "places"}
+
+
+@pytest.mark.parametrize("method", ["dmc", "rapf"])
+def test_a_task_forgotten_while_another_is_learned_does_not_come_back_with_it(
+    method: str, tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    """What was trained before it was forgotten remembers it; so it is trained again, from what is there now."""
+    config = settings(tmp_path / "store", tiny_model_dir, method=method, adapter__epochs=1)
+    learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    store = open_store(config.store)
+
+    class Interrupted(InProcessCrew):
+        def train(self, jobs: Any, update: Any) -> None:
+            super().train(jobs, update)
+            forget(store, "colours")
+
+    with pytest.raises(StoreError, match=r"another session changed the store while places was learned: run the same"):
+        learn(store, config, opened(picture_tasks, "places"), Interrupted(store, config), silent)
+    (made,) = learn_here(config, opened(picture_tasks, "places"))
+    assert [card.name for card in made.tasks] == ["stripes", "places"]
 
 
 @BOTH

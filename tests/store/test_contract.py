@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from condu_ray.errors import DamagedObject, NotFound, StoreError, VersionTaken
-from condu_ray.store import Store, bucket, create_store, open_store
+from condu_ray.errors import DamagedObject, NotFound, OtherBytes, StoreError, VersionTaken
+from condu_ray.store import Store, bucket, create_store, open_store, put_first
 
 ARRAYS = {
     "u": np.linspace(-1, 1, 30, dtype=np.float32).reshape(5, 6),
@@ -136,14 +136,13 @@ class TestHeader:
 
 class TestObjects:
     def test_arrays_come_back(self, store: Store) -> None:
-        ref = store.put("key", "u", ARRAYS, {"task": "pets", "step": "3"})
+        ref = store.put("key", "u", ARRAYS)
         back = store.get(ref)
         assert back.keys() == ARRAYS.keys()
         for name, array in ARRAYS.items():
             assert back[name].dtype == array.dtype
             assert back[name].shape == array.shape
             np.testing.assert_array_equal(back[name], array)
-        assert store.meta(ref) == {"task": "pets", "step": "3"}
 
     def test_arrays_are_views_that_nobody_can_change(self, store: Store) -> None:
         back = store.get(store.put("key", "u", ARRAYS))
@@ -152,10 +151,23 @@ class TestObjects:
             with pytest.raises(ValueError, match="read-only"):
                 array[...] = 0
 
+    def test_touching_keeps_an_object_from_gc_and_says_whether_it_is_there(self, store: Store, publish: Any) -> None:
+        publish(store, 1)
+        ref = store.put("key", "u", ARRAYS)
+        assert store.touch(ref.path)
+        assert not store.touch("objects/key/none.safetensors")
+        assert store.gc(keep=1).in_use == [ref.path]
+
+    def test_the_first_of_two_that_put_other_bytes_is_kept(self, store: Store) -> None:
+        first = put_first(store, "key", "u", ARRAYS)
+        assert put_first(store, "key", "u", {"u": np.ones(3)}) == first
+        with pytest.raises(OtherBytes, match="exists with other bytes"):
+            store.put("key", "u", {"u": np.ones(3)})
+
     def test_putting_again_is_nothing_new(self, store: Store) -> None:
-        ref = store.put("key", "u", ARRAYS, {"a": "1", "b": "2"})
+        ref = store.put("key", "u", ARRAYS)
         turned = dict(reversed(ARRAYS.items()))
-        assert store.put("key", "u", turned, {"b": "2", "a": "1"}) == ref
+        assert store.put("key", "u", turned) == ref
         assert store.find("key", "u") == ref
 
     def test_an_object_never_changes(self, store: Store) -> None:
@@ -166,7 +178,7 @@ class TestObjects:
         assert store.get(ref)["count"] == 7
 
     def test_the_same_arrays_give_the_same_bytes_under_any_key(self, store: Store) -> None:
-        one, two = store.put("one", "u", ARRAYS, {"a": "b"}), store.put("two", "u", ARRAYS, {"a": "b"})
+        one, two = store.put("one", "u", ARRAYS), store.put("two", "u", ARRAYS)
         assert (one.sha256, one.bytes) == (two.sha256, two.bytes)
 
     def test_what_was_not_put_is_not_found(self, store: Store) -> None:

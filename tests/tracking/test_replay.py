@@ -17,6 +17,7 @@ from in_process_crew import learn_here, opened, settings
 from condu_ray.engine.fold import fold
 from condu_ray.engine.forget import forget
 from condu_ray.engine.progress import stage
+from condu_ray.errors import StoreError
 from condu_ray.store import open_store
 from condu_ray.store.history import rollback
 from condu_ray.tracking.mlflow_run import model_name, open_tracking
@@ -62,6 +63,16 @@ def test_what_is_missing_is_recorded_once_and_as_it_would_have_been(stored: Path
     assert sorted(mirror) == ["1", "2", "3"]
     assert mirror["2"] == at_once
     assert "3 of 3 versions are recorded at sqlite" in condu("track", "--store", store).out
+
+
+def test_a_version_that_cannot_be_read_keeps_no_other_from_being_recorded(stored: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(stored, tmp_path / "store"))
+    (store / "versions" / "00000001.json").write_text("{", encoding="utf-8")
+    tracking = open_tracking(None, store)
+    assert record(open_store(store), tracking, [2], stage, "condu-ray learn") == []
+    assert list(told(tracking.uri)) == ["2"]
+    with pytest.raises(StoreError, match=r"00000001.json is not readable"):
+        track(str(store), None, True, stage)
 
 
 def test_versions_that_no_session_made_are_recorded_and_the_newest_is_one(stored: Path, tmp_path: Path) -> None:

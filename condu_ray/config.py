@@ -50,6 +50,8 @@ AdapterBasis = Literal["qr", "svd", "identity", "none"]
 Calibration = Literal["none", "fixed", "schedule", "learnable", "search"]
 Shrinkage = Literal["rapf", "convex", "none"]
 MemoryCalibration = Literal["none", "mean", "sdc", "ot", "linear", "auto"]
+ONE_MODEL = ("sequential", "wise-ft")
+"""Methods that fine-tune one model on task after task."""
 DMC = ("dmc", "dmc-ot")
 REMEMBER = ("rapf", "calfuse", *DMC)
 """Methods that keep class Gaussians."""
@@ -423,6 +425,14 @@ class SessionConfig(_Section):
             raise ValueError(
                 f"fusion.tune_rescalers = {self.fusion.tune_rescalers} needs sign triggers (--method condu-sign or "
                 "--fusion.triggers sign), since the rescalers of masks follow from the norms of deltas"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_model(self) -> SessionConfig:
+        if self.method in ONE_MODEL and self.train.batch_norm == "updated":
+            raise ValueError(
+                f"train.batch_norm = updated keeps statistics of each task, and {self.method} has one model for all"
             )
         return self
 

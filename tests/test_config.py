@@ -317,6 +317,12 @@ def test_local_models_and_checkpoints_are_kept_by_absolute_path(
     assert (other.model_spec.name, other.model_spec.pretrained) == ("ViT-B-16", "openai")
 
 
+@pytest.mark.parametrize("method", ["sequential", "wise-ft"])
+def test_one_model_has_one_set_of_running_statistics(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"batch_norm = updated keeps statistics of each task, and {method} has one"):
+        resolve({"method": method, "train.batch_norm": "updated"})
+
+
 def test_every_setting_is_described_and_dotted_names_are_complete() -> None:
     found = dict(fields())
     assert len(found) > 30

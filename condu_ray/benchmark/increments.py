@@ -58,6 +58,9 @@ SETS = {
     "ucf101": DataSet(("ucf101", "ucf"), None, 101, _settings(100, 0.6, 0.55, 2, "none")),
 }
 
+OF_ONE_CUT = {"cifar100-b50-5": {"adapter.batch_size": 50, "memory.per_epoch": 4000}}
+"""What RAPF's configurations change for one cut of a set."""
+
 RECIPES = (
     *("cifar100-b0-10", "cifar100-b50-10", "cifar100-b50-5"),
     *("imagenet-r-b0-20", "imagenet-r-b100-20", "cub200-b0-20", "ucf101-b0-10"),
@@ -91,7 +94,8 @@ def increments(name: str, data: str, increment: int | None, order: str | None) -
         raise ConfigError(f"--increment {increment} beside --protocol {name}", "leave one out: the name says it")
     chosen = SETS[recipe["set"]]
     source = _source(recipe["set"], chosen, data)
-    return _stream([source], int(recipe["base"]), int(recipe["increment"]), order, chosen.settings)
+    settings = {**chosen.settings, **OF_ONE_CUT.get(name, {})}
+    return _stream([source], int(recipe["base"]), int(recipe["increment"]), order, settings)
 
 
 def _source(name: str, chosen: DataSet, data: str) -> str:

@@ -15,7 +15,7 @@ from condu_ray.benchmark.systems import LINEAR_PROBE, SYSTEMS, System
 from condu_ray.benchmark.work import learned, read
 from condu_ray.engine.figures import gain_kept
 from condu_ray.methods import registry
-from condu_ray.store import Manifest, Store, TaskCard, open_store
+from condu_ray.store import Manifest, TaskCard, open_store
 from condu_ray.tracking.history import accuracy_matrix
 from condu_ray.tracking.matrix import AccuracyMatrix
 
@@ -66,15 +66,15 @@ def result_of(benchmark: Benchmark, method: str, seed: int) -> Result | None:
         _matrices(versions, [each for each in evaluations if each is not None]),
         spent / len(versions) if trains else None,
         *state_bytes(versions[-1]),
-        _pictures(store, versions[-1]),
+        _pictures(versions[-1]),
         int(header.settings["lora.rank"]) if system.method == "condu-lora" else None,
         routing,
     )
 
 
-def _pictures(store: Store, manifest: Manifest) -> list[int]:
-    """Test pictures of each task."""
-    return [len(store.get(manifest.objects[f"tests-{card.uid}"])["labels"]) for card in manifest.tasks]
+def _pictures(manifest: Manifest) -> list[int]:
+    """Test pictures that each task has; what was measured may be a sample of them (`eval_pictures`)."""
+    return [card.pictures["test"] for card in manifest.tasks]
 
 
 def state_bytes(manifest: Manifest) -> tuple[float, int]:
@@ -179,7 +179,7 @@ def _probe(benchmark: Benchmark, seed: int) -> Result | None:
         for row in range(len(tasks))
     ]
     seconds, size = (math.fsum(found[name][key] for name in tasks) / len(tasks) for key in ("seconds", "bytes"))
-    pictures = _pictures(open_store(store_of(benchmark, SYSTEMS["zero-shot"], seed)), versions[-1])
+    pictures = _pictures(versions[-1])
     return Result({"task": AccuracyMatrix(tasks, values)}, seconds, size, 0, pictures)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import LORA_BANK, System, plane_rank
-from condu_ray.config import SessionConfig, flatten, resolve
+from condu_ray.config import DMC, SessionConfig, flatten, resolve
 from condu_ray.store.header import fixed_settings
 
 # What may differ between two runs of one benchmark: where things are, and who does the work.
@@ -93,7 +93,9 @@ def _config(benchmark: Benchmark, system: System, seed: int, task: str) -> Sessi
         "method": system.method,
         "seed": seed,
     }
-    own = (stream.lora if system.method == "condu-lora" else stream.full).get(task, {})
+    own: Mapping[str, Any] = (stream.lora if system.method == "condu-lora" else stream.full).get(task, {})
+    if system.method in DMC:
+        own = {}  # a stream's rates are of full fine-tuning, and these train adapters
     if system.name == LORA_BANK:
         chosen |= {"lora.mode": "exact", "lora.rank": fixed["lora.rank"] if fixed else _plane_rank(benchmark)}
     return _resolved(benchmark, chosen, {**stream.settings, **own}, fixed)

@@ -103,7 +103,8 @@ def fit(
 
     shrinkage: `ot`: of both covariances (`convex`); `linear`: the ridge, in units of the mean variance. strength: how
     much of the way statistics move. kind: which covariances `ot` compares; those within classes say nothing of how the
-    current classes lie to each other, which old classes do not share. diagonal: `ot` of variances alone, for
+    current classes lie to each other, which old classes do not share; of one picture a class there are only pooled
+    ones. diagonal: `ot` of variances alone, for
     memories that keep no more. Raises TrainingError where what `ot` looks at cannot be inverted (`roots`, `scaling`).
     """
     one, two = np.asarray(before, np.float64), np.asarray(after, np.float64)
@@ -116,7 +117,8 @@ def fit(
     elif mode == "linear":
         matrix = regression(one, two, shrinkage)
     else:
-        of = labels if kind == "within" else None
+        spread = len(np.unique(labels)) < len(labels)  # one picture a class says nothing of what is within it
+        of = labels if kind == "within" and spread else None
         pair = [shrunk(covariance(each, of), "convex", shrinkage) for each in (one, two)]
         matrix = scaling(*pair) if diagonal else transport(*pair)
     return Affine(matrix, two.mean(axis=0) - matrix @ one.mean(axis=0)).partly(strength)

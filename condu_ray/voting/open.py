@@ -18,7 +18,7 @@ from condu_ray.store import Manifest, Store, StoreHeader, open_store
 from condu_ray.voting.classifier import Classifier, TaskExpert
 from condu_ray.voting.domains import Domain
 from condu_ray.voting.prototypes import Prototypes
-from condu_ray.voting.router import Calibrated
+from condu_ray.voting.router import Calibrated, for_prototypes
 
 
 def load_classifier(
@@ -39,14 +39,16 @@ def load_classifier(
     manifest = store.manifest(version)
     experts = task_experts(store, manifest)
     clip = replace(clip, domains=store.header.domains) if clip else base_of(store.header)
+    learned = manifest.settings.get("vote", {})
+    settings, calibrated = VoteConfig(**{**learned, **(vote or {})}), Calibrated.from_state(manifest.state)
+    if experts and any(getattr(settings, name) != getattr(VoteConfig(**learned), name) for name in ("k", "prototypes")):
+        calibrated = for_prototypes(experts, settings, calibrated)
     return Classifier(
         clip,
         experts,
         expert_maker(store, manifest.version, clip),
-        registry.vote_of(
-            store.header.method, VoteConfig.model_validate({**manifest.settings.get("vote", {}), **(vote or {})})
-        ),
-        Calibrated.from_state(manifest.state),
+        registry.vote_of(store.header.method, settings),
+        calibrated,
         manifest.version,
         cache,
         registry.info(store.header.method).single,

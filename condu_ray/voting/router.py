@@ -128,6 +128,13 @@ def calibrated(tasks: Sequence[Known], vote: VoteConfig) -> Calibrated:
     )
 
 
+def for_prototypes(tasks: Sequence[Known], vote: VoteConfig, calibrated: Calibrated) -> Calibrated:
+    """The same with cosines calibrated for another choice of prototypes, or another number of experts."""
+    return replace(
+        calibrated, cosines=calibrate_cosines([task.prototypes.of(vote.prototypes) for task in tasks], vote.k)
+    )
+
+
 @dataclass(frozen=True)
 class Prior:
     """What is known before a picture is looked at. tasks f64[T]: probabilities, if it is of one of them. none: that it

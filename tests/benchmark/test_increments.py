@@ -124,7 +124,9 @@ def test_recipes_find_their_set_and_carry_published_settings(name: str, tmp_path
     assert sum(sizes) == chosen.classes
     benchmark = Benchmark(stream, ("rapf",), (2,), tmp_path / "work")
     (config, _), *_ = sessions(benchmark, SYSTEMS["rapf"], 2)
-    assert (config.model, config.adapter.batch_size) == ("ViT-B-16-quickgelu", chosen.settings["adapter.batch_size"])
+    batch, draws = (50, 4000) if name == "cifar100-b50-5" else (chosen.settings["adapter.batch_size"], 2000)
+    assert (config.model, config.adapter.batch_size) == ("ViT-B-16-quickgelu", batch)
+    assert config.memory.per_epoch == draws
     assert config.adapter.epochs == 15, "what RAPF read its tables with"
     with pytest.raises(DataError, match=f"lacks 1 of {kind}"):
         increments(name, str(tmp_path / "work"), None, None) if (tmp_path / "work").mkdir() is None else None
@@ -173,12 +175,15 @@ def test_a_session_counts_every_picture_of_the_classes_so_far_once() -> None:
     assert AccuracyMatrix(["a", "b"], [[80.0, None], [None, 90.0]]).incremental_row([1, 3]) == [80.0, None]
 
 
+@pytest.mark.parametrize("measured_on", [1000, 4])
 def test_the_benchmark_measures_systems_that_learn_class_by_class(
-    animals: Path, tiny_model_dir: Path, tmp_path: Path
+    animals: Path, tiny_model_dir: Path, tmp_path: Path, measured_on: int
 ) -> None:
+    """A sample of a task's test pictures counts for all of them."""
     file = tmp_path / "short.yaml"
     file.write_text("adapter: {epochs: 1, batch_size: 4}\nmemory: {per_epoch: 10}\n")
     stream, model = increments("b0", str(animals), 3, None), {"model": f"local-dir:{tiny_model_dir}"}
+    model["eval_pictures"] = str(measured_on)
     benchmark = Benchmark(stream, ("zero-shot", "rapf", "calfuse"), (0,), tmp_path / "work", model, file)
     found: dict[str, Any] = measure(benchmark, lambda store, config: nullcontext(InProcessCrew(store, config)), silent)
     for row in found["results"]:

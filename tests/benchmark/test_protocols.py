@@ -92,6 +92,7 @@ def test_rates_are_those_of_the_released_scripts(root: Path, tmp_path: Path) -> 
     assert full == dict.fromkeys(SETS, 1e-5) | {"Aircraft": 5e-5, "MNIST": 5e-5}
     lora = rates(stream, "condu-lora", tmp_path / "work")
     assert (lora["Aircraft"], lora["Flowers"], lora["SUN397"]) == (1e-3, 1e-5, 1.5e-3)
+    assert set(rates(stream, "dmc-ot", tmp_path / "work").values()) == {None}, "it trains adapters, at its own rate"
 
 
 def test_tasks_that_share_settings_are_learned_in_one_session(root: Path, tmp_path: Path) -> None:

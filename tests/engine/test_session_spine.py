@@ -319,6 +319,22 @@ def test_a_version_that_is_removed_while_it_is_built_upon_is_no_fault(
     assert trainings == ["places"]
 
 
+def test_other_prototypes_are_asked_for_with_thresholds_of_their_own(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    """A version answers as if it had been learned with them."""
+    votes = [{"router": "cosine"}, {"router": "cosine", "prototypes": "text", "k": 1}]
+    classifiers = []
+    for number, vote in enumerate(votes):
+        given = {f"vote__{name}": value for name, value in vote.items()}
+        config = settings(tmp_path / str(number), tiny_model_dir, **given)
+        learn_here(config, opened(picture_tasks, "colours", "stripes"))
+        classifiers.append(load_classifier(config.store, vote=votes[1]))
+    paths = pictures_of(picture_tasks["colours"]) + pictures_of(picture_tasks["stripes"])
+    asked, learned = (classify_paths(each, paths) for each in classifiers)
+    assert asked == learned
+
+
 def test_what_a_fuser_has_done_is_done_again_once_gc_has_taken_it(
     tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
 ) -> None:

@@ -73,3 +73,19 @@ def test_a_class_without_pictures_gets_the_mean_of_the_others(known: Gaussians) 
     weights, bias = discriminant(more, Sampler(more, "convex", 0.1), unit)
     np.testing.assert_allclose(weights[-1], weights[:-1].mean(axis=0), rtol=1e-4)
     assert bias[-1] == pytest.approx(bias[:-1].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 4])
+def test_few_pictures_a_class_do_not_drown_other_logits(pictures: int) -> None:
+    """Fewer than a feature is wide: scores are no further apart than those of the true covariance, give or take."""
+    width, classes, random = 64, 5, np.random.default_rng(3)
+    centres = 3 + random.standard_normal((classes, width))
+    labels = np.repeat(np.arange(classes), pictures)
+    features = (centres[labels] + random.standard_normal((len(labels), width))).astype(np.float32)
+    known = Gaussians.fit(features, labels, classes)
+    weights, bias = discriminant(known, Sampler(known, "convex", 0.1), lambda raw: raw)
+    right = np.arange(200) % classes
+    asked = (centres[right] + random.standard_normal((200, width))).astype(np.float32)
+    found, ideal = asked @ weights.T + bias, asked @ centres.T - 0.5 * (centres**2).sum(1)
+    assert np.ptp(found, axis=1).mean() < 2 * np.ptp(ideal, axis=1).mean()
+    assert (found.argmax(1) == right).mean() > 0.9

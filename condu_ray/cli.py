@@ -188,10 +188,12 @@ def predict(
 
         open_store(store).manifest(version)  # a wrong place is said before a model is loaded
         _folder(pictures)
+        from condu_ray.engine.progress import stage
         from condu_ray.voting.open import load_classifier
         from condu_ray.voting.pictures import classify_paths
 
-        answers = classify_paths(load_classifier(store, version), image, task, words, top)
+        with stage("looking at pictures") as update:
+            answers = classify_paths(load_classifier(store, version), image, task, words, top, update)
     else:
         _folder(pictures)
         from condu_ray.client import predict_paths

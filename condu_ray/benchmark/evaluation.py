@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from condu_ray.benchmark.systems import System
-from condu_ray.benchmark.work import read, write
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
@@ -14,6 +13,7 @@ from condu_ray.engine.evaluate import snapshot_of
 from condu_ray.engine.progress import Stage, Update
 from condu_ray.engine.scoring import By
 from condu_ray.store import Manifest, Store
+from condu_ray.store.documents import read, write
 
 BY: dict[str, By] = {"named": "named", "candidates": "vote", "union": "union"}
 """Label space -> who answers."""

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from condu_ray.benchmark.evaluation import Tests
-from condu_ray.benchmark.work import read, write
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.progress import Stage
+from condu_ray.store.documents import read, write
 from condu_ray.voting.prototypes import HELD_OUT_SHARE, held_out_indices
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)

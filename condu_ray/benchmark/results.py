@@ -12,10 +12,11 @@ from condu_ray.benchmark.probe import read_probe
 from condu_ray.benchmark.settings import Benchmark, common, figures_of, probe_of, routing_of, shared_of, store_of
 from condu_ray.benchmark.sharing import given_seconds
 from condu_ray.benchmark.systems import LINEAR_PROBE, SYSTEMS, System
-from condu_ray.benchmark.work import learned, read
+from condu_ray.benchmark.work import learned
 from condu_ray.engine.figures import gain_kept
 from condu_ray.methods import registry
 from condu_ray.store import Manifest, TaskCard, open_store
+from condu_ray.store.documents import read
 from condu_ray.tracking.history import accuracy_matrix
 from condu_ray.tracking.matrix import AccuracyMatrix
 

@@ -23,20 +23,21 @@ from condu_ray.benchmark.settings import (
     shared_of,
     store_of,
 )
-from condu_ray.benchmark.sharing import Crews, Sessions, give_deltas, give_features, store_for, train_once
+from condu_ray.benchmark.sharing import Crews, Sessions, give_deltas, give_features, train_once
 from condu_ray.benchmark.systems import LINEAR_PROBE, SYSTEMS, System
-from condu_ray.benchmark.work import check, claim, learned, read, write
+from condu_ray.benchmark.work import check, claim, learned
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.figures import test_pictures
-from condu_ray.engine.plan import open_data
+from condu_ray.engine.plan import open_data, store_for
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.room import room
 from condu_ray.engine.session import learn, to_learn
 from condu_ray.errors import StoreError
 from condu_ray.store import Store, open_store
+from condu_ray.store.documents import read, write
 from condu_ray.store.header import open_existing
 from condu_ray.tracking.pictures import draw_matrix
 

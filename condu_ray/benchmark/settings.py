@@ -11,12 +11,11 @@ from typing import Any
 from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import LORA_BANK, System, plane_rank
 from condu_ray.config import DMC, SessionConfig, flatten, resolve
+from condu_ray.engine.keys import HOW, PLACEMENT
 from condu_ray.store.header import fixed_settings
 
 # What may differ between two runs of one benchmark: where things are, and who does the work.
-_FREE = {"store", "tasks", "method", "seed", "tracking", "workers", "parallel", "gpu"}
-_FREE |= {"cpus_per_worker", "gpus_per_worker", "node_wait_seconds", "fusion.shards"}
-_FREE |= {"train.checkpoint_seconds", "train.loader_processes"}
+_FREE = PLACEMENT | HOW | {"method", "seed"}
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from condu_ray.benchmark.work import read, seconds_in, timed, write
+from condu_ray.benchmark.work import seconds_in, timed
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.keys import features_key, train_key, training_settings
-from condu_ray.engine.plan import header_of
+from condu_ray.engine.plan import store_for
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.train import BASE, Job
-from condu_ray.store import Store, create_store
+from condu_ray.store import Store
+from condu_ray.store.documents import read, write
 from condu_ray.store.header import open_existing
 
 Crews = Callable[[Store, SessionConfig], AbstractContextManager[Crew]]
@@ -28,11 +29,6 @@ Crews = Callable[[Store, SessionConfig], AbstractContextManager[Crew]]
 
 Sessions = Sequence[tuple[SessionConfig, Sequence[TaskData]]]
 """Settings, and the tasks that are learned with them."""
-
-
-def store_for(config: SessionConfig) -> Store:
-    """The store of these settings, made if it is not there."""
-    return open_existing(config.store) or create_store(config.store, header_of(config)[0])
 
 
 def deltas_of(config: SessionConfig) -> Path:

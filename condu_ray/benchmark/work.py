@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +11,9 @@ from typing import Any
 
 from condu_ray.benchmark.settings import Benchmark, kept_settings
 from condu_ray.data.part import split_part
-from condu_ray.errors import ConfigError, StoreError
+from condu_ray.errors import ConfigError
 from condu_ray.store import Manifest
+from condu_ray.store.documents import read, write
 from condu_ray.store.header import open_existing
 
 
@@ -74,27 +73,6 @@ def _differs(name: str, there: Any, asked: Any) -> str:
 
 def _own(kind: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{name} ({kind}, {task})": value for task, own in settings.items() for name, value in own.items()}
-
-
-def read(path: Path) -> Any:
-    """The JSON document, None if there is none. Raises StoreError for one that is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read ({error})", "remove it, and it is measured again") from error
-
-
-def write(path: Path, document: Any) -> None:
-    """Writes JSON, which appears whole or not at all. Raises ConfigError where it cannot be written."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(document, indent=1, ensure_ascii=False), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--work: {path} cannot be written ({error.strerror})", "give another folder") from None
 
 
 @contextmanager

@@ -43,13 +43,16 @@ class World:
         return TEST_PICTURES // len(self.classes)
 
 
-def write_worlds(folder: Path, seed: int = 0) -> dict[str, Path]:
+SEED = 0
+
+
+def write_worlds(folder: Path) -> dict[str, Path]:
     """Writes every world as FOLDER/NAME/{train,test}/CLASS/N.png with class names and templates.
 
     Returns name -> folder. A world that is there is left as it is; one that was interrupted is made anew.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return {world.name: fill(folder / world.name, partial(write_world, world, seed)) for world in WORLDS}
+    return {world.name: fill(folder / world.name, partial(write_world, world, SEED)) for world in WORLDS}
 
 
 def write_world(world: World, seed: int, folder: Path) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 
 from condu_ray.data.picture import load_picture
-from condu_ray.data.task import Split
+from condu_ray.data.task import Picture, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,11 @@ class PictureSet:
             # Not torch.manual_seed: that would seed the GPUs too, which are not restored here.
             torch.default_generator.manual_seed(seed)
             return self.transform(picture), label
+
+
+def unlabelled(pictures: Sequence[Picture], transform: Transform) -> PictureSet:
+    """Pictures of which nobody says what they show: label 0."""
+    return PictureSet(Split(tuple(pictures), np.zeros(len(pictures), np.int64)), transform)
 
 
 def in_batches(pictures: PictureSet, size: int, threads: int = 1) -> Iterator[tuple[Tensor, Tensor]]:

@@ -14,9 +14,10 @@ from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import header_of, open_data, plan
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.room import room
-from condu_ray.engine.session import learn, newest, to_learn
+from condu_ray.engine.session import learn, to_learn
 from condu_ray.store import Manifest, create_store, open_store
 from condu_ray.store.header import open_existing
+from condu_ray.store.history import newest
 from condu_ray.tracking.history import draw
 from condu_ray.tracking.mlflow_run import Tracking, open_tracking
 from condu_ray.tracking.replay import record

@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 from condu_ray.engine.keys import state_key
-from condu_ray.errors import VersionTaken
 from condu_ray.methods.states import FusedState
 from condu_ray.methods.stored import TASK_OBJECTS, config_of, state_of
 from condu_ray.store import Manifest, Store
+from condu_ray.store.history import commit_next
 
 
 def fold(store: Store) -> Manifest | None:
     """Commits a version that answers as the newest one, bit for bit; None where there are no flips to take in."""
-    while True:
-        newest = store.manifest()
-        state = state_of(store, newest)
-        if not isinstance(state, FusedState):
-            return None
-        folded = state.folded()
-        if folded.fused is state.fused:
-            return None
-        key = state_key(newest, config_of(store.header), "", "fold")
-        kept = {name: ref for name, ref in newest.objects.items() if name.startswith(TASK_OBJECTS)}
-        objects = {
-            name: newest.objects[name] if name in newest.objects else store.put(key, name, arrays)
-            for name, arrays in folded.objects().items()
+    return commit_next(store, lambda: _folded(store))
+
+
+def _folded(store: Store) -> Manifest | None:
+    newest = store.manifest()
+    state = state_of(store, newest)
+    if not isinstance(state, FusedState):
+        return None
+    folded = state.folded()
+    if folded.fused is state.fused:
+        return None
+    key = state_key(newest, config_of(store.header), "", "fold")
+    kept = {name: ref for name, ref in newest.objects.items() if name.startswith(TASK_OBJECTS)}
+    objects = {
+        name: newest.objects[name] if name in newest.objects else store.put(key, name, arrays)
+        for name, arrays in folded.objects().items()
+    }
+    made = newest.model_copy(
+        update={
+            "version": newest.version + 1,
+            "parent": newest.version,
+            "kind": "fold",
+            "objects": {**kept, **objects},
+            "state": {**newest.state, "method": folded.meta()},
+            "message": "took the flips into the masks",
+            "seconds": {},
         }
-        made = newest.model_copy(
-            update={
-                "version": newest.version + 1,
-                "parent": newest.version,
-                "kind": "fold",
-                "objects": {**kept, **objects},
-                "state": {**newest.state, "method": folded.meta()},
-                "message": "took the flips into the masks",
-                "seconds": {},
-            }
-        )
-        made = Manifest.model_validate(made.model_dump(exclude={"created"}))
-        try:
-            store.commit(made)
-        except VersionTaken:
-            continue  # another session was faster: fold what it made
-        return made
+    )
+    return Manifest.model_validate(made.model_dump(exclude={"created"}))

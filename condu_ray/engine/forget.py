@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from condu_ray.config import VoteConfig
 from condu_ray.engine.keys import forgotten, state_key
-from condu_ray.errors import NotFound, VersionTaken, nearest
+from condu_ray.errors import NotFound, nearest
 from condu_ray.methods.stored import TASK_OBJECTS, config_of, state_of
 from condu_ray.store import Manifest, Store
+from condu_ray.store.history import commit_next
 from condu_ray.voting.open import task_experts
 from condu_ray.voting.router import calibrated
 
@@ -16,13 +17,7 @@ def forget(store: Store, name: str) -> Manifest:
 
     Versions before it keep the task; `gc` removes its bytes once those are gone.
     """
-    while True:
-        made = _without(store, name)
-        try:
-            store.commit(made)
-        except VersionTaken:
-            continue  # another session was faster: take the task out of what it made
-        return made
+    return commit_next(store, lambda: _without(store, name))
 
 
 def _without(store: Store, name: str) -> Manifest:

@@ -32,8 +32,8 @@ PLACEMENT = {
 }
 """Settings that say where a session runs, not what it does: no version remembers them."""
 
-# What changes neither the trained bits nor what is kept of them; no more does whether Gaussians answer.
-_TRAINING_PLACEMENT = {"checkpoint_seconds", "loader_processes"}
+HOW = {"train.checkpoint_seconds", "train.loader_processes", "fusion.shards"}
+"""Settings that change how work is done, and nothing that it gives."""
 
 
 def forgotten(trained: str, task: str) -> str:
@@ -48,7 +48,8 @@ def _key(kind: str, *parts: Any) -> str:
 
 def training_settings(config: SessionConfig) -> dict[str, Any]:
     """The settings that decide what training gives."""
-    train = {name: value for name, value in config.train.model_dump().items() if name not in _TRAINING_PLACEMENT}
+    train = {name: value for name, value in config.train.model_dump().items() if f"train.{name}" not in HOW}
+    # Whether Gaussians answer changes nothing that is trained.
     memory = {**config.memory.model_dump(exclude={"discriminant"}), "shrinkage": shrinkage_of(config)}
     if config.method in DMC:
         return {"train": train, "dmc": config.dmc.model_dump(), "memory": memory, "seed": config.seed}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from condu_ray.config import SessionConfig, check_task_name, fixed_by_store, res
 from condu_ray.engine.fusing import Fuser
 from condu_ray.engine.keys import PLACEMENT, state_key
 from condu_ray.engine.progress import Stage
-from condu_ray.errors import ConfigError, DataError, FusionError
+from condu_ray.errors import ConfigError, DataError, FusionError, StoreError
 from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
+from condu_ray.store.history import commit_next, newest
 
 WEIGHTS = "weights:"
 """Before the path of the base in the header of such a store, where others have the name of a model."""
@@ -118,15 +119,23 @@ def merge(
     )
     fuser, made = Fuser(url), list[Manifest]()
     for name, weights in opened.items():
-        parent = store.manifest() if store.versions() else None
         fingerprint = weights.sha256()
-        known = parent.task(name) if parent else None
-        if known is not None:
-            if known.fingerprint != fingerprint:
-                raise DataError(f"task {name} was merged from other weights ({known.source})", "choose another name")
-            continue
+
+        def with_task(name: str = name, weights: Weights = weights, fingerprint: str = fingerprint) -> Manifest | None:
+            parent = newest(store)
+            known = parent.task(name) if parent else None
+            if known is None:
+                return _with(store, config, fuser, parent, name, weights, fingerprint, start, layout)
+            if known.fingerprint == fingerprint:
+                return None
+            raise DataError(f"task {name} was merged from other weights ({known.source})", "choose another name")
+
         with stage(f"fusing {name}"):
-            made.append(_add(store, config, fuser, parent, name, weights, fingerprint, start, layout))
+            manifest = commit_next(store, with_task)
+        if manifest is not None:
+            made.append(manifest)
+            with suppress(StoreError):
+                store.discard(_key(fingerprint), "delta")
     return made
 
 
@@ -139,7 +148,11 @@ def _check_fits(layout: Layout, name: str, weights: Weights) -> None:
             raise FusionError(f"{name}: tensor {entry.name!r} has shape {shape}, the base has {entry.shape}")
 
 
-def _add(
+def _key(fingerprint: str) -> str:
+    return f"merge-{fingerprint[:24]}"
+
+
+def _with(
     store: Store,
     config: SessionConfig,
     fuser: Fuser,
@@ -151,7 +164,7 @@ def _add(
     layout: Layout,
 ) -> Manifest:
     version = parent.version + 1 if parent else 1
-    train = f"merge-{fingerprint[:24]}"
+    train = _key(fingerprint)
     delta = store.find(train, "delta") or store.put(train, "delta", {"delta": _delta(layout, weights, start)})
     fused = fuser.add(state_key(parent, config, name, train), parent, name, delta, None)
     old = list(parent.tasks) if parent else []
@@ -167,7 +180,7 @@ def _add(
         learned_in=version,
         pictures={"train": 0, "test": 0},
     )
-    manifest = Manifest(
+    return Manifest(
         version=version,
         parent=parent.version if parent else None,
         kind="learn",
@@ -177,9 +190,6 @@ def _add(
         settings=config.model_dump(exclude=PLACEMENT),
         message=f"merged {name}",
     )
-    store.commit(manifest)
-    store.discard(train, "delta")
-    return manifest
 
 
 def _delta(layout: Layout, weights: Weights, start: Weights) -> Any:

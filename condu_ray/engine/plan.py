@@ -16,7 +16,7 @@ from condu_ray.methods import registry
 from condu_ray.methods.stored import layout_of
 from condu_ray.methods.training import all_steps_for, learning_rate_for
 from condu_ray.models.load import load
-from condu_ray.store import StoreHeader, absolute_url
+from condu_ray.store import Store, StoreHeader, absolute_url, create_store
 from condu_ray.store.header import open_existing
 
 
@@ -107,3 +107,8 @@ def plan(config: SessionConfig, tasks: Sequence[TaskData]) -> dict[str, Any]:
         ],
         "need": asdict(need(config, layout_of(header), parameters, tasks, len(learned))),
     }
+
+
+def store_for(config: SessionConfig) -> Store:
+    """The store of these settings, made if it is not there."""
+    return open_existing(config.store) or create_store(config.store, header_of(config)[0])

@@ -38,6 +38,7 @@ from condu_ray.methods.rescaling import steps_of
 from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.methods.training import buffers_in
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard, put_first
+from condu_ray.store.history import newest
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import make_domain
 from condu_ray.voting.open import buffers_of, task_experts
@@ -82,11 +83,6 @@ class _Known:
     def refs(self) -> list[ObjectRef]:
         given = (self.prototypes, self.domain, self.tests, self.delta, self.buffers)
         return [ref for ref in given if ref is not None]
-
-
-def newest(store: Store) -> Manifest | None:
-    """The newest version's manifest, None in a store without versions."""
-    return store.manifest() if store.versions() else None
 
 
 def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> list[TaskData]:

@@ -43,12 +43,12 @@ def reconstruct(
     return blank_gaps(state.layout, vector)
 
 
-def add_to(state: FusionState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
+def add_to(state: FusionState, task: str, start: NDArray[np.float32]) -> None:
     """Adds the task's delta to f32[total] in place, in one pass: θ⁰ becomes the task's expert.
 
     Raises FusionError for an unknown task or another shape or dtype of `start`.
     """
-    _restore(state, task, checked(start, state.layout.total), True, threads)
+    _restore(state, task, checked(start, state.layout.total), True, None)
 
 
 def _restore(state: FusionState, task: str, out: NDArray[np.float32], adding: bool, threads: int | None) -> None:

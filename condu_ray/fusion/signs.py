@@ -197,7 +197,7 @@ def joined(state: SignState, task: str, parts: Sequence[Part]) -> SignState:
     )
 
 
-def with_sizes(state: SignState, task: str, delta: Any, threads: int | None = None) -> SignState:
+def with_sizes(state: SignState, task: str, delta: Any) -> SignState:
     """The state in which what the task's rows of zeros leave of one bit a parameter is a second bit of other rows.
 
     delta: what the task was fused with. The reconstruction of every other task stays equal, bit for bit. Raises
@@ -206,7 +206,7 @@ def with_sizes(state: SignState, task: str, delta: Any, threads: int | None = No
     held, vector = state.tasks[state.position(task)], as_f32(delta)
     if vector.shape != (state.layout.total,):
         raise FusionError(f"the delta of task {task!r} has shape {vector.shape}, not ({state.layout.total},)")
-    sizes = sizes_of(state.layout, state.granularity, held.rescalers, vector, threads)
+    sizes = sizes_of(state.layout, state.granularity, held.rescalers, vector, None)
     return _replaced(state, replace(held, sizes=sizes))
 
 
@@ -259,12 +259,12 @@ def reconstruct(
     return blank_gaps(state.layout, vector)
 
 
-def add_to(state: SignState, task: str, start: NDArray[np.float32], threads: int | None = None) -> None:
+def add_to(state: SignState, task: str, start: NDArray[np.float32]) -> None:
     """Adds the task's delta to f32[total] in place, in one pass: θ⁰ becomes the task's expert.
 
     Raises FusionError for an unknown task or another shape or dtype of `start`.
     """
-    _restore(state, task, checked(start, state.layout.total), True, threads)
+    _restore(state, task, checked(start, state.layout.total), True, None)
 
 
 def _restore(state: SignState, task: str, out: NDArray[np.float32], adding: bool, threads: int | None) -> None:

@@ -63,26 +63,6 @@ class Gaussians:
     def diagonal(self) -> bool:
         return self.scatter.ndim == 2
 
-    def merge(self, other: Gaussians) -> Gaussians:
-        """Of all pictures of both: M₂ = M₂ᵃ + M₂ᵇ + (n_a n_b / n)(μ_b − μ_a)(μ_b − μ_a)ᵀ.
-
-        Raises DataError where the two are of other classes, widths or kinds.
-        """
-        if self.means.shape != other.means.shape or self.diagonal != other.diagonal:
-            raise DataError(
-                f"class statistics of shapes {self.scatter.shape} and {other.scatter.shape} do not merge",
-                "fit both with the same classes, features and covariance",
-            )
-        counts = self.counts + other.counts
-        total = np.maximum(counts, 1)[:, None]
-        apart = other.means - self.means
-        means = (self.counts[:, None] * self.means + other.counts[:, None] * other.means) / total
-        between = (self.counts * other.counts)[:, None] / total
-        if self.diagonal:
-            return Gaussians(counts, means, self.scatter + other.scatter + between * apart**2)
-        outer = apart[:, :, None] * apart[:, None, :]
-        return Gaussians(counts, means, self.scatter + other.scatter + between[:, :, None] * outer)
-
     def covariance(self, label: int, shrinkage: Shrinkage = "none", gamma: float = 0.1) -> Doubles:
         """Σ of a class f64[D, D], or its diagonal f64[D]: sample covariance + 1e-4 I, shrunk; finite for one picture.
 

@@ -88,11 +88,11 @@ def make_client() -> Any:
 class Bucket:
     """Objects below `prefix` of a bucket. Safe to use from several threads."""
 
-    def __init__(self, url: str, client: Any = None) -> None:
+    def __init__(self, url: str) -> None:
         self.name, self.prefix = _parsed(url)
         self.url = f"s3://{self.name}" + (f"/{self.prefix}" if self.prefix else "")
         self._root = f"{self.prefix}/" if self.prefix else ""
-        self._client = client or _told(make_client, "use", self.url)
+        self._client = _told(make_client, "use", self.url)
         self._late = 0.0
 
     def now(self) -> float:

@@ -1,33 +1,60 @@
-"""Rollback to an earlier version, and how two versions differ: manifests only."""
+"""The next version beside other writers, rollback to an earlier one, how two differ: manifests only."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+from condu_ray.errors import VersionTaken
 from condu_ray.store.base import Store
 from condu_ray.store.manifest import Manifest
+
+_M = TypeVar("_M", Manifest, Manifest | None)
+
+
+def newest(store: Store) -> Manifest | None:
+    """The newest version's manifest, None in a store without versions."""
+    return store.manifest() if store.versions() else None
+
+
+def commit_next(store: Store, make: Callable[[], _M]) -> _M:
+    """Commits the version that `make` makes of the newest one; made again where another writer was faster.
+
+    None is not committed: there is nothing to do.
+    """
+    while True:
+        made = make()
+        if made is None:
+            return made
+        try:
+            store.commit(made)
+        except VersionTaken:
+            continue
+        return made
 
 
 def rollback(store: Store, version: int) -> Manifest:
     """Commits a new version that points to the objects of `version`; that one and all between stay.
 
-    Raises NotFound for a version that is not there, VersionTaken where another writer was faster.
+    Raises NotFound for a version that is not there.
     """
-    target = store.manifest(version)
-    newest = store.versions()[-1]  # its manifest may be what is damaged
-    made = Manifest(
-        version=newest + 1,
-        parent=newest,
-        kind="rollback",
-        tasks=target.tasks,
-        objects=target.objects,
-        state=target.state,
-        settings=target.settings,
-        figures=target.figures,
-        message=f"rolled back to version {version}",
-    )
-    store.commit(made)
-    return made
+
+    def back() -> Manifest:
+        target = store.manifest(version)
+        last = store.versions()[-1]  # its manifest may be what is damaged
+        return Manifest(
+            version=last + 1,
+            parent=last,
+            kind="rollback",
+            tasks=target.tasks,
+            objects=target.objects,
+            state=target.state,
+            settings=target.settings,
+            figures=target.figures,
+            message=f"rolled back to version {version}",
+        )
+
+    return commit_next(store, back)
 
 
 def difference(store: Store, before: int, after: int) -> dict[str, Any]:

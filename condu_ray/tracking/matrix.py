@@ -7,7 +7,7 @@ There is no row before the first session. Where a figure needs an entry that was
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,6 @@ class AccuracyMatrix:
             "average": self.average(),
             "last": self.last(),
         }
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> AccuracyMatrix:
-        """Reads what `to_json` made; the means are computed anew."""
-        return cls(fields["tasks"], fields["values"])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from condu_ray.benchmark.sharing import store_for
-from condu_ray.benchmark.work import read, write
 from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import RayCrew
-from condu_ray.engine.plan import open_data
+from condu_ray.engine.plan import open_data, store_for
 from condu_ray.engine.progress import Stage
 from condu_ray.errors import ConfigError, TrainingError
+from condu_ray.store.documents import read, write
 from condu_ray.tracking.mlflow_run import open_tracking
 from condu_ray.tracking.pictures import draw_importance, draw_parallel
 from condu_ray.tracking.sweep_run import Trial, record_sweep

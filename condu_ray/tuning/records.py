@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from condu_ray.benchmark.work import read, write
 from condu_ray.errors import StoreError
+from condu_ray.store.documents import read, write
 from condu_ray.tuning.space import Settings, told_apart
 
 State = Literal["running", "finished", "stopped", "failed"]

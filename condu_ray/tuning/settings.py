@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from condu_ray.config import SessionConfig, flatten, read_yaml, resolve
+from condu_ray.engine.keys import HOW, PLACEMENT
 from condu_ray.errors import ConfigError, nearest
 from condu_ray.methods import registry
 from condu_ray.tuning.objectives import SENSE, Goals, Name
@@ -130,15 +131,15 @@ class Sweep(BaseModel):
         """What must stay the same for as long as a sweep's folder is used: all but how many trials."""
         return {
             **self.model_dump(mode="json", exclude={"trials", "session"}),
-            "session": _told(self.config),
+            "session": _lasting(self.config),
             "order": list(self.config.tasks),
         }
 
 
-def _told(config: SessionConfig) -> dict[str, Any]:
-    return config.model_dump(
-        mode="json", exclude={"store", "tracking", "workers", "gpu", "parallel", "node_wait_seconds"}
-    )
+def _lasting(config: SessionConfig) -> dict[str, Any]:
+    """The session's settings by dotted name, but for where and how it runs."""
+    settings = flatten(config.model_dump(mode="json")).items()
+    return {name: value for name, value in settings if name == "tasks" or name not in PLACEMENT | HOW}
 
 
 def read_sweep(path: Path) -> Sweep:

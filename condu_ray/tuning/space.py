@@ -10,21 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from condu_ray.config import SessionConfig, fields, flatten, from_dotted
-from condu_ray.engine.keys import PLACEMENT
+from condu_ray.engine.keys import HOW, PLACEMENT
 from condu_ray.errors import ConfigError, nearest
 
 Scalar = bool | int | float | str | None
 
-NOT_SEARCHED = PLACEMENT | {
-    "model",
-    "pretrained",
-    "seed",
-    "test_share",
-    "eval_pictures",
-    "train.checkpoint_seconds",
-    "train.loader_processes",
-    "fusion.shards",
-}
+NOT_SEARCHED = PLACEMENT | HOW | {"model", "pretrained", "seed", "test_share", "eval_pictures"}
 """Settings that say where a session runs, what it starts from or how it is measured."""
 
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from condu_ray.benchmark.sharing import store_for
 from condu_ray.config import SessionConfig
 from condu_ray.data import PictureSet, Split, TaskData, prompts
+from condu_ray.data.loading import in_batches
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.evaluate import BY, snapshot_of
 from condu_ray.engine.in_process import InProcessCrew
 from condu_ray.engine.keys import train_key
+from condu_ray.engine.plan import store_for
 from condu_ray.engine.progress import silent, unseen
 from condu_ray.engine.scoring import threads_of
 from condu_ray.engine.session import learn
@@ -129,7 +129,7 @@ def accuracy(clip: Clip, model: nn.Module, task: TaskData, pictures: Split, conf
     seen = replace(clip, model=model)
     table = class_embeddings(seen, [prompts(name, task.templates) for name in task.classes])
     right = 0
-    for pixels, labels in DataLoader(PictureSet(pictures, clip.eval_transform), batch_size=BATCH):  # type: ignore[arg-type]
+    for pixels, labels in in_batches(PictureSet(pictures, clip.eval_transform), BATCH):
         right += int(((seen.images(pixels) @ table.T).argmax(dim=1).cpu() == labels).sum())
     set_modes(model, config.train.batch_norm)
     return 100 * right / len(pictures)

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from condu_ray.config import ModelSpec
-from condu_ray.data import load_picture, open_pictures
+from condu_ray.data import open_pictures
+from condu_ray.data.loading import in_batches, unlabelled
 from condu_ray.errors import NotFound
 from condu_ray.models.load import load
 from condu_ray.store import open_store
@@ -94,13 +95,11 @@ def examine(
         raise NotFound(f"version {manifest.version} has learned no task", "learn one with `condu-ray learn`")
     found = open_pictures(data)
     chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:MOST_PICTURES])
-    pictures = [found[index] for index in chosen]
     clip = load(ModelSpec(**store.header.model), expect_sha256=store.header.model_sha256)
-    parts = []
-    for start in range(0, len(pictures), BATCH):
-        pixels = [clip.eval_transform(load_picture(picture)) for picture in pictures[start : start + BATCH]]
-        parts.append(clip.images(torch.stack(pixels)).numpy())
-        progress(start + len(pixels), len(pictures), "")
+    pictures, parts = unlabelled([found[index] for index in chosen], clip.eval_transform), []
+    for pixels, _ in in_batches(pictures, BATCH, torch.get_num_threads()):
+        parts.append(clip.images(pixels).numpy())
+        progress(sum(map(len, parts)), len(pictures), "")
     rows = drift(tasks, np.concatenate(parts))
     return {
         "version": manifest.version,

@@ -23,8 +23,7 @@ _EPSILON = 1e-12
 class FeatureSums:
     """Sums of unit features by class, f64[C, D], and pictures by class, i64[C].
 
-    Parts from several workers add up to the same prototypes in any order. Values are never written; `add` and `merge`
-    return new ones.
+    Values are never written; `add` returns new ones.
     """
 
     sums: NDArray[np.float64]
@@ -40,9 +39,6 @@ class FeatureSums:
         np.add.at(sums, labels, np.asarray(features, dtype=np.float64))
         np.add.at(counts, labels, 1)
         return FeatureSums(sums, counts)
-
-    def merge(self, other: FeatureSums) -> FeatureSums:
-        return FeatureSums(self.sums + other.sums, self.counts + other.counts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -40,23 +39,6 @@ def test_they_are_the_sample_statistics_of_each_class(covariance: Any) -> None:
         expected = np.cov(own.T) + RIDGE * np.eye(WIDTH)
         np.testing.assert_allclose(found.covariance(label), np.diag(expected) if found.diagonal else expected)
     assert np.isfinite(found.covariance(3)).all()
-
-
-@KINDS
-@given(seed=st.integers(0, 1000), cuts=st.lists(st.integers(0, 60), max_size=4))
-def test_parts_merge_to_the_whole_in_any_cut(covariance: Any, seed: int, cuts: list[int]) -> None:
-    features, labels = drawn(seed)
-    bounds = [0, *sorted(cuts), len(labels)]
-    merged = Gaussians.fit(features[:0], labels[:0], 3, covariance)
-    for first, last in itertools.pairwise(bounds):
-        merged = merged.merge(Gaussians.fit(features[first:last], labels[first:last], 3, covariance))
-    same(merged, Gaussians.fit(features, labels, 3, covariance))
-
-
-def test_statistics_of_other_kinds_do_not_merge() -> None:
-    features, labels = drawn(0)
-    with pytest.raises(DataError, match="do not merge"):
-        Gaussians.fit(features, labels, 3).merge(Gaussians.fit(features, labels, 3, "diagonal"))
 
 
 @KINDS

@@ -67,11 +67,9 @@ squares = st.integers(1, 6).flatmap(
 
 
 @given(squares)
-def test_json_round_trip(values: list[list[float | None]]) -> None:
+def test_json_holds_every_value(values: list[list[float | None]]) -> None:
     matrix = AccuracyMatrix([f"task {index}" for index in range(len(values))], values)
     fields = json.loads(json.dumps(matrix.to_json(), allow_nan=False))
-    again = AccuracyMatrix.from_json(fields)
-    assert again.to_json() == fields
     assert fields["values"] == values
 
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from condu_ray.data.task import Picture
 from condu_ray.errors import DataError, NotFound
 from condu_ray.models.clip import Clip
 from condu_ray.voting.classifier import Classifier
-from condu_ray.voting.pictures import classify_paths, classify_pictures
+from condu_ray.voting.pictures import classify_paths
 
 Make = Callable[..., Classifier]
 
@@ -29,17 +28,18 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
-def test_files_are_answered_as_their_pixels_are(make: Make, tiny_clip: Clip, paths: list[Path]) -> None:
+def test_files_are_answered_as_their_pixels_are(
+    make: Make, tiny_clip: Clip, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     classifier = make()
-    done: list[tuple[int, int]] = []
-    answers = classify_pictures(
-        classifier, [Picture(str(path)) for path in paths], batch=2, progress=lambda *at: done.append(at)
-    )
-    assert done == [(2, 5), (4, 5), (5, 5)]
+    done: list[tuple[int, int, str]] = []
+    monkeypatch.setattr("condu_ray.voting.pictures.BATCH", 2)
+    answers = classify_paths(classifier, paths, progress=lambda *at: done.append(at))
+    assert done == [(2, 5, ""), (4, 5, ""), (5, 5, "")]
     pixels = torch.stack([tiny_clip.eval_transform(Image.open(path)) for path in paths])
     for answer, expected in zip(answers, classifier.classify(pixels), strict=True):
-        assert answer.label == expected.label
-        assert answer.probability == pytest.approx(expected.probability, abs=1e-5)
+        assert answer["label"] == expected.label.name
+        assert answer["probability"] == pytest.approx(expected.probability, abs=1e-5)
 
 
 def test_the_answers_keep_the_order_of_the_paths(make: Make, paths: list[Path]) -> None:

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ending import job
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
@@ -31,7 +31,6 @@ from condu_ray.config import ModelSpec, SessionConfig, resolve
 from condu_ray.data import PictureSet, Split, open_task
 from condu_ray.engine.progress import stage
 from condu_ray.engine.scoring import threads_of
-from condu_ray.errors import ConduError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods import adapter
 from condu_ray.methods.adapter_fit import fit
@@ -189,6 +188,7 @@ def measure(
     return found
 
 
+@job
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the set, or several, as for jobs/benchmark.py --protocol b0")
@@ -206,14 +206,10 @@ def main(arguments: list[str] | None = None) -> None:
     if strange := [name for name in rows if name not in ROWS]:
         parser.error(f"no row {strange[0]!r}; there are {'; '.join(ROWS)}")
     chosen = {name: {**ROWS[name], "adapter.init": options.start} for name in rows}
-    try:
-        clip = load(ModelSpec(name=options.model, pretrained=options.pretrained))
-        tasks = increments(f"b{options.base}", options.data, options.increment, None).tasks
-        stream = sessions(clip, tasks, options.work)
-        found = measure(clip, stream, [int(seed) for seed in options.seeds.split(",")], chosen, options.work)
-    except ConduError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    clip = load(ModelSpec(name=options.model, pretrained=options.pretrained))
+    tasks = increments(f"b{options.base}", options.data, options.increment, None).tasks
+    stream = sessions(clip, tasks, options.work)
+    found = measure(clip, stream, [int(seed) for seed in options.seeds.split(",")], chosen, options.work)
     if options.json:
         print(json.dumps({"data": options.data, "sessions": list(tasks), "rows": found}))
         return

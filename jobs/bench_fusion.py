@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ending import job
 from numpy.typing import NDArray
 
 from condu_ray.config import Triggers
@@ -415,6 +416,7 @@ def torch_vehicles(state: FusionState, delta: NDArray[np.float32]) -> dict[str, 
     return found
 
 
+@job
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=lambda text: int(float(text)), default=149_600_000)

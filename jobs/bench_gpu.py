@@ -17,10 +17,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from ending import job
 
 from condu_ray.config import ModelSpec, SessionConfig, from_dotted
 from condu_ray.data import TaskData, open_task
 from condu_ray.data.loading import PictureSet, in_batches
+from condu_ray.errors import ConfigError
 from condu_ray.methods import registry, training
 from condu_ray.methods.batches import batches
 from condu_ray.models.clip import Clip
@@ -75,6 +77,7 @@ def measure(clip: Clip, task: TaskData, settings: dict[str, Any]) -> dict[str, d
     return found
 
 
+@job
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", metavar="NAME=PATH", help="a task, as for `condu-ray learn`")
@@ -84,7 +87,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("error: there is no GPU here: run this job on a machine that has one.")
+        raise ConfigError("there is no GPU here", "run this job on a machine that has one")
     name, _, path = options.task.partition("=")
     clip = load(ModelSpec(name=options.model, pretrained=options.pretrained), "cuda")
     found = measure(clip, open_task(name, path), {"train.steps": max(SKIPPED + 2, options.steps)})

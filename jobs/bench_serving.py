@@ -35,6 +35,7 @@ import numpy as np
 import open_clip
 import ray
 import torch
+from ending import job, some_of
 from fabricated import fabricate
 from PIL import Image
 from serving_load import damaged, load, offline, wait_until_served
@@ -430,25 +431,26 @@ def schemathesis(url: str, token: str, work: Path) -> dict[str, Any]:
 PARTS = ("passes", "adaptive", "http", "load", "malformed")
 
 
+@job
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for stores and pictures")
     parser.add_argument("--store", help="a store that has learned the tasks of --data, for adaptive K")
     parser.add_argument("--data", metavar="NAME=PATH,...", help="where its tasks' pictures are")
     parser.add_argument("--pictures", type=int, default=200, help="test pictures a task for adaptive K")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--parts", type=some_of(PARTS), default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--models", type=some_of(list(MODELS)), default=list(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--rounds", type=int, default=7, help="of each timing")
     parser.add_argument("--seconds", type=float, default=20, help="of each load")
     parser.add_argument("--malformed", type=int, default=1000, help="requests that cannot be answered")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    work, parts = options.work.resolve(), options.parts.split(",")
+    work, parts = options.work.resolve(), options.parts
     work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     by_model: dict[str, dict[str, Any]] = {}
-    for model in options.models.split(","):
+    for model in options.models:
         if "passes" in parts:
             by_model.setdefault(model, {}).update(passes(model, work, options.rounds))
         if "http" in parts:

@@ -29,6 +29,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster, as `con
 import open_clip
 import ray
 import torch
+from ending import job, some_of
 from ray.cluster_utils import Cluster as Nodes
 from torch import nn
 
@@ -205,17 +206,18 @@ def fixed_part(work: Path) -> dict[str, Any]:
     }
 
 
+@job
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures and stores")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", type=some_of(PARTS), default=list(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     work = options.work.resolve()
     write_worlds(work / "pictures")
     makers = {"steps": steps_part, "workers": workers_part, "fixed": fixed_part}
     found: dict[str, Any] = {"cores": os.cpu_count()}
-    for part in options.parts.split(","):
+    for part in options.parts:
         found |= makers[part](work)
     if options.json:
         reports.emit(found)

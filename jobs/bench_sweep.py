@@ -28,6 +28,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import numpy as np
 import yaml
+from ending import job, some_of
 from PIL import Image
 
 from condu_ray import reports
@@ -217,14 +218,15 @@ def scored_again(work: Path, stream: str | None) -> dict[str, Any]:
 PARTS = ("grid", "pbt", "kill", "rescore")
 
 
+@job
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for pictures, stores and sweeps")
     parser.add_argument("--stream", metavar="NAME=PATH,...", help="what settings of the vote are searched on")
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", type=some_of(PARTS), default=list(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
-    work, parts = options.work.resolve(), options.parts.split(",")
+    work, parts = options.work.resolve(), options.parts
     found: dict[str, Any] = {}
     if "grid" in parts:
         found |= beside_the_grid(work)

@@ -12,10 +12,11 @@ pictures' spread.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from condu_ray.errors import ConduError, ConfigError
+from ending import job
+
+from condu_ray.errors import ConfigError
 from condu_ray.methods.remembered import Remembered
 from condu_ray.methods.stored import state_of
 from condu_ray.reports import emit, show_table
@@ -48,17 +49,14 @@ def drifts(url: str, version: int | None) -> list[dict[str, Any]]:
     return rows
 
 
+@job
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", help="of dmc or dmc-ot")
     parser.add_argument("--version", type=int, help="as it was then [default: the newest]")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     given = parser.parse_args(arguments)
-    try:
-        rows = drifts(given.store, given.version)
-    except ConduError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    rows = drifts(given.store, given.version)
     if given.json:
         emit(rows)
         return

@@ -24,6 +24,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from captioned_world import CLASSES, draw
+from ending import job
 from PIL import Image
 from pretraining import names_found, read_targets
 from sklearn.linear_model import LogisticRegression
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import TaskData, load_picture, open_task, prompts, sample
+from condu_ray.errors import DataError
 from condu_ray.methods import registry
 from condu_ray.methods.training import steps_for, train_task
 from condu_ray.models.clip import class_embeddings
@@ -132,6 +134,7 @@ def fine_tuned(spec: ModelSpec, of: Set) -> tuple[float, float]:
     return float(((torch.cat(said) @ classes.T).argmax(1) == of.test.labels).float().mean()), seconds
 
 
+@job
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of webdataset folders")
@@ -146,7 +149,7 @@ def main() -> None:
     model.eval().to(memory_format=torch.channels_last)
     folders = sorted(path.parent for path in options.data.glob("*/classnames.txt"))
     if not folders:
-        raise SystemExit(f"{options.data} holds no webdataset folder (NAME/classnames.txt, NAME/test/0.tar)")
+        raise DataError(f"{options.data} holds no webdataset folder", "NAME/classnames.txt, NAME/test/0.tar are sought")
     sets, seconds, count = [], 0.0, 0
     if not options.json:
         print(f"{'set':20} {'classes':>7} {'chance':>7} {'top-1':>7} {'top-5':>7} {'probe':>7}")

@@ -22,9 +22,12 @@ from pathlib import Path
 import ray
 import ray.train
 import torch
+from ending import job
 from pretraining import Order, Place, pretrain
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from condu_ray.errors import ConfigError
 
 CONFIG = {
     "model_cfg": {
@@ -72,6 +75,7 @@ def train(order: Order, workers: int, gpu: bool) -> None:
     ).fit()
 
 
+@job
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="webdataset folder, or FOLDER/CLASS/picture")
@@ -90,7 +94,7 @@ def main() -> None:
     for name in ("images", "text_targets", "trunk", "config"):
         path = getattr(options, name)
         if path is not None and not path.exists():
-            raise SystemExit(f"--{name.replace('_', '-')} {path}: there is nothing")
+            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is nothing", "give a path that exists")
     folder = options.work.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     order = Order(

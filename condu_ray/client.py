@@ -165,7 +165,7 @@ def _check(url: str) -> None:
     except (httpx.InvalidURL, UnicodeError) as error:
         fault = str(error)
     if fault:
-        raise ServiceError(f"{url!r} is no URL of a server ({fault})", "give http://HOST:PORT")
+        raise ServiceError(f"{url!r} is not the URL of a server ({fault})", "give http://HOST:PORT")
 
 
 def _predict(

@@ -34,7 +34,7 @@ def asked(options: argparse.Namespace) -> Benchmark:
     stream = parse_stream(options.stream) if options.stream else _by_name(options)
     seeds = options.seeds or (str(protocols.SEED) if options.protocol in protocols.ORDERS else "0")
     if not all(seed.isdecimal() for seed in seeds.split(",")):
-        raise ConfigError(f"--seeds {seeds} are no numbers", "give whole numbers, such as 0,1,2")
+        raise ConfigError(f"--seeds {seeds} are not numbers", "give whole numbers, such as 0,1,2")
     settings: dict[str, Any] = {"model": options.model, "eval_pictures": options.eval_pictures}
     return Benchmark(
         stream=stream.reversed() if options.reverse else stream,

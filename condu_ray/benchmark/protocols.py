@@ -97,7 +97,7 @@ def places_of(data: str, called: Mapping[str, Sequence[str]], what: str) -> dict
     """
     root = Path(data).expanduser()
     if not root.is_dir():
-        raise DataError(f"--data {data} is no folder", f"give the folder that holds {what}")
+        raise DataError(f"--data {data} is not a folder", f"give the folder that holds {what}")
     there = {
         _plain(child.stem if child.suffix.lower() == ".csv" else child.name): child
         for child in sorted(root.iterdir())

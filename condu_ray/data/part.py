@@ -87,7 +87,7 @@ def ordered(classes: Sequence[str], order: str | None) -> list[int]:
         strange = next((line for line, place in zip(lines, found, strict=True) if not 0 <= place < len(classes)), None)
         fault = f"{strange!r} is none" if strange else f"{len(lines)} lines"
         mend = "name every class, or its number from 0, once"
-        raise DataError(f"{order} is no order of {len(classes)} classes ({fault})", mend)
+        raise DataError(f"{order} is not an order of {len(classes)} classes ({fault})", mend)
     return found
 
 

@@ -106,7 +106,7 @@ def _members(tar: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
                     yield member
             end = archive.offset
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise DataError(f"{tar} is no tar or is damaged ({error})", "fetch it again") from error
+        raise DataError(f"{tar} is not a tar, or is damaged ({error})", "fetch it again") from error
     # tarfile takes a damaged header for the end of the archive; a true end is a block of zeros.
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -41,7 +41,7 @@ class Weights(Mapping[str, Any]):
             try:
                 opened = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise DataError(f"{file} is no safetensors file ({error})", "convert it with safetensors") from None
+                raise DataError(f"{file} is not a safetensors file ({error})", "convert it with safetensors") from None
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Any:

@@ -82,7 +82,7 @@ def make_client() -> Any:
     except ValueError as error:
         named = [name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if name in os.environ]
         place = named[0] if named else "endpoint_url in the AWS configuration file"
-        raise StoreError(f"{place} is no URL ({without_credentials(str(error))})", "give http://HOST:PORT") from None
+        raise StoreError(f"{place} is not a URL ({without_credentials(str(error))})", "give http://HOST:PORT") from None
 
 
 class Bucket:

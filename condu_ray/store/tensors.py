@@ -72,13 +72,13 @@ def _header(buffer: Any, where: str) -> tuple[dict[str, Any], int]:
     size = len(buffer)
     length = int.from_bytes(buffer[:8], "little") if size >= 8 else -1
     if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
-        raise StoreError(f"{where} is no safetensors file")
+        raise StoreError(f"{where} is not a safetensors file")
     try:
         header = json.loads(bytes(buffer[8 : 8 + length]))
     except ValueError as error:
-        raise StoreError(f"{where} is no safetensors file ({error})") from error
+        raise StoreError(f"{where} is not a safetensors file ({error})") from error
     if not isinstance(header, dict):
-        raise StoreError(f"{where} is no safetensors file")
+        raise StoreError(f"{where} is not a safetensors file")
     return header, 8 + length
 
 

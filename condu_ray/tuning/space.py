@@ -148,7 +148,7 @@ def check_values(space: Space, base: SessionConfig) -> None:
         for value in entry.corners():
             found = flatten(from_dotted({**own, name: value}).model_dump())[name]
             if isinstance(entry, Integer) and type(found) is not int:
-                raise ValueError(f"{name} is no whole number: use uniform or log")
+                raise ValueError(f"{name} is not a whole number: use uniform or log")
             if isinstance(entry, Uniform | Log) and type(found) is not float:
                 raise ValueError(f"{name} is a {type(found).__name__}: use integer or choice")
 

@@ -92,7 +92,7 @@ def test_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "one stream is needed" in refused(capsys, "--methods", "condu", *work)
     assert "one stream is needed" in refused(capsys, "--protocol", "mtil-1", "--methods", "condu", *work)
     assert "no method 'condo'" in refused(capsys, "--stream", "a=b", "--methods", "condo", *work)
-    assert "--seeds 0,x are no numbers" in refused(
+    assert "--seeds 0,x are not numbers" in refused(
         capsys, "--stream", "a=b", "--methods", "condu", "--seeds", "0,x", *work
     )
     assert "there is no data at 'nowhere'" in refused(capsys, "--stream", "a=nowhere", "--methods", "zero-shot", *work)

@@ -80,7 +80,7 @@ def test_torchvision_has_all_of_them() -> None:
 
 
 def test_no_folder_and_no_protocol_are_one_sentence(root: Path) -> None:
-    with pytest.raises(DataError, match="--data .*nowhere is no folder"):
+    with pytest.raises(DataError, match="--data .*nowhere is not a folder"):
         protocol("mtil-1", str(root / "nowhere"))
     with pytest.raises(ConfigError, match="--protocol mtil3 is not known: did you mean mtil-"):
         protocol("mtil3", str(root))

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_one_sentence(files: Files, tmp_path: Path) -> None
     save_file({"block.bias": torch.zeros(12)}, wrong)
     says("of the base is missing", "merge", files["base"], wrong, "-o", store)
     wrong.write_bytes(b"no")
-    says("is no safetensors file", "merge", files["base"], wrong, "-o", store)
+    says("is not a safetensors file", "merge", files["base"], wrong, "-o", store)
     says("no safetensors file there", "merge", files["base"], tmp_path / "none.safetensors", "-o", store)
     says("two files are called birds", "merge", files["base"], files["birds"], files["birds"], "-o", store)
     says("granularity", "merge", files["base"], files["birds"], "-o", store, "--granularity", "rows")

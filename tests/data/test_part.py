@@ -58,5 +58,5 @@ def test_an_order_file_holds_names_or_else_places(make, tmp_path, classes, lines
 @pytest.mark.parametrize("lines", ["1 2 11", "1 2", "1 2 2 10", "0 1 3"])
 def test_what_is_no_order_of_the_classes_is_refused(make, tmp_path, lines):
     file = make.write(tmp_path / "order.txt", lines.replace(" ", "\n").encode())
-    with pytest.raises(DataError, match="is no order of 3 classes"):
+    with pytest.raises(DataError, match="is not an order of 3 classes"):
         ordered(("1", "2", "10"), str(file))

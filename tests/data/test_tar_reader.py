@@ -166,7 +166,7 @@ def test_a_cut_off_compressed_tar(make, tmp_path, cache):
 def test_a_file_that_is_no_tar(make, tmp_path):
     root = make.tar_folder(tmp_path / "d", CLASSES)
     make.write(root / "train" / "0.tar", b"no tar at all" * 100)
-    with pytest.raises(DataError, match=r"train/0\.tar is no tar or is damaged"):
+    with pytest.raises(DataError, match=r"train/0\.tar is not a tar, or is damaged"):
         open_task("t", root)
 
 

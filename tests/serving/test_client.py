@@ -110,7 +110,7 @@ def test_a_server_that_is_not_there_is_tried_again_and_named(ask: Ask) -> None:
 def test_what_is_no_url_is_named_and_not_tried(ask: Ask, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Client, "_wait", None)
     monkeypatch.setattr(AsyncClient, "_wait", None)
-    with pytest.raises(ServiceError, match=f"^'{re.escape(url.rstrip('/'))}' is no URL of a server .*HOST:PORT"):
+    with pytest.raises(ServiceError, match=f"^'{re.escape(url.rstrip('/'))}' is not the URL of a server .*HOST:PORT"):
         ask(url)
 
 

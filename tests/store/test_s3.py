@@ -197,7 +197,7 @@ class TestAddresses:
         monkeypatch.setattr(bucket, "make_client", make_client)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv(name, given)
-        with pytest.raises(StoreError, match=rf"^{name} is no URL \(.*\): give http://HOST:PORT\.$") as caught:
+        with pytest.raises(StoreError, match=rf"^{name} is not a URL \(.*\): give http://HOST:PORT\.$") as caught:
             open_store("s3://memory/store")
         assert "secret" not in str(caught.value)
 

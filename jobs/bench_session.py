@@ -41,7 +41,8 @@ from condu_ray.engine.cluster import NAMESPACE, Cluster, connect, connected
 from condu_ray.engine.keys import train_key
 from condu_ray.engine.plan import header_of, open_data
 from condu_ray.engine.progress import Update, stage
-from condu_ray.engine.train import BASE, Job, train
+from condu_ray.engine.train import train
+from condu_ray.engine.work import BASE, Job
 from condu_ray.methods import registry
 from condu_ray.methods.batches import batches
 from condu_ray.methods.training import learning_rate_for, schedule

@@ -36,9 +36,9 @@ from condu_ray.benchmark.stream import parse_stream
 from condu_ray.benchmark.worlds import WORLDS, write_worlds
 from condu_ray.data.listing import CLASS_FILE, TEMPLATE_FILE
 from condu_ray.engine.cluster import connected
-from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import open_data, store_for
 from condu_ray.engine.progress import stage
+from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.methods import registry
 from condu_ray.methods.training import Resume, train_task
 from condu_ray.models.load import load as load_model

@@ -29,10 +29,10 @@ from condu_ray.benchmark.work import check, claim, learned
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.cluster import Cluster, connected
-from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.figures import test_pictures
 from condu_ray.engine.plan import open_data, store_for
 from condu_ray.engine.progress import Stage
+from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.engine.room import room
 from condu_ray.engine.session import learn, to_learn
 from condu_ray.errors import StoreError

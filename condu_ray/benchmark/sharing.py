@@ -19,7 +19,7 @@ from condu_ray.engine.crew import Crew
 from condu_ray.engine.keys import features_key, train_key, training_settings
 from condu_ray.engine.plan import store_for
 from condu_ray.engine.progress import Stage
-from condu_ray.engine.train import BASE, Job
+from condu_ray.engine.work import BASE, Job
 from condu_ray.store import Store
 from condu_ray.store.documents import read, write
 from condu_ray.store.header import open_existing

@@ -10,9 +10,9 @@ from typing import Any
 from condu_ray.config import SessionConfig
 from condu_ray.data import describe
 from condu_ray.engine.cluster import Cluster, connected
-from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import header_of, open_data, plan
 from condu_ray.engine.progress import Stage
+from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.engine.room import room
 from condu_ray.engine.session import learn, to_learn
 from condu_ray.store import Manifest, create_store, open_store

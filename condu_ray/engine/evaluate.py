@@ -9,9 +9,10 @@ from condu_ray.config import SessionConfig, resolve
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.cluster import connected
-from condu_ray.engine.crew import Crew, RayCrew
+from condu_ray.engine.crew import Crew
 from condu_ray.engine.plan import open_data
 from condu_ray.engine.progress import Stage
+from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.engine.scoring import By, Snapshot
 from condu_ray.errors import ConfigError, DataError, NotFound, nearest
 from condu_ray.store import Manifest, Store, TaskCard, open_store

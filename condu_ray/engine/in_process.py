@@ -14,7 +14,7 @@ from condu_ray.engine.crew import chunks
 from condu_ray.engine.fusing import Fused, Fuser
 from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import Question, Scorer, Seen, Sent, Snapshot, threads_of
-from condu_ray.engine.train import Job, work_through
+from condu_ray.engine.work import Job, work_through
 from condu_ray.methods.training import Place
 from condu_ray.store import Manifest, ObjectRef, Store
 from condu_ray.voting.labels import LabelSpace

@@ -10,8 +10,8 @@ from ray.autoscaler.sdk import request_resources
 
 from condu_ray.config import SessionConfig
 from condu_ray.engine.cluster import Cluster, seen
+from condu_ray.engine.placement import check_workers
 from condu_ray.engine.progress import Stage
-from condu_ray.engine.train import check_workers
 from condu_ray.errors import TrainingError
 
 LOOK_SECONDS = 1.0

@@ -31,7 +31,7 @@ from condu_ray.engine.keys import (
 )
 from condu_ray.engine.progress import Stage, Update
 from condu_ray.engine.scoring import Snapshot
-from condu_ray.engine.train import BASE, Job
+from condu_ray.engine.work import BASE, Job
 from condu_ray.errors import DataError, StoreError
 from condu_ray.methods import registry
 from condu_ray.methods.rescaling import steps_of

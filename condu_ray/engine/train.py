@@ -16,140 +16,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import torch
-from numpy.typing import NDArray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch import nn
 
 from condu_ray.config import SessionConfig
-from condu_ray.data import TaskData
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.keys import FEATURES, SEEN, features_key
+from condu_ray.engine.keys import SEEN, features_key
+from condu_ray.engine.placement import Group, plan_group
 from condu_ray.engine.progress import Update
+from condu_ray.engine.work import Job, work_through
 from condu_ray.engine.worker_group import Apart, work
 from condu_ray.errors import ConduError, StoreError, TrainingError
 from condu_ray.methods import registry
-from condu_ray.methods.protocol import Features, TaskState, Vector
 from condu_ray.methods.step import Step
-from condu_ray.methods.stored import config_of, layout_of, state_of
-from condu_ray.methods.training import (
-    Checkpoint,
-    Place,
-    Resume,
-    all_steps_for,
-    memory_in,
-    train_task,
-)
-from condu_ray.models.load import load
-from condu_ray.store import Store, object_path, open_store, put_first
+from condu_ray.methods.training import Place, all_steps_for
+from condu_ray.store import Store, object_path, open_store
 
-BASE = "base"
 RESTARTS = 3
 TOUCH_SECONDS = 3600.0
-CHECKPOINT_SHARE = 0.05
-"""Most of a worker's time that writing checkpoints may take: a store that is far gets fewer."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One task to train. key: names its delta in the store.
-
-    For systems that go on from task to task: parent is the version whose state the first job of a list starts from
-    (None: θ⁰), each later one starts from the state after the job before; origin is the key of the training that came
-    before ("base": none).
-    """
-
-    key: str
-    data: TaskData
-    parent: int | None = None
-    origin: str = BASE
-
-
-@dataclass(frozen=True)
-class Group:
-    """How the work is spread: `shared` means that all workers train each task together. gpus_each: 0 on CPUs."""
-
-    workers: int
-    cpus_each: int
-    gpus_each: float
-    shared: bool
-
-
-def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster) -> Group:
-    """Decides on workers; raises TrainingError where the cluster is too small, since Ray would wait for ever, and for
-    tasks that are to be trained at once by a system that goes on from task to task.
-
-    Counts all jobs of the command, finished or not: the threads of a worker must not depend on where it stopped.
-    """
-    if ordered and config.parallel == "tasks" and jobs > 1:
-        raise TrainingError(
-            f"{config.method} learns one task after another, so {jobs} tasks cannot be trained at once",
-            "leave --parallel tasks out",
-        )
-    gpus_each = config.gpus_per_worker if config.gpu == "auto" and cluster.gpus > 0 else 0.0
-    shared = config.parallel == "data" or (config.parallel == "auto" and (jobs == 1 or ordered) and gpus_each > 0)
-    if shared and 0 < gpus_each < 1:
-        raise TrainingError(
-            f"workers that train a task together need a whole GPU each, not {gpus_each}",
-            "leave --gpus-per-worker out, or use --parallel tasks",
-        )
-    room = places(config.cpus_per_worker or 1, gpus_each, cluster)
-    if gpus_each and not room:
-        raise TrainingError(
-            f"no node has a GPU with {config.cpus_per_worker or 1} CPU core beside each worker",
-            "use fewer --cpus-per-worker, or --gpu no",
-        )
-    most = room if shared else min(room, 1 if ordered else jobs)
-    workers = config.workers or max(1, most)
-    if not shared:
-        workers = min(workers, 1 if ordered else jobs)
-    if workers > room:
-        raise TrainingError(
-            f"{workers} workers need {_need(workers, config.cpus_per_worker, gpus_each)}, the cluster has {room}"
-            + (" such places" if config.cpus_per_worker else ""),
-            f"use --workers {max(1, room)}" + (" or fewer --cpus-per-worker" if config.cpus_per_worker else ""),
-        )
-    return Group(workers, config.cpus_per_worker or _cpus_each(workers, gpus_each, cluster), gpus_each, shared)
-
-
-def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
-    """Raises TrainingError where the cluster is too small for the workers that are asked for."""
-    info = registry.info(config.method)
-    if info.trains:
-        plan_group(config, jobs, info.ordered, cluster)
-
-
-def places(cpus_each: int, gpus_each: float, cluster: Cluster) -> int:
-    """How many workers of this size the nodes have room for."""
-    return sum(_room(node, cpus_each, gpus_each) for node in cluster.nodes)
-
-
-def _room(node: tuple[int, int], cpus_each: int, gpus_each: float) -> int:
-    cores, gpus = node
-    if not gpus_each:
-        return cores // cpus_each
-    # Ray takes a fraction of one GPU, never of two.
-    most = gpus * int(1 / gpus_each + 1e-9) if gpus_each < 1 else int(gpus / gpus_each)
-    return min(cores // cpus_each, most)
-
-
-def _need(workers: int, cpus_each: int | None, gpus_each: float) -> str:
-    if cpus_each:
-        return f"{cpus_each} CPU cores each" + (f" beside {gpus_each:g} GPU" if gpus_each else "")
-    return f"{workers * gpus_each:g} GPUs" if gpus_each else f"{workers} CPU cores"
-
-
-def _cpus_each(workers: int, gpus_each: float, cluster: Cluster) -> int:
-    """The most cores a worker can have if each must find them on one node."""
-    for cpus in range(max(1, cluster.cpus // workers), 0, -1):
-        if sum(_room(node, cpus, gpus_each) for node in cluster.nodes) >= workers:
-            return cpus
-    raise TrainingError(f"{workers} workers find no {workers} GPUs with a CPU core beside each", "use fewer --workers")
 
 
 def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Cluster, update: Update) -> None:
@@ -335,99 +224,3 @@ def _agree(*numbers: int) -> bool:
 
 def _distribute(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module, static_graph=True)
-
-
-def work_through(
-    store: Store,
-    config: SessionConfig,
-    jobs: Sequence[Job],
-    place: Place,
-    report: Callable[[Step], None],
-    device: str = "cpu",
-) -> None:
-    """Trains these jobs one after another and puts each delta into the store; what is there already is left alone."""
-    if all(_is_trained(store, job, place) for job in jobs):
-        return
-    header = store.header
-    clip = load(config.model_spec, device, header.model_sha256)
-    method, learner, layout = registry.get(header.method), registry.learner(header.method), layout_of(header)
-    info = registry.info(header.method)
-    state = _state_before(store, jobs[0]) if info.ordered else None
-    for job in jobs:
-        if not _is_trained(store, job, place):
-            resume = checkpoints(store, job.key, place)
-            if learner is None:
-                trained = train_task(clip, method, layout, job.data, config, _start(state), place, resume, report)
-            else:
-                before = state or method.empty(layout, config_of(header))
-                seen = _features(store, config, job.data) if info.on_features else None
-                trained = learner.learn(clip, layout, job.data, config, before, seen, place, resume, report)
-            if place.rank == 0:
-                put_first(store, job.key, "delta", trained.arrays())
-            place.barrier()  # the next task may start from this delta
-        if state is not None:
-            trained_arrays = _trained(store, job)
-            state = state.add(job.data.name, trained_arrays["delta"], memory_in(trained_arrays))
-
-
-def _is_trained(store: Store, job: Job, place: Place) -> bool:
-    """Whether any process of the group sees the delta: another session may put it while they look one by one, and
-    those that go on would wait for ever for those that do not."""
-    found = store.find(job.key, "delta") is not None
-    same = place.agree(found)
-    return found or not same
-
-
-def _state_before(store: Store, job: Job) -> TaskState:
-    header = store.header
-    if job.parent is None:
-        return registry.get(header.method).empty(layout_of(header), config_of(header))
-    return state_of(store, store.manifest(job.parent))
-
-
-def _start(state: TaskState | None) -> Vector | None:
-    """What answers now for systems that go on from task to task; θ⁰ (None) for all others, and before any task."""
-    return state.delta(state.tasks[-1]) if state is not None and state.tasks else None
-
-
-def _trained(store: Store, job: Job) -> Mapping[str, NDArray[Any]]:
-    ref = store.find(job.key, "delta")
-    if ref is None:
-        raise StoreError(f"the delta of {job.data.name} is gone from {store.url}", "run the same command again")
-    return store.get(ref)
-
-
-def _features(store: Store, config: SessionConfig, task: TaskData) -> Features:
-    """What the session computed before it began to train."""
-    key = features_key(store.header, config, task)
-    refs = [store.find(key, name) for name in (FEATURES, "prototypes")]
-    if None in refs:
-        raise StoreError(f"the features of {task.name} are gone from {store.url}", "run the same command again")
-    seen, prototypes = (store.get(ref) for ref in refs if ref is not None)
-    texts = prototypes["text_mean"]
-    unit = texts / np.maximum(np.linalg.norm(texts, axis=1, keepdims=True), 1e-12)
-    return Features(seen["raw"], task.train.labels, unit)
-
-
-def checkpoints(store: Store, key: str, place: Place | None = None) -> Resume:
-    """Checkpoints of the training called `key`, not more often than they may cost; none where the processes of a group
-    find different ones, which another session of the same task may write."""
-    place = place or Place()
-    free = [0.0]  # monotonic seconds
-
-    def load() -> Checkpoint | None:
-        found = store.load_work(key, "checkpoint")
-        return found if place.agree(*_progress(found)) else None
-
-    def save(checkpoint: Checkpoint) -> None:
-        begun = time.monotonic()
-        if begun >= free[0]:
-            store.save_work(key, "checkpoint", checkpoint)
-            free[0] = time.monotonic() + (time.monotonic() - begun) / CHECKPOINT_SHARE
-
-    return Resume(load, save)
-
-
-def _progress(found: Checkpoint | None) -> tuple[int, int]:
-    """How far a training was: number of arrays, which grows from stage to stage, and steps (-1: not in a stage)."""
-    return (len(found), int(found["step"][0]) if "step" in found else -1) if found else (0, -1)

@@ -14,7 +14,7 @@ import ray
 
 from condu_ray.config import VoteConfig
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.crew import those_ready
+from condu_ray.engine.pool import those_ready
 from condu_ray.engine.progress import Update
 from condu_ray.engine.replies import TRIES, result_of
 from condu_ray.store import open_store

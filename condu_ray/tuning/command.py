@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from condu_ray.engine.cluster import Cluster, connected
-from condu_ray.engine.crew import RayCrew
 from condu_ray.engine.plan import open_data, store_for
 from condu_ray.engine.progress import Stage
+from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.errors import ConfigError, TrainingError
 from condu_ray.store.documents import read, write
 from condu_ray.tracking.mlflow_run import open_tracking

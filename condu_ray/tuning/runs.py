@@ -24,7 +24,7 @@ from ray.tune.search import Searcher
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.train import places
+from condu_ray.engine.placement import places
 from condu_ray.errors import ConduError, TrainingError
 from condu_ray.tuning.objectives import SENSE
 from condu_ray.tuning.proposals import Proposals

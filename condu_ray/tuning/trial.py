@@ -25,7 +25,7 @@ from condu_ray.engine.plan import store_for
 from condu_ray.engine.progress import silent, unseen
 from condu_ray.engine.scoring import threads_of
 from condu_ray.engine.session import learn
-from condu_ray.engine.train import BASE, checkpoints
+from condu_ray.engine.work import BASE, checkpoints
 from condu_ray.methods import registry
 from condu_ray.methods.objective import set_modes
 from condu_ray.methods.rescaling import steps_of

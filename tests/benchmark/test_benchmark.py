@@ -20,7 +20,7 @@ from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import METHODS, SYSTEMS, System, check_methods, plane_rank
 from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import Picture, Split
-from condu_ray.engine import train
+from condu_ray.engine import work
 from condu_ray.errors import ConfigError
 from condu_ray.methods import registry
 from condu_ray.methods.stored import TASK_OBJECTS
@@ -67,13 +67,13 @@ class Trainings:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: Counter[str] = Counter()
-        real = train.train_task
+        real = work.train_task
 
         def counted(clip: Any, method: Any, layout: Any, task: Any, *others: Any, **named: Any) -> Any:
             self.counts[task.name] += 1
             return real(clip, method, layout, task, *others, **named)
 
-        monkeypatch.setattr(train, "train_task", counted)
+        monkeypatch.setattr(work, "train_task", counted)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,8 @@ from in_process_crew import InProcessCrew, contents, files_of, make_store, opene
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
-from condu_ray.engine import plan, train
+from condu_ray.engine import plan
+from condu_ray.engine import work as engine_work
 from condu_ray.engine.keys import train_key
 from condu_ray.engine.session import learn
 from condu_ray.errors import ConduError
@@ -124,7 +125,7 @@ class Session:
 
     def keys(self, store: Store) -> dict[str, str]:
         config = self.config(store.url)
-        return {task.name: train_key(store.header.model_sha256, config, task, train.BASE) for task in self.tasks}
+        return {task.name: train_key(store.header.model_sha256, config, task, engine_work.BASE) for task in self.tasks}
 
 
 class Steps(InProcessCrew):
@@ -139,7 +140,7 @@ class Steps(InProcessCrew):
             if self._at in ("step", "file", "request"):
                 self._calls(f"step {done.step} of {done.task}")
 
-        train.work_through(self._store, self._config, jobs, Place(), step)
+        engine_work.work_through(self._store, self._config, jobs, Place(), step)
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -320,10 +321,10 @@ def count_requests(calls: Calls) -> None:
 def main() -> None:
     asked = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    train.CHECKPOINT_SHARE = float("inf")  # after every step that asks for one
+    engine_work.CHECKPOINT_SHARE = float("inf")  # after every step that asks for one
     bucket.LONGEST_WAIT_S, bucket.READ_S = 0.1, 2.0
     bucket._THREADS = 1  # so that the requests of a session have one order
-    for module in (plan, opening, train):
+    for module in (plan, opening, engine_work):
         module.load = lru_cache(module.load)  # type: ignore[attr-defined]  # the base model is never changed
     at, calls = asked["at"], CALLS
     if at in ("request", "fault"):
@@ -334,7 +335,7 @@ def main() -> None:
         for name in CREW_CALLS:
             calls.spy(Steps if name in Steps.__dict__ else InProcessCrew, name, f"crew.{name}")
     session, places = Session(asked, calls), Places(asked)
-    real = train.train_task
+    real = engine_work.train_task
 
     def told(*given: Any, **named: Any) -> Any:
         trained = real(*given, **named)
@@ -342,7 +343,7 @@ def main() -> None:
             log.write(f"{given[3].name}\n")
         return trained
 
-    train.train_task = told
+    engine_work.train_task = told
     if at in ("once", "serial", "damage"):
         if guard := asked.get("guard"):
             drop(guard)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from condu_ray.config import SessionConfig
 from condu_ray.data.templates import prompts
-from condu_ray.engine import train
+from condu_ray.engine import placement
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.export import export
 from condu_ray.engine.forget import forget
@@ -209,8 +209,8 @@ def test_forgetting_drops_a_tasks_statistics_and_leaves_the_adapter(
 def test_they_say_that_they_are_ordered_when_asked_to_train_at_once(tmp_path: Path, tiny_model_dir: Path) -> None:
     config = asked(tmp_path / "store", tiny_model_dir, "rapf", parallel="tasks")
     with pytest.raises(TrainingError, match="rapf learns one task after another, so 2 tasks cannot be trained at once"):
-        train.check_workers(config, 2, Cluster([(4, 0)], joined=True))
-    train.check_workers(config, 1, Cluster([(4, 0)], joined=True))
+        placement.check_workers(config, 2, Cluster([(4, 0)], joined=True))
+    placement.check_workers(config, 1, Cluster([(4, 0)], joined=True))
 
 
 def test_open_clip_reads_the_towers_of_an_export(

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from condu_ray.config import SessionConfig
-from condu_ray.engine.train import Job, deal
+from condu_ray.engine.train import deal
+from condu_ray.engine.work import Job
 from condu_ray.methods.training import steps_for
 
 CONFIG = SessionConfig()

@@ -17,9 +17,11 @@ from ray_processes import ray_processes
 
 from condu_ray.config import SessionConfig, resolve
 from condu_ray.engine.cluster import Cluster, connected
-from condu_ray.engine.crew import CHUNK, RayCrew, those_ready
+from condu_ray.engine.crew import CHUNK
 from condu_ray.engine.evaluate import snapshot_of
 from condu_ray.engine.figures import learned_pictures
+from condu_ray.engine.pool import those_ready
+from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.engine.scoring import Scorer
 from condu_ray.engine.session import _jobs, learn
 from condu_ray.engine.train import train

@@ -8,7 +8,7 @@ import pytest
 
 from condu_ray.config import SessionConfig
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.train import Group, check_workers, plan_group
+from condu_ray.engine.placement import Group, check_workers, plan_group
 from condu_ray.errors import TrainingError
 
 LAPTOP = Cluster(((8, 0),), joined=False)

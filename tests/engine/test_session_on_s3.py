@@ -10,7 +10,8 @@ from command_line import condu, process
 from in_process_crew import contents, files_of, learn_here, opened, settings
 
 from condu_ray.engine.forget import forget
-from condu_ray.engine.train import _storage, checkpoints
+from condu_ray.engine.train import _storage
+from condu_ray.engine.work import checkpoints
 from condu_ray.errors import ConfigError
 from condu_ray.store import open_store
 from condu_ray.store.history import rollback
@@ -72,7 +73,7 @@ def test_checkpoints_cost_no_more_than_their_share(
     """A store that takes long to write to gets fewer."""
     from types import SimpleNamespace
 
-    from condu_ray.engine import train
+    from condu_ray.engine import work
 
     clock, saved = [0.0], list[float]()
     store = SimpleNamespace(load_work=lambda *given: None)
@@ -82,13 +83,13 @@ def test_checkpoints_cost_no_more_than_their_share(
         clock[0] += 1.0
 
     store.save_work = slow
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     resume = checkpoints(store, "key")  # type: ignore[arg-type]
     for _ in range(100):
         clock[0] += 1.0
         resume.save({})
     assert saved[0] == 1.0
-    assert all(later - earlier >= 1 / train.CHECKPOINT_SHARE for earlier, later in pairwise(saved))
+    assert all(later - earlier >= 1 / work.CHECKPOINT_SHARE for earlier, later in pairwise(saved))
     assert len(saved) >= 4
 
 

@@ -15,7 +15,7 @@ from in_process_crew import InProcessCrew, contents, learn_here, make_store, ope
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import open_task
-from condu_ray.engine import session, train
+from condu_ray.engine import session, train, work
 from condu_ray.engine.evaluate import _given
 from condu_ray.engine.forget import forget
 from condu_ray.engine.fusing import Fuser
@@ -48,13 +48,13 @@ def copy(two: SessionConfig, tmp_path: Path) -> SessionConfig:
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tasks whose training was begun, as it happens."""
     begun: list[str] = []
-    real = train.train_task
+    real = work.train_task
 
     def counted(clip: Any, method: Any, layout: Any, task: Any, *others: Any, **named: Any) -> Any:
         begun.append(task.name)
         return real(clip, method, layout, task, *others, **named)
 
-    monkeypatch.setattr(train, "train_task", counted)
+    monkeypatch.setattr(work, "train_task", counted)
     return begun
 
 
@@ -217,13 +217,13 @@ def test_what_was_rolled_back_is_learned_again_on_other_hardware(
     if triggers == "mask":
         config = settings(tmp_path / "masks", copy.model.removeprefix("local-dir:"), method="condu")
         learn_here(config, opened(picture_tasks, "colours", "stripes"))
-    store, real = open_store(config.store), train.train_task
+    store, real = open_store(config.store), work.train_task
 
     def rounded(*given: Any, **named: Any) -> Any:
         trained = real(*given, **named)
         return replace(trained, delta=trained.delta * np.float32(1.0001))
 
-    monkeypatch.setattr(train, "train_task", rounded)
+    monkeypatch.setattr(work, "train_task", rounded)
     rollback(store, 1)
     (made,) = learn_here(config, opened(picture_tasks, "stripes"))
     assert [card.name for card in made.tasks] == ["colours", "stripes"]
@@ -237,14 +237,14 @@ def test_buffers_that_other_hardware_rounded_otherwise_are_kept_beside(
 ) -> None:
     config = settings(tmp_path / "store", conv_model_dir, train__batch_norm="updated")
     learn_here(config, opened(picture_tasks, "colours", "stripes"))
-    store, real = open_store(config.store), train.train_task
+    store, real = open_store(config.store), work.train_task
 
     def rounded(*given: Any, **named: Any) -> Any:
         trained = real(*given, **named)
         changed = {name: values * 2 for name, values in trained.buffers.items()}
         return replace(trained, buffers=changed)
 
-    monkeypatch.setattr(train, "train_task", rounded)
+    monkeypatch.setattr(work, "train_task", rounded)
     rollback(store, 1)
     (made,) = learn_here(config, opened(picture_tasks, "stripes"))
     before, after = (

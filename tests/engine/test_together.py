@@ -14,7 +14,7 @@ from in_process_crew import make_store, opened, settings
 
 from condu_ray.config import SessionConfig
 from condu_ray.engine.session import _jobs
-from condu_ray.engine.train import Job, checkpoints, work_through
+from condu_ray.engine.work import Job, checkpoints, work_through
 from condu_ray.methods.checkpoint import Checkpoint
 from condu_ray.methods.training import Place
 from condu_ray.store import Store

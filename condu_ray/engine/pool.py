@@ -1,0 +1,155 @@
+"""A pool of Ray actors that hold θ⁰: whichever is free does the next call, another does that of one that is lost."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from condu_ray.config import SessionConfig
+from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.progress import Update
+from condu_ray.engine.replies import TRIES, answer_of, gone, result_of
+from condu_ray.engine.scoring import Scorer, threads_of
+from condu_ray.engine.work import Job, work_through
+from condu_ray.errors import TrainingError
+from condu_ray.methods.batches import MOST_LOADERS
+from condu_ray.methods.step import Step
+from condu_ray.methods.training import Place
+from condu_ray.store import Store
+
+HIRE_SECONDS, LONGEST_HIRE_SECONDS = 60.0, 900.0
+
+
+class Worker(Scorer):
+    """Ray actor of the pool. It also fits what learns on features: too small for a group of workers of its own."""
+
+    def fit(self, jobs: Sequence[Job], threads: int, report: Callable[[Step], None]) -> None:
+        """Puts the delta of every job into the store, unless it is there."""
+        with threads_of(threads):
+            work_through(self._store, self._config, jobs, Place(), report, self._device)
+
+
+class Pool:
+    """Actors that hold θ⁰, hired as there is work for them, and not held to a node that is lost."""
+
+    def __init__(self, store: Store, config: SessionConfig, cluster: Cluster) -> None:
+        self._store, self._config, self._cluster = store, config, cluster
+        self._actors: list[Any] = []
+        self._sought = 0  # of the places; who found none is not waited for again
+
+    def spread(self, calls: Sequence[tuple[str, tuple[Any, ...]]], update: Update) -> list[Any]:
+        """Results of these calls in their order, from whichever actors are free; the call of one that dies is given to
+        another."""
+        results: list[Any] = [None] * len(calls)
+        waiting, tries = deque(range(len(calls))), [TRIES] * len(calls)
+        free, under_way = list(self._hired(len(calls))), dict[Any, tuple[int, Any]]()
+        while waiting or under_way:
+            while waiting and free:
+                place, actor = waiting.popleft(), free.pop()
+                name, given = calls[place]
+                under_way[getattr(actor, name).remote(*given)] = (place, actor)
+            for ref in ray.wait(list(under_way))[0]:
+                place, actor = under_way.pop(ref)
+                try:
+                    results[place] = answer_of(ref)
+                except RayActorError as error:
+                    tries[place] -= 1
+                    if not tries[place]:
+                        raise gone(error) from None
+                    waiting.appendleft(place)
+                    free += self._instead_of(actor)
+                    continue
+                free.append(actor)
+                update(len(calls) - len(waiting) - len(under_way), len(calls), "")
+        return results
+
+    def alone(self, ask: Callable[[Any], Any]) -> Any:
+        """What `ask`, which is given one actor of the pool, returns; asked again of another where that one dies."""
+        for left in range(TRIES - 1, -1, -1):
+            actor = self._hired(1)[0]
+            try:
+                return ask(actor)
+            except RayActorError as error:
+                if not left:
+                    raise gone(error) from None
+                self._instead_of(actor)
+        raise AssertionError("not reached")
+
+    def threads(self) -> int:
+        """Of one actor that works while the rest of the pool waits: as many of its cores as every node has.
+
+        From the cluster and the settings alone, not from who found a place: sums may depend on it.
+        """
+        if self._gpu:
+            return self._beside_a_gpu()
+        return max(1, min([self._places, *(cpus for cpus, _ in self._cluster.nodes if cpus)]))
+
+    def close(self) -> None:
+        """Gives the cores back."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors, self._sought = [], 0
+
+    def _instead_of(self, dead: Any) -> list[Any]:
+        """Takes an actor out of the pool and hires another, if it finds a place: its node may be gone for good."""
+        self._actors.remove(dead)
+        hired = self._hire(1)
+        self._actors += hired
+        return hired
+
+    @property
+    def _gpu(self) -> bool:
+        return self._config.gpu == "auto" and self._cluster.gpus > 0
+
+    @property
+    def _places(self) -> int:
+        """How many actors the pool has if all of them find a core."""
+        places = max(1, self._cluster.gpus if self._gpu else self._cluster.cpus)
+        return min(places, self._config.workers or places)
+
+    def _beside_a_gpu(self) -> int:
+        """Cores that every node has for each of its GPUs."""
+        return max(1, min(cpus // gpus for cpus, gpus in self._cluster.nodes if gpus))
+
+    def _hired(self, calls: int) -> list[Any]:
+        """The pool, grown where so many calls have work for more: each actor is a process that holds the base model."""
+        wanted = min(self._places, calls)
+        if wanted > self._sought:
+            hired = self._hire(wanted - self._sought)
+            self._actors += hired
+            self._sought = wanted if len(hired) == wanted - self._sought else self._places  # or each would wait anew
+        return self._actors
+
+    def _hire(self, count: int) -> list[Any]:
+        gpu = self._gpu
+        # Not restarted by Ray: it would wait for the node that it was lost with, and others can do its work.
+        actor = ray.remote(Worker).options(num_cpus=1, num_gpus=1 if gpu else 0)
+        device, decoders = ("cuda", min(MOST_LOADERS, self._beside_a_gpu())) if gpu else ("cpu", 1)
+        given = (self._store.url, self._config, device, decoders)
+        place = "GPU" if gpu else "CPU core"
+        return those_ready([actor.remote(*given) for _ in range(count)], place, needed=not self._actors)
+
+
+def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[Any]:
+    """Those that found a place; the others are ended, since other work may hold some of the cluster's cores.
+
+    place: what they need, for the error where none came free. needed: False where others do the work without them.
+    """
+    hired = {one.__ray_ready__.remote(): one for one in actors}
+    ready, late = ray.wait(list(hired), num_returns=len(hired), timeout=HIRE_SECONDS)
+    if not ready and needed:
+        ready, late = ray.wait(late, timeout=LONGEST_HIRE_SECONDS)
+    for ref in late:
+        ray.kill(hired[ref])
+    if not ready and needed:
+        raise TrainingError(
+            f"no {place} of the cluster came free in {LONGEST_HIRE_SECONDS:.0f} s",
+            "end other work on it, and run the same command again",
+        )
+    for ref in ready:
+        result_of(ref)  # one that could not start counts as ready, too
+    return [hired[ref] for ref in ready]

@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from condu_ray import __version__, reports
-from condu_ray.config import ServeConfig, SessionConfig, resolve
+from condu_ray.config import ServeConfig, SessionConfig
 from condu_ray.errors import ConduError, ConfigError
 from condu_ray.options import with_settings
+from condu_ray.sources import flatten, resolve
 
 app = typer.Typer(
     help="A CLIP model that keeps learning.",
@@ -85,7 +86,7 @@ def learn(
 
     if dry_run:
         found, plan = command.dry_run(merged, stage)
-        values = _flat(merged)
+        values = flatten(merged.model_dump())
         if json:
             reports.emit(
                 {"data": found, **plan, "settings": {n: {"value": v, "from": origin[n]} for n, v in values.items()}}
@@ -141,12 +142,6 @@ def _merge(settings: dict[str, Any], file: Path | None) -> tuple[SessionConfig, 
 
     first, _ = resolve(settings, file)
     return resolve(settings, file, fixed_settings(first.store))
-
-
-def _flat(config: SessionConfig) -> dict[str, Any]:
-    from condu_ray.config import flatten
-
-    return flatten(config.model_dump())
 
 
 @app.command(epilog="Try: condu-ray sweep sweep.yaml, then condu-ray learn --config sweep/best.yaml")
@@ -214,7 +209,7 @@ def predict(
 @with_settings("store", "token", of=ServeConfig)
 def serve(store: StoreOption = DEFAULT_STORE, settings: dict[str, Any] | None = None) -> None:
     """Serves the newest version over HTTP, with a page to try it; a new version is taken up while it runs."""
-    from condu_ray.config import resolve_serving
+    from condu_ray.sources import resolve_serving
 
     config = resolve_serving({"store": store, **(settings or {})})
     from condu_ray.serving.start import run

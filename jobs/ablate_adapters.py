@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from condu_ray import reports
 from condu_ray.benchmark.increments import increments
-from condu_ray.config import ModelSpec, SessionConfig, resolve
+from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import PictureSet, Split, open_task
 from condu_ray.engine.progress import stage
 from condu_ray.engine.scoring import threads_of
@@ -38,6 +38,7 @@ from condu_ray.methods.protocol import Features
 from condu_ray.models.clip import Clip, class_embeddings
 from condu_ray.models.head import Head
 from condu_ray.models.load import load
+from condu_ray.sources import resolve
 
 BATCH = 64
 SHAKEN = 1e-6

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from ending import job
 
-from condu_ray.config import ModelSpec, SessionConfig, from_dotted
+from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import TaskData, open_task
 from condu_ray.data.loading import PictureSet, in_batches
 from condu_ray.errors import ConfigError
@@ -27,6 +27,7 @@ from condu_ray.methods import registry, training
 from condu_ray.methods.batches import batches
 from condu_ray.models.clip import Clip
 from condu_ray.models.load import load
+from condu_ray.sources import from_dotted
 
 BATCH, SKIPPED = 64, 5  # pictures a pass; first steps, in which kernels are chosen
 

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from condu_ray import reports
 from condu_ray.benchmark.stream import parse_stream
-from condu_ray.config import ServeConfig, from_dotted, resolve
+from condu_ray.config import ServeConfig
 from condu_ray.data import load_picture, open_task, sample
 from condu_ray.engine import command
 from condu_ray.engine.cluster import NAMESPACE, connected
@@ -52,6 +52,7 @@ from condu_ray.models.load import load as load_model
 from condu_ray.models.lora import LowRank, plan_adapters
 from condu_ray.serving.answering import pixels_of
 from condu_ray.serving.start import serving
+from condu_ray.sources import from_dotted, resolve
 from condu_ray.store import open_store
 from condu_ray.store.history import rollback
 from condu_ray.voting.classifier import Classifier

@@ -35,7 +35,7 @@ from torch import nn
 
 from condu_ray import reports
 from condu_ray.benchmark.worlds import write_worlds
-from condu_ray.config import SessionConfig, resolve
+from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.cluster import NAMESPACE, Cluster, connect, connected
 from condu_ray.engine.keys import train_key
@@ -47,6 +47,7 @@ from condu_ray.methods import registry
 from condu_ray.methods.batches import batches
 from condu_ray.methods.training import learning_rate_for, schedule
 from condu_ray.models.load import load
+from condu_ray.sources import resolve
 from condu_ray.store import create_store
 
 PARTS = ("steps", "workers", "fixed")

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condu_ray.config import SessionConfig, resolve
+from condu_ray.config import SessionConfig
 from condu_ray.engine.plan import header_of
 from condu_ray.methods import registry
 from condu_ray.models.load import load
+from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, TaskCard, create_store
 from condu_ray.store.manifest import ObjectRef
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from condu_ray.config import SessionConfig, resolve
+from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData, load_picture, open_task
 from condu_ray.engine.figures import learned_pictures
 from condu_ray.engine.in_process import InProcessCrew
 from condu_ray.engine.plan import header_of
 from condu_ray.engine.progress import silent
 from condu_ray.engine.session import learn
+from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, create_store, open_store
 from condu_ray.store.bucket import Bucket
 from condu_ray.store.header import open_existing

@@ -19,13 +19,11 @@ from condu_ray.config import (
     check_task_name,
     fields,
     fixed_by_store,
-    flatten,
-    from_dotted,
     rescaler_steps,
     rescales,
-    resolve,
 )
 from condu_ray.errors import ConfigError
+from condu_ray.sources import flatten, from_dotted, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -198,9 +196,12 @@ def test_a_store_refuses_other_values_of_what_it_fixed_all_at_once(file: Path, m
     file.write_text("fusion: {granularity: l1}\n")
     told = fault({"method": "condu"}, file, fixed)
     assert "method is condu (from option), but this store was made with condu-lora" in told
-    assert "lora.rank is 16 (from environment), but this store was made with 8" in told
+    assert "lora" not in told.partition("condu-lora")[2], "condu reads none of it"
     assert f"fusion.granularity is l1 (from file {file}), but this store was made with tensor" in told
-    assert told.endswith("leave method, lora.rank, fusion.granularity out, or use another --store.")
+    assert told.endswith("leave method, fusion.granularity out, or use another --store.")
+    told = fault({}, file, fixed)
+    assert "lora.rank is 16 (from environment), but this store was made with 8" in told
+    assert told.endswith("leave lora.rank, fusion.granularity out, or use another --store.")
 
 
 SIGN = {"fusion.triggers": "sign"}
@@ -266,8 +267,12 @@ def test_a_store_fixes_what_its_gaussians_are_joined_and_answer_by(method: str, 
 
 def test_a_store_fixes_what_its_experts_are_made_of_and_nothing_else() -> None:
     fixed = set(fixed_by_store(SessionConfig()))
-    assert {"method", "model", "pretrained", "train.towers", "lora.seed", "lora.mode", "fusion.granularity"} <= fixed
+    assert {"method", "model", "pretrained", "train.towers", "fusion.granularity"} <= fixed
     assert fixed <= {name for name, _ in fields()}
+    assert resolve({"lora.rank": 8}, fixed=fixed_by_store(SessionConfig()))[0].method == "condu-sign"
+    adapters = set(fixed_by_store(from_dotted({"method": "condu-lora"})))
+    assert {"lora.seed", "lora.mode", "lora.rank", "fusion.granularity"} <= adapters
+    assert not {"lora.rank", "fusion.granularity"} & set(fixed_by_store(from_dotted({"method": "rapf"})))
     assert not {"seed", "train.steps", "train.lr", "vote.k", "store", "tasks", "workers"} & fixed
     assert from_dotted(fixed_by_store(SessionConfig())) == SessionConfig()
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from condu_ray.benchmark.worlds import WORLDS, write_worlds
-from condu_ray.config import SessionConfig, resolve
+from condu_ray.config import SessionConfig
 from condu_ray.engine import command
 from condu_ray.engine.cluster import connected
 from condu_ray.engine.progress import Stage
+from condu_ray.sources import resolve
 from condu_ray.store import Manifest, open_store
 from condu_ray.store.header import fixed_settings, open_existing
 from condu_ray.tracking.history import accuracy_matrix, draw

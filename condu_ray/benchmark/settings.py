@@ -10,8 +10,9 @@ from typing import Any
 
 from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import LORA_BANK, System, plane_rank
-from condu_ray.config import DMC, SessionConfig, flatten, resolve
+from condu_ray.config import DMC, SessionConfig
 from condu_ray.engine.keys import HOW, PLACEMENT
+from condu_ray.sources import flatten, resolve
 from condu_ray.store.header import fixed_settings
 
 # What may differ between two runs of one benchmark: where things are, and who does the work.

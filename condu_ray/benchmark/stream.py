@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from condu_ray.config import resolve
+from condu_ray.sources import resolve
 
 Settings = Mapping[str, Any]
 """Dotted name -> value."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from condu_ray.config import ModelSpec, from_dotted
+from condu_ray.config import ModelSpec
 from condu_ray.errors import ConfigError, nearest
 from condu_ray.methods import registry
 from condu_ray.models.load import load
+from condu_ray.sources import from_dotted
 
 LINEAR_PROBE = "linear-probe"
 LORA_BANK = "lora-bank"

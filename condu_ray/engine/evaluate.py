@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from condu_ray.config import SessionConfig, resolve
+from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.cluster import connected
@@ -15,6 +15,7 @@ from condu_ray.engine.progress import Stage
 from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.engine.scoring import By, Snapshot
 from condu_ray.errors import ConfigError, DataError, NotFound, nearest
+from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, TaskCard, open_store
 from condu_ray.voting.open import buffers_of, check_pictured, task_experts
 from condu_ray.voting.router import Calibrated

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from condu_ray.config import SessionConfig, check_task_name, fixed_by_store, resolve
+from condu_ray.config import SessionConfig, check_task_name, fixed_by_store
 from condu_ray.engine.fusing import Fuser
 from condu_ray.engine.keys import PLACEMENT, state_key
 from condu_ray.engine.progress import Stage
 from condu_ray.errors import ConfigError, DataError, FusionError, StoreError
 from condu_ray.fusion.layout import Layout, as_f32
+from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
 from condu_ray.store.history import commit_next, newest
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from condu_ray.config import SessionConfig, flatten, rescales
+from condu_ray.config import SessionConfig, rescales
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
@@ -37,6 +37,7 @@ from condu_ray.methods import registry
 from condu_ray.methods.rescaling import steps_of
 from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.methods.training import buffers_in
+from condu_ray.sources import flatten
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard, put_first
 from condu_ray.store.history import newest
 from condu_ray.voting.classifier import TaskExpert

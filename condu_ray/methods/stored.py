@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 
-from condu_ray.config import SessionConfig, from_dotted
+from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import TaskState
+from condu_ray.sources import from_dotted
 from condu_ray.store import Manifest, Store, StoreHeader
 
 TASK_OBJECTS = ("prototypes-", "domain-", "buffers-", "tests-")

@@ -19,7 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from condu_ray.config import ServeConfig, resolve_serving
+from condu_ray.config import ServeConfig
 from condu_ray.errors import ConfigError
 from condu_ray.serving.api import build
 from condu_ray.serving.experts import expert_replica
@@ -27,6 +27,7 @@ from condu_ray.serving.figures import FrontFigures
 from condu_ray.serving.messages import Asking, Reply, Standing
 from condu_ray.serving.problems import Problem
 from condu_ray.serving.replica import Replica
+from condu_ray.sources import resolve_serving
 from condu_ray.store import open_store
 
 STANDING_SECONDS = 1.0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from condu_ray.errors import VersionTaken
+from condu_ray.sources import flatten
 from condu_ray.store.base import Store
 from condu_ray.store.manifest import Manifest
 
@@ -63,7 +64,7 @@ def difference(store: Store, before: int, after: int) -> dict[str, Any]:
     old_tasks = {card.name: card for card in old.tasks}
     new_tasks = {card.name: card for card in new.tasks}
     known = {ref.path for ref in old.objects.values()}
-    settings = _flat(old.settings), _flat(new.settings)
+    settings = flatten(old.settings), flatten(new.settings)
     return {
         "from": before,
         "to": after,
@@ -85,13 +86,3 @@ def difference(store: Store, before: int, after: int) -> dict[str, Any]:
         },
         "new_bytes": sum({ref.path: ref.bytes for ref in new.objects.values() if ref.path not in known}.values()),
     }
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

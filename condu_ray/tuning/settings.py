@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from condu_ray.config import SessionConfig, flatten, read_yaml, resolve
+from condu_ray.config import SessionConfig
 from condu_ray.engine.keys import HOW, PLACEMENT
 from condu_ray.errors import ConfigError, nearest
 from condu_ray.methods import registry
+from condu_ray.sources import flatten, nest, read_yaml, resolve
 from condu_ray.tuning.objectives import SENSE, Goals, Name
 from condu_ray.tuning.space import Choice, Entry, Integer, check_names, check_values, kind_of, size
 
@@ -199,11 +200,4 @@ def _faults(error: ValidationError) -> list[str]:
 
 def best_session(sweep: Sweep, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `learn --config` takes: the settings that stay, as they were given, and those that were found."""
-    nested: dict[str, Any] = {}
-    for name, value in {**flatten(sweep.session), **settings}.items():
-        *path, leaf = name.split(".")
-        place = nested
-        for part in path:
-            place = place.setdefault(part, {})
-        place[leaf] = value
-    return nested
+    return nest({**flatten(sweep.session), **settings})

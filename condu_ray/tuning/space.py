@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from condu_ray.config import SessionConfig, fields, flatten, from_dotted
+from condu_ray.config import SessionConfig, fields
 from condu_ray.engine.keys import HOW, PLACEMENT
 from condu_ray.errors import ConfigError, nearest
+from condu_ray.sources import flatten, from_dotted
 
 Scalar = bool | int | float | str | None
 

@@ -15,8 +15,8 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from condu_ray import __version__
-from condu_ray.config import resolve_serving
 from condu_ray.errors import ConfigError
+from condu_ray.sources import resolve_serving
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
 KINDS = {"raycluster.yaml": "RayCluster", "rayjob.yaml": "RayJob", "rayservice.yaml": "RayService"}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from in_process_crew import InProcessCrew, learn_here, opened, settings, silent
 
-from condu_ray.config import resolve
 from condu_ray.data import load_picture
 from condu_ray.engine.evaluate import kept, scored
 from condu_ray.engine.figures import learned_pictures
+from condu_ray.sources import resolve
 from condu_ray.store import Store, open_store
 from condu_ray.store.header import fixed_settings
 from condu_ray.voting.labels import LabelSpace

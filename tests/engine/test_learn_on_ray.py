@@ -15,7 +15,7 @@ from command_line import Learned, condu
 from in_process_crew import InProcessCrew, contents, learn_here, make_store, opened, settings, silent
 from ray_processes import ray_processes
 
-from condu_ray.config import SessionConfig, resolve
+from condu_ray.config import SessionConfig
 from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.crew import CHUNK
 from condu_ray.engine.evaluate import snapshot_of
@@ -27,6 +27,7 @@ from condu_ray.engine.session import _jobs, learn
 from condu_ray.engine.train import train
 from condu_ray.errors import DataError, TrainingError
 from condu_ray.methods.batches import Order
+from condu_ray.sources import resolve
 from condu_ray.store import Store, open_store
 from condu_ray.store.header import fixed_settings
 

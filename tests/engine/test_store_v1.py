@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from in_process_crew import learn_here, opened
 
-from condu_ray.config import resolve
 from condu_ray.engine.forget import forget
 from condu_ray.errors import DamagedObject, StoreError
+from condu_ray.sources import resolve
 from condu_ray.store import open_store
 from condu_ray.store.header import fixed_settings
 from condu_ray.voting.open import load_classifier

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from condu_ray.config import SessionConfig, from_dotted
+from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.data.task import Picture, Sizes, Split
+from condu_ray.sources import from_dotted
 
 Settings = Callable[..., SessionConfig]
 

@@ -14,13 +14,14 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from condu_ray.config import ModelSpec, from_dotted
+from condu_ray.config import ModelSpec
 from condu_ray.data import TaskData
 from condu_ray.data.task import Picture, Sizes, Split
 from condu_ray.errors import TrainingError
 from condu_ray.methods import registry
 from condu_ray.methods.training import Place, Resume, train_task
 from condu_ray.models.load import load
+from condu_ray.sources import from_dotted
 
 
 def main(model: str, given: str, rank: int, size: int, out: Path) -> None:

@@ -15,7 +15,7 @@ from in_process_crew import InProcessCrew, contents, learn_here, opened, setting
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from condu_ray.config import SessionConfig, resolve
+from condu_ray.config import SessionConfig
 from condu_ray.data.loading import PictureSet
 from condu_ray.data.templates import DEFAULT_TEMPLATES, prompts
 from condu_ray.engine.export import export
@@ -31,6 +31,7 @@ from condu_ray.methods.remembered import Remembered
 from condu_ray.methods.stored import layout_of, state_of
 from condu_ray.methods.training import Place, Trained
 from condu_ray.models.clip import Clip, class_embeddings
+from condu_ray.sources import resolve
 from condu_ray.store import open_store
 from condu_ray.voting.open import expert_maker, load_classifier
 

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from condu_ray.config import from_dotted
 from condu_ray.data.task import Picture, Sizes, Split, TaskData
 from condu_ray.methods import dmc
 from condu_ray.methods.checkpoint import Resume
 from condu_ray.methods.training import Place, Trained
 from condu_ray.models.clip import Clip
+from condu_ray.sources import from_dotted
 
 CLASSES = (("cat", "dog", "bus", "car"), ("tree", "cup", "chair", "ship"), ("apple", "bird", "house", "shoe"))
 EACH, WIDTH = 40, 32

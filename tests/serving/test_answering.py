@@ -14,11 +14,12 @@ from in_process_crew import learn_here, opened, settings
 from PIL import Image
 from torch import Tensor
 
-from condu_ray.config import ServeConfig, resolve_serving
+from condu_ray.config import ServeConfig
 from condu_ray.errors import ConfigError, DataError
 from condu_ray.models.clip import Clip, halved
 from condu_ray.serving.answering import Asked, Timed, TooLate, answer_batch, pixels_of, warm
 from condu_ray.serving.messages import Question
+from condu_ray.sources import resolve_serving
 from condu_ray.voting.answer import Answer
 from condu_ray.voting.classifier import Classifier
 from condu_ray.voting.open import load_classifier

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from condu_ray.config import from_dotted, gaussians_answer, resolve
+from condu_ray.config import gaussians_answer
 from condu_ray.errors import StoreError
+from condu_ray.sources import from_dotted, resolve
 from condu_ray.store import ObjectRef, TaskCard
 from condu_ray.store.manifest import FORMAT, Manifest, dump, parse_header, parse_manifest
 

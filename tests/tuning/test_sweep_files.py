@@ -10,8 +10,8 @@ import pytest
 import yaml
 from command_line import condu
 
-from condu_ray.config import resolve
 from condu_ray.errors import ConfigError
+from condu_ray.sources import resolve
 from condu_ray.tuning.best import write_best
 from condu_ray.tuning.records import Record, Report
 from condu_ray.tuning.settings import Sweep, read_sweep

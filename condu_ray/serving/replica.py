@@ -22,7 +22,7 @@ from condu_ray.serving.answering import Asked, Timed, TooLate, answer_batch, pix
 from condu_ray.serving.experts import RemoteVoters
 from condu_ray.serving.figures import ReplicaFigures
 from condu_ray.serving.messages import Asking, Reply, Standing
-from condu_ray.serving.shelf import Shelf, told
+from condu_ray.serving.shelf import Shelf, sentence_of
 from condu_ray.serving.threads import run_in
 from condu_ray.store import open_store
 from condu_ray.voting.classifier import Classifier
@@ -103,7 +103,7 @@ class Replica:
         try:
             return await self._reply(asking, time.monotonic() + seconds)
         except (DataError, NotFound) as error:
-            return Reply(refused=told(error))
+            return Reply(refused=sentence_of(error))
         except TooLate:
             return Reply(late=True)
 
@@ -132,7 +132,7 @@ class Replica:
         try:
             return await run_in(self._loader, self._shelf.fetch, version)
         except Exception as error:  # what is wrong with the store is the log's, not the client's
-            log.warning("version %s cannot be loaded: %s", version, told(error))
+            log.warning("version %s cannot be loaded: %s", version, sentence_of(error))
             raise NotFound(f"version {version} is not there, or cannot be loaded", "see /v1/versions") from None
 
     def _pixels(self, place: int, name: str, body: bytes) -> Tensor:
@@ -173,7 +173,7 @@ class Replica:
             batch = [replace(asked, classifier=classifier, until=until) for asked, _ in picked]
             found = await run_in(self._model, answer_batch, batch)
         except ConduError as error:
-            log.warning("the shadow version cannot answer: %s", told(error))
+            log.warning("the shadow version cannot answer: %s", sentence_of(error))
             return
         for (_, served), shadow in zip(picked, found, strict=True):
             if not isinstance(shadow, Timed):  # it has no such task, say

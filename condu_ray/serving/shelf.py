@@ -70,7 +70,7 @@ class Shelf:
                 if not known or (self._pinned is not None and self._pinned not in known):
                     raise NotFound(f"version {self._pinned or 1} is not in the store", "learn a task, or pin another")
             except Exception as error:
-                self.fault = Fault(None, told(error))
+                self.fault = Fault(None, sentence_of(error))
                 return False
             wanted = self._pinned or known[-1]
             if self._current is not None and self._current.version == wanted:
@@ -87,7 +87,7 @@ class Shelf:
         except Exception as error:
             log.warning("version %s cannot be loaded", version, exc_info=error, extra={"version": version})
             if version == wanted:
-                self.fault, self._tried = Fault(version, told(error)), time.monotonic()
+                self.fault, self._tried = Fault(version, sentence_of(error)), time.monotonic()
             return False
         before, self._current = self._current, loaded
         if version == wanted:
@@ -119,6 +119,6 @@ class Shelf:
             self._others.popitem(last=False)
 
 
-def told(error: Exception) -> str:
+def sentence_of(error: Exception) -> str:
     """One sentence for whoever runs the server."""
     return str(error) if isinstance(error, ConduError) else f"{type(error).__name__}: {error}"

@@ -92,7 +92,7 @@ class Bucket:
         self.name, self.prefix = _parsed(url)
         self.url = f"s3://{self.name}" + (f"/{self.prefix}" if self.prefix else "")
         self._root = f"{self.prefix}/" if self.prefix else ""
-        self._client = _told(make_client, "use", self.url)
+        self._client = _translating(make_client, "use", self.url)
         self._late = 0.0
 
     def now(self) -> float:
@@ -152,7 +152,7 @@ class Bucket:
     def write_from(self, path: str, file: Path, sha256: str) -> None:
         """Puts a file as an object, over one that is there; in parts where it is large."""
         key, extra = self._root + path, {"Metadata": {_SHA256: sha256}}
-        _told(
+        _translating(
             lambda: self._client.upload_file(str(file), self.name, key, ExtraArgs=extra), "write", f"{self.url}/{path}"
         )
 
@@ -309,7 +309,7 @@ class Bucket:
 
         for round_ in range(TRIES):
             try:
-                self._told_time(getattr(self._client, call)(Bucket=self.name, **given))
+                self._note_server_time(getattr(self._client, call)(Bucket=self.name, **given))
                 return True
             except ClientError as error:
                 status = _status(error)
@@ -355,15 +355,15 @@ class Bucket:
 
         def ask() -> Any:
             try:
-                return self._told_time(getattr(self._client, call)(Bucket=self.name, **given))
+                return self._note_server_time(getattr(self._client, call)(Bucket=self.name, **given))
             except ClientError as error:
                 if _status(error) == 404:
                     return None
                 raise
 
-        return _told(ask, what, f"{self.url}/{path}")
+        return _translating(ask, what, f"{self.url}/{path}")
 
-    def _told_time(self, answer: Any) -> Any:
+    def _note_server_time(self, answer: Any) -> Any:
         date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
         if date:
             self._late = time.time() - parsedate_to_datetime(date).timestamp()
@@ -396,7 +396,7 @@ def refusal(error: Exception, what: str, where: str) -> StoreError:
     return StoreError(f"cannot {what} {where} ({type(error).__name__})")
 
 
-def _told(ask: Callable[[], _T], what: str, where: str) -> _T:
+def _translating(ask: Callable[[], _T], what: str, where: str) -> _T:
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 

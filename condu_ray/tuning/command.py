@@ -56,8 +56,8 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
     warnings = [away] if away else []
     if tracking:
         with stage("recording"):
-            trials = [_told(sweep, record) for record in _worth_drawing(records)]
-            said = record_sweep(tracking, folder.name, sweep.terms(), trials, _told(sweep, best[0]), [*paths])
+            trials = [_trial_of(sweep, record) for record in _worth_drawing(records)]
+            said = record_sweep(tracking, folder.name, sweep.terms(), trials, _trial_of(sweep, best[0]), [*paths])
             warnings += [said] if said else []
     report["warnings"] = warnings
     write(folder / "report.json", report)
@@ -163,7 +163,7 @@ def _row(sweep: Sweep, record: Record) -> dict[str, Any]:
     return {"number": record.number, "settings": record.settings, "values": values, "figures": record.figures}
 
 
-def _told(sweep: Sweep, record: Record) -> Trial:
+def _trial_of(sweep: Sweep, record: Record) -> Trial:
     return Trial(
         record.number,
         record.settings,

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from condu_ray.tuning.objectives import SENSE
 from condu_ray.tuning.records import Record
 from condu_ray.tuning.settings import Sweep
-from condu_ray.tuning.space import Choice, Entry, Integer, Log, Settings, grid, told_apart
+from condu_ray.tuning.space import Choice, Entry, Integer, Log, Settings, configuration_key, grid
 
 MEMORY = 256
 """Trials that the sampler looks back on, up to twice as many between two clearings: its time grows with them."""
@@ -54,9 +54,9 @@ class Proposals:
         points = grid(sweep.space) if sweep.search == "grid" else ()  # type: ignore[arg-type]  # checked by Sweep
         self._draws = sweep.search != "grid"
         self._replayed = list(replayed)
-        self._given = {told_apart(record.settings) for record in known}
-        again = self._given | {told_apart(settings) for settings in replayed}
-        self._grid = [point for point in itertools.islice(points, sweep.most) if told_apart(point) not in again]
+        self._given = {configuration_key(record.settings) for record in known}
+        again = self._given | {configuration_key(settings) for settings in replayed}
+        self._grid = [point for point in itertools.islice(points, sweep.most) if configuration_key(point) not in again]
         self._asked: dict[int, optuna.Trial] = {}
         self._number = max((record.number + 1 for record in known), default=0)
         # Moved on by what is known, or a run that goes on would draw the first run's numbers again.
@@ -76,12 +76,12 @@ class Proposals:
                 return None
             trial = self._study.ask(self._space)
             settings = dict(trial.params)
-            if told_apart(settings) not in self._given:
+            if configuration_key(settings) not in self._given:
                 break
             self._study.tell(trial, state=TrialState.FAIL)
         else:
             return None
-        self._given.add(told_apart(settings))
+        self._given.add(configuration_key(settings))
         self._left -= 1
         number, self._number = self._number, self._number + 1
         self._asked[number] = trial

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from condu_ray.errors import StoreError
 from condu_ray.store.documents import read, write
-from condu_ray.tuning.space import Settings, told_apart
+from condu_ray.tuning.space import Settings, configuration_key
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -73,7 +73,7 @@ class Trials:
 
     def path(self, settings: Settings) -> Path:
         """The trial's file, named by its configuration; the folder of the same name without .json is its workplace."""
-        return self._place / f"{hashlib.sha256(told_apart(settings).encode()).hexdigest()[:24]}.json"
+        return self._place / f"{hashlib.sha256(configuration_key(settings).encode()).hexdigest()[:24]}.json"
 
     def read(self, settings: Settings) -> Record | None:
         found = read(self.path(settings))

@@ -78,7 +78,7 @@ class Version:
         self._thresholds = lru_cache(maxsize=None)(self._calibrate)
         self._ranked = lru_cache(maxsize=None)(self._rank)
         self._own = lru_cache(maxsize=None)(self._best_of_own)
-        self._told = lru_cache(maxsize=None)(self._evidence)
+        self._evidence_of = lru_cache(maxsize=None)(self._evidence)
 
     def row(self, vote: VoteConfig, labels: str, unseen: bool) -> tuple[list[float | None], float]:
         """(accuracy in percent by task of the stream, experts that run for a picture of a learned task, on average).
@@ -136,7 +136,7 @@ class Version:
         """(log probability f64[N, T] of the likeliest of its own labels by each expert, which label i64[N, T])."""
         size = self._logits.shape[1], self._learned
         surest, best = np.empty(size), np.empty(size, dtype=np.int64)
-        told = self._told(router, within)
+        told = self._evidence_of(router, within)
         for task in range(self._learned):
             columns = self._pictures.columns(task)
             own = self._logits[task, :, columns].astype(np.float64)
@@ -179,7 +179,7 @@ class Version:
         prior = prior_of(self._pictures.classes[task], [expert.classes for expert in self._experts])
         routed = self._route(vote, rows, prior)
         logits = self._logits[:, rows, columns].astype(np.float64)
-        for voter, told in enumerate(self._told(vote.router, vote.within)):
+        for voter, told in enumerate(self._evidence_of(vote.router, vote.within)):
             places = places_of(self._pictures.classes[task], self._experts[voter].classes)
             if places is not None:
                 logits[voter] += told[rows, places]

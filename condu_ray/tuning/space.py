@@ -115,7 +115,7 @@ Settings = dict[str, Scalar]
 """Dotted name -> value."""
 
 
-def told_apart(settings: Mapping[str, Scalar]) -> str:
+def configuration_key(settings: Mapping[str, Scalar]) -> str:
     """The same text for the same configuration alone."""
     return json.dumps(dict(settings), sort_keys=True)
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Query, Request
+from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -116,10 +116,15 @@ def build(
         )
     _add_problems(api)
 
-    def served() -> int | None:
-        return max((each.version for each in backend.standings()), default=None)
+    for routes in (_predict(config, backend), _catalogue(store, backend), _health(backend), _page()):
+        api.include_router(routes)
+    return api
 
-    @api.post(
+
+def _predict(config: ServeConfig, backend: Backend) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post(
         "/v1/predict",
         response_model=Predicted,
         openapi_extra={
@@ -141,6 +146,12 @@ def build(
             raise Problem(503, "too many pictures are waiting", busy=True)
         return JSONResponse({"answers": reply.answers, "version": reply.version, "milliseconds": reply.milliseconds})
 
+    return routes
+
+
+def _catalogue(store: Store, backend: Backend) -> APIRouter:
+    routes = APIRouter()
+
     @lru_cache(maxsize=32)  # versions never change
     def tasks_of(version: int) -> dict[str, Any]:
         manifest = store.manifest(version)
@@ -151,10 +162,10 @@ def build(
             row["prototypes"] = [{"label": n, "pictures": c} for n, c in zip(card.classes, counts, strict=True)]
         return {"version": version, "tasks": rows}
 
-    @api.get("/v1/tasks")
+    @routes.get("/v1/tasks")
     async def tasks(version: int | None = Query(default=None, ge=1, le=2**31)) -> dict[str, Any]:
         """What a version has learned, how much of it is left, and its class prototypes [default: what serves]."""
-        number = version or served()
+        number = version or _served(backend)
         if number is None:
             raise Problem(503, "no version is loaded yet", busy=True)
         try:
@@ -171,12 +182,18 @@ def build(
             "histories": histories(manifests),
         }
 
-    @api.get("/v1/versions")
+    @routes.get("/v1/versions")
     async def versions() -> dict[str, Any]:
         """All versions, the one that serves, the accuracy matrix and each task's accuracy over the versions."""
-        return {"serving": served(), **await run_in_threadpool(history)}
+        return {"serving": _served(backend), **await run_in_threadpool(history)}
 
-    @api.get("/healthz")
+    return routes
+
+
+def _health(backend: Backend) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/healthz")
     async def healthy() -> dict[str, str]:
         """Whether this process runs."""
         return {"status": "ok"}
@@ -185,7 +202,7 @@ def build(
         known = request.scope["trusted"]  # a sentence may name paths
         return standing.fault if known or standing.fault is None else "a newer version cannot be loaded"
 
-    @api.get("/readyz")
+    @routes.get("/readyz")
     async def ready(request: Request) -> dict[str, Any]:
         """Whether pictures are answered, and by which version on each replica; fault: why a newer does not serve."""
         standings = backend.standings()
@@ -193,7 +210,7 @@ def build(
             raise Problem(503, "no replica is up yet", busy=True)
         return {
             "status": "fault" if any(each.fault for each in standings) else "ok",
-            "serving": served(),
+            "serving": _served(backend),
             "newest": max((each.newest for each in standings if each.newest), default=None),
             "replicas": [
                 {"replica": each.replica, "version": each.version, "fault": fault(each, request), "shadow": each.shadow}
@@ -201,20 +218,30 @@ def build(
             ],
         }
 
+    return routes
+
+
+def _page() -> APIRouter:
+    routes = APIRouter()
     page = files("condu_ray.serving") / "page"
     content = {name: (page / name).read_bytes() for name in PAGE}  # only these, whatever is asked for
 
-    @api.get("/", include_in_schema=False)
+    @routes.get("/", include_in_schema=False)
     async def index() -> Response:
         return Response(content["index.html"], media_type="text/html")
 
-    @api.get("/page/{name}", include_in_schema=False)
+    @routes.get("/page/{name}", include_in_schema=False)
     async def part(name: str) -> Response:
         if name not in content:
             raise Problem(404, "there is no such page")
         return Response(content[name], media_type=PAGE[name])
 
-    return api
+    return routes
+
+
+def _served(backend: Backend) -> int | None:
+    """The version that answers now."""
+    return max((each.version for each in backend.standings()), default=None)
 
 
 def _schema(kind: type[BaseModel]) -> dict[str, Any]:

@@ -114,6 +114,14 @@ def conv_clip(conv_model_dir: Path) -> Clip:
 
 
 @pytest.fixture(scope="session")
+def residual_clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    """A random base model whose image tower is a small ResNet of CLIP's own, with its attention pool."""
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64, "patch_size": None}
+    config = {**TINY, "model_cfg": {**TINY["model_cfg"], "vision_cfg": vision}}
+    return _load(write_model(tmp_path_factory.mktemp("residual-clip"), config))
+
+
+@pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """An S3 server of this machine: CONDU_RAY_TEST_S3_ENDPOINT, with its credentials in the environment, else moto."""
     if given := os.environ.get("CONDU_RAY_TEST_S3_ENDPOINT"):

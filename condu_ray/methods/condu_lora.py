@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
+import torch
+from PIL import Image
 from torch import nn
 
 from condu_ray.config import LoraConfig, SessionConfig, triggers_of
@@ -29,6 +31,7 @@ from condu_ray.models.lora import (
     merged_weights,
     plan_adapters,
 )
+from condu_ray.models.towers import Towers
 
 
 def _adapters(clip: Clip, config: SessionConfig) -> Adapters:
@@ -36,8 +39,20 @@ def _adapters(clip: Clip, config: SessionConfig) -> Adapters:
 
 
 @lru_cache(maxsize=2)  # so that all experts of a store share one A⁰
-def _drawn(clip: Clip, lora: LoraConfig, towers: Literal["both", "image"]) -> Adapters:
+def _drawn(clip: Clip, lora: LoraConfig, towers: Towers) -> Adapters:
     return plan_adapters(clip.model, lora.rank, lora.targets, lora.seed, towers)
+
+
+@lru_cache(maxsize=2)
+def _in_rows(clip: Clip, lora: LoraConfig, towers: Towers) -> bool:
+    pixels = clip.eval_transform(Image.new("RGB", (8, 8)))
+
+    @torch.no_grad()
+    def ask(rows: int) -> None:
+        clip.images(pixels.expand(rows, -1, -1, -1))
+        clip.texts(["a"] * rows)
+
+    return can_run_in_rows(clip.model, _drawn(clip, lora, towers), ask)
 
 
 def _fused(adapters: Adapters, config: SessionConfig) -> Factors:
@@ -86,7 +101,7 @@ def expert(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> 
 
 def adapter(clip: Clip, layout: Layout, config: SessionConfig, delta: Vector) -> LowRank | None:
     adapters = _adapters(clip, config)
-    if not can_run_in_rows(clip.model, adapters):
+    if not _in_rows(clip, config.lora, config.train.towers):
         return None
     return low_rank(clip.model, adapters, factors_of(adapters, layout, delta))
 

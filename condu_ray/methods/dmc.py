@@ -137,6 +137,7 @@ def learn(
 
     Raises TrainingError for a loss that is not finite, and for statistics of another encoder than the state's.
     """
+    prompt_tokens(clip, task.classes, sum(_lengths(clip, config)))  # refused before anything is trained
     pictures = len(task.train)
     first, second = steps_for(pictures, config), prompt_steps_for(pictures, config)
     start = before.delta(before.tasks[-1]) if before.tasks else None

@@ -12,6 +12,7 @@ from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.protocol import Memory, Vector
 from condu_ray.models.clip import Clip, Overrides, expert_overrides
+from condu_ray.models.towers import in_towers
 
 FROZEN = ("logit_scale", "logit_bias")
 
@@ -22,7 +23,7 @@ def layout(clip: Clip, config: SessionConfig) -> Layout:
         {
             name: np.broadcast_to(np.float32(0), parameter.shape)
             for name, parameter in clip.model.named_parameters()
-            if name not in FROZEN and (config.train.towers == "both" or name.startswith("visual."))
+            if name not in FROZEN and in_towers(name, config.train.towers)
         }
     )
 

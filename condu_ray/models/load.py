@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 import logging
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -16,6 +21,7 @@ from condu_ray.models.clip import Clip
 
 SHIPPED = Path(__file__).parent / "shipped"
 LOCAL_DIR = "local-dir:"
+_OF_A_TAG = ("mean", "std", "interpolation", "resize_mode")
 
 
 def load(
@@ -34,12 +40,13 @@ def load(
     logging.root.setLevel(logging.CRITICAL + 1)
     try:
         model, train_transform, eval_transform = open_clip.create_model_and_transforms(
-            name, pretrained=spec.pretrained, device=device, require_pretrained=True
+            name, pretrained=spec.pretrained, device=device, require_pretrained=True, **_preprocessing(spec)
         )
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
         # open_clip raises RuntimeError, ValueError, OSError and the hub's own errors for the same few mistakes.
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+        reason = " ".join(lines)[:300] or type(error).__name__
         raise ModelError(
             f"model {spec.name}, weights {spec.pretrained or 'of that folder'}: {reason}",
             "check the name, the tag (open_clip.list_pretrained()) and that the weights belong to this model",
@@ -83,6 +90,9 @@ def _check_names(spec: ModelSpec, name: str) -> None:
                 f"model {spec.name}: no open_clip_config.json there",
                 "name a folder with that file and open_clip_model.safetensors",
             )
+        with suppress(OSError, ValueError, AttributeError):  # open_clip says what is wrong with that file
+            config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+            _check_packages(spec, config.get("model_cfg", {}))
         return
     if name not in open_clip.list_models():
         raise ModelError(f"model {name} is not an open_clip name", nearest(name, open_clip.list_models()))
@@ -90,16 +100,51 @@ def _check_names(spec: ModelSpec, name: str) -> None:
     if spec.pretrained is None:
         known = ", ".join(tags[:8]) or "no tags known"
         raise ModelError(f"model {name} needs weights", f"add --pretrained with a checkpoint file or a tag ({known})")
-    tag = spec.pretrained.lower().replace("-", "_")
+    tag = _tag(spec.pretrained)
     if tag not in tags and not Path(spec.pretrained).is_file():
         raise ModelError(
             f"model {name}: {spec.pretrained} is neither a checkpoint file nor a tag of this model", nearest(tag, tags)
         )
+    config, quick = open_clip.get_model_config(name) or {}, f"{name}-quickgelu"
+    of_tag = open_clip.get_pretrained_cfg(name, tag) if tag in tags else {}
+    if of_tag.get("quick_gelu") and not config.get("quick_gelu") and quick in open_clip.list_models():
+        raise ModelError(
+            f"model {name}: the weights {spec.pretrained} were trained with QuickGELU, which it lacks",
+            f"use --model {quick}",
+        )
+    _check_packages(spec, config)
+
+
+def _check_packages(spec: ModelSpec, config: Mapping[str, Any]) -> None:
+    text = config.get("text_cfg", {})
+    wanted = isinstance(text, dict) and (text.get("hf_model_name") or text.get("hf_tokenizer_name"))
+    if wanted and importlib.util.find_spec("transformers") is None:
+        raise ModelError(
+            f"model {spec.name} reads texts with the package transformers, which is not installed",
+            "install it: uv sync --extra hf, or pip install 'condu-ray[hf]'",
+        )
+
+
+def _tag(pretrained: str) -> str:
+    return pretrained.lower().replace("-", "_")
+
+
+def _preprocessing(spec: ModelSpec) -> dict[str, Any]:
+    """How pictures are prepared for a checkpoint file: as for the weights that open_clip has for that name, where all
+    of them agree. A tag or a folder says it itself; a file does not, and open_clip would take OpenAI's."""
+    tags = open_clip.list_pretrained_tags_by_model(spec.name)
+    if spec.pretrained is None or _tag(spec.pretrained) in tags:
+        return {}
+    known = [open_clip.get_pretrained_cfg(spec.name, tag) for tag in tags]
+    found = [{f"image_{key}": each[key] for key in _OF_A_TAG if each.get(key)} for each in known]
+    return found[0] if found and all(each == found[0] for each in found) else {}
 
 
 def _is_convolutional(model: nn.Module) -> bool:
+    """Whether channels last are faster; not where oneDNN's gradient of a kernel would write where it must not."""
     kernels = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return len(kernels) > 4
+    unsafe = any(m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8 for m in kernels)
+    return len(kernels) > 4 and not unsafe
 
 
 def weights_sha256(model: nn.Module) -> str:

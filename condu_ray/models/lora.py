@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from condu_ray.errors import ModelError
+from condu_ray.models.towers import Towers, in_towers
 
 Factors = dict[str, NDArray[np.float32]]
 """`<layer>.lora_A` f32[rank, in] and `<layer>.lora_B` f32[out, rank], out: how many of the last rows are adapted."""
@@ -54,7 +55,7 @@ def plan_adapters(
     rank: int,
     targets: Targets,
     seed: int,
-    towers: Literal["both", "image"] = "both",
+    towers: Towers = "both",
 ) -> Adapters:
     """Chooses the layers and draws A⁰ ~ N(0, 1/in); raises ModelError where nothing can be adapted.
 
@@ -75,26 +76,26 @@ def plan_adapters(
     return Adapters(tuple(layers), rank, start)
 
 
-def _layers(model: nn.Module, targets: str, towers: str) -> dict[str, nn.Module]:
-    linear = {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
+def _layers(model: nn.Module, targets: str, towers: Towers) -> dict[str, nn.Module]:
+    linear = {name: layer for name, layer in model.named_modules() if _is_linear(layer) and in_towers(name, towers)}
     if targets == "attention":
         found = _attention(model, linear, towers)
         if found:
             return found
     image = [name for name in linear if name.startswith("visual.")]
-    text = [name for name in linear if not name.startswith("visual.")] if towers == "both" else []
+    text = [name for name in linear if not name.startswith("visual.")]
     if targets == "mlp":
         image, text = _mlp(image), _mlp(text)
     chosen = {id(linear[name].get_parameter("weight")): name for name in reversed([*image, *text])}
     return {name: layer for name, layer in linear.items() if name in chosen.values()}
 
 
-def _attention(model: nn.Module, linear: Mapping[str, nn.Module], towers: str) -> dict[str, nn.Module]:
+def _attention(model: nn.Module, linear: Mapping[str, nn.Module], towers: Towers) -> dict[str, nn.Module]:
     """Modules whose projection holds keys and values, and layers that are one of them alone, by name."""
     fused = {name: layer for name, layer in model.named_modules() if _matrix_of(layer) == "in_proj_weight"}
     alone = {name: layer for name, layer in linear.items() if name.rpartition(".")[2] in ("qkv", "k_proj", "v_proj")}
     found = {name: layer for name, layer in model.named_modules() if name in fused or name in alone}
-    return {name: layer for name, layer in found.items() if towers == "both" or name.startswith("visual.")}
+    return {name: layer for name, layer in found.items() if in_towers(name, towers)}
 
 
 def _holds_queries(name: str, outputs: int, inputs: int) -> bool:
@@ -175,16 +176,28 @@ class LowRank:
     merged: Mapping[str, Tensor]
 
 
-def can_run_in_rows(model: nn.Module, adapters: Adapters) -> bool:
-    """Whether every adapted layer is called as a module, with the pictures in its first dimension.
+def can_run_in_rows(model: nn.Module, adapters: Adapters, ask: Callable[[int], object]) -> bool:
+    """Whether every adapted layer is called as a module, plainly, with the rows of a batch in its first dimension.
 
-    Attention of PyTorch's own reads the weights of its projection without calling it.
+    Some attention reads the weights of its projections without calling them, some layers see a table of positions
+    instead of pictures, some standardise their weights first. ask: passes so many pictures and texts through.
     """
-    inside = {
-        id(child) for each in model.modules() if isinstance(each, nn.MultiheadAttention) for child in each.modules()
-    }
-    called = all(id(layer) not in inside for users in _owners(model, adapters.layers).values() for layer in users)
-    return called and all(getattr(each, "batch_first", True) for each in model.modules())
+    users = [layer for owners in _owners(model, adapters.layers).values() for layer in owners]
+    if any(type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward) for layer in users):
+        return False
+    lengths: dict[int, list[list[int]]] = {rows: [[] for _ in users] for rows in (2, 3)}
+    for rows, seen in lengths.items():
+        handles = [
+            layer.register_forward_pre_hook(lambda _, given, kept=kept: kept.append(len(given[0])))
+            for layer, kept in zip(users, seen, strict=True)
+        ]
+        try:
+            ask(rows)
+        finally:
+            for handle in handles:
+                handle.remove()
+    pairs = list(zip(lengths[2], lengths[3], strict=True))
+    return all(two and [3 * each for each in two] == [2 * each for each in three] for two, three in pairs)
 
 
 def low_rank(model: nn.Module, adapters: Adapters, factors: Mapping[str, NDArray[np.float32]]) -> LowRank:

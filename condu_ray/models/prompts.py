@@ -36,7 +36,7 @@ def prompt_tokens(clip: Clip, names: Sequence[str], length: int) -> Tensor:
     Raises ModelError for a tower that looks up no tokens, ConfigError where vectors and a name do not fit.
     """
     _token_table(clip)
-    first, place = _placeholder(clip)
+    first, lead, place = _placeholder(clip)
     tokens = clip.tokenizer([f"{PLACEHOLDER} " * length + f"{name.replace('_', ' ')}." for name in names])
     room = tokens.shape[1] - NAME_ROOM
     if length > room:
@@ -45,7 +45,8 @@ def prompt_tokens(clip: Clip, names: Sequence[str], length: int) -> Tensor:
             f"{clip.spec.name}",
             f"use at most {room} (--dmc.shared-prompt, --dmc.task-prompt)",
         )
-    if not (tokens[:, first : first + length] == place).all():
+    held = tokens[:, first : first + length]
+    if length and not ((held[:, 0] == lead).all() and (held[:, 1:] == place).all()):
         raise _refusal(clip, "its tokenizer does not keep them apart")
     return tokens
 
@@ -63,7 +64,7 @@ class PromptedClasses:
 
     def __init__(self, clip: Clip, tokens: Tensor, length: int) -> None:
         self._clip, self.length = clip, length
-        self._table, (self._first, _) = _token_table(clip), _placeholder(clip)
+        self._table, (self._first, *_) = _token_table(clip), _placeholder(clip)
         self._tokens = tokens.to(clip.device)
 
     def vectors(self, context: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -91,12 +92,14 @@ class PromptedClasses:
 
 def start_vectors(clip: Clip, length: int, seed: int) -> Tensor:
     """Where learning begins, f32[M, W]: the embeddings of "a photo of a", then noise as large as embeddings are."""
-    table = _token_table(clip).weight.detach().float()
-    first, _ = _placeholder(clip)
+    embedding = _token_table(clip)
+    first, *_ = _placeholder(clip)
+    table = embedding.weight.detach().float()
     words = clip.tokenizer([START])[0][first : first + len(START.split())].to(table.device)
+    seen = embedding(words).detach().float()  # some tables scale what is looked up
     noise = torch.randn(length, table.shape[1], generator=torch.Generator().manual_seed(seed))
-    found: Tensor = noise.to(table.device) * table.std()
-    found[: len(words)] = table[words][:length]
+    found: Tensor = noise.to(table.device) * table.std() * (seen.norm() / table[words].norm())
+    found[: len(words)] = seen[:length]
     return found
 
 
@@ -109,12 +112,18 @@ def _token_table(clip: Clip) -> nn.Embedding:
     return max(tables, key=lambda each: each.num_embeddings)
 
 
-def _placeholder(clip: Clip) -> tuple[int, int]:
-    """(position of the first word of a text, the placeholder's token)."""
-    tokens = clip.tokenizer([f"{PLACEHOLDER} {PLACEHOLDER} {PLACEHOLDER}"])[0].tolist()
-    for first in range(len(tokens) - 2):
-        if tokens[first] == tokens[first + 1] == tokens[first + 2]:
-            return first, tokens[first]
+def _placeholder(clip: Clip) -> tuple[int, int, int]:
+    """(position of the first word of a text, the placeholder's token there, its token anywhere else).
+
+    Some tokenizers read a word that begins a text as another one.
+    """
+    many = 4
+    tokens = clip.tokenizer([" ".join([PLACEHOLDER] * many)])[0].tolist()
+    padding = tokens[-1]
+    for first in range(len(tokens) - many):
+        lead, *others = tokens[first : first + many]
+        if len(set(others)) == 1 and others[0] != padding and tokens[first + many] != others[0]:
+            return first, lead, others[0]
     raise _refusal(clip, "its tokenizer does not keep them apart")
 
 

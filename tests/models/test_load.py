@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -13,11 +14,12 @@ import pytest
 import torch
 from open_clip import factory
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from condu_ray.config import ModelSpec
 from condu_ray.errors import ModelError
 from condu_ray.models.clip import Clip
-from condu_ray.models.load import load, weights_sha256
+from condu_ray.models.load import _is_convolutional, _preprocessing, load, weights_sha256
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
@@ -53,6 +55,10 @@ def folder(tiny_model_dir: Path, tmp_path: Path) -> Path:
             "laion400m_e33 is neither a checkpoint file nor a tag of this model: did you mean laion400m_e3",
         ),
         ({"name": "ViT-B-16", "pretrained": "/nowhere/weights.pt"}, "is neither a checkpoint file nor a tag"),
+        (
+            {"name": "ViT-B-32", "pretrained": "openai"},
+            "weights openai were trained with QuickGELU, which it lacks: use --model ViT-B-32-quickgelu",
+        ),
         ({"name": "local-dir:/nowhere"}, "no open_clip_config.json there"),
         ({"name": "default", "pretrained": "openai"}, "brings its own weights, so openai would be ignored"),
     ],
@@ -120,6 +126,38 @@ def test_a_checkpoint_file_under_an_open_clip_name_is_the_same_model(
     assert found.sha256 == tiny_clip.sha256
     with pytest.raises(ModelError, match=r"condu-tiny needs weights: .* \(no tags known\)"):
         load(ModelSpec(name=named_model))
+
+
+def test_a_checkpoint_file_takes_pictures_as_the_weights_of_that_name_do(named_model: str) -> None:
+    """Where all that open_clip has agree; a file does not say it."""
+    half = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "image_interpolation": "bicubic"}
+    found = _preprocessing(ModelSpec(name="ViT-B-16-SigLIP", pretrained="/weights/mine.pt"))
+    assert found == half | {"image_resize_mode": "squash"}
+    plain = _preprocessing(ModelSpec(name="MobileCLIP2-S0", pretrained="/weights/mine.pt"))
+    assert (plain["image_mean"], plain["image_interpolation"]) == ((0.0, 0.0, 0.0), "bilinear")
+    assert _preprocessing(ModelSpec(name="ViT-B-16-SigLIP", pretrained="webli")) == {}, "the tag says it"
+    assert _preprocessing(ModelSpec(name="ViT-H-14", pretrained="/weights/mine.pt")) == {}, "they differ"
+    assert _preprocessing(ModelSpec(name=named_model, pretrained="/weights/mine.pt")) == {}
+
+
+def test_a_package_that_a_model_needs_is_named_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"ViT-B-16-SigLIP reads texts with the package transformers.*uv sync --extra"):
+        load(ModelSpec(name="ViT-B-16-SigLIP", pretrained="webli"))
+    config = json.loads((folder / CONFIG).read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "some/tokenizer"
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="package transformers, which is not installed"):
+        load(ModelSpec(name=f"local-dir:{folder}"))
+
+
+def test_a_kernel_whose_gradient_breaks_in_channels_last_keeps_the_other_layout() -> None:
+    """oneDNN writes where it must not: strided 1x1 kernels of few channels, as in MobileCLIP's stem."""
+    safe = [nn.Conv2d(8, 8, 1, 2), nn.Conv2d(3, 8, 1), *(nn.Conv2d(8, 8, 3) for _ in range(4))]
+    assert _is_convolutional(nn.Sequential(*safe))
+    assert not _is_convolutional(nn.Sequential(nn.Conv2d(3, 64, 1, 2), *safe))
 
 
 def test_a_torch_checkpoint_is_read_without_running_code(folder: Path, named_model: str) -> None:

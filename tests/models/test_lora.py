@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from condu_ray.errors import ModelError
+from condu_ray.methods import condu_lora
 from condu_ray.models.clip import Clip
 from condu_ray.models.load import weights_sha256
 from condu_ray.models.lora import (
@@ -22,6 +24,8 @@ from condu_ray.models.lora import (
     merged_weights,
     plan_adapters,
 )
+from condu_ray.models.towers import in_towers
+from condu_ray.sources import from_dotted
 
 TEXTS = ["a photo of a cat.", "a drawing of a dog."]
 BOTH = pytest.mark.parametrize("fixture", ["tiny_clip", "conv_clip"])
@@ -37,6 +41,15 @@ def clip(fixture: str, request: pytest.FixtureRequest) -> Clip:
 @pytest.fixture
 def pixels() -> Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def runs_in_rows(clip: Clip, adapters: Adapters) -> bool:
+    def ask(rows: int) -> None:
+        with torch.no_grad():
+            clip.images(torch.zeros(rows, 3, 32, 32))
+            clip.texts(["a"] * rows)
+
+    return can_run_in_rows(clip.model, adapters, ask)
 
 
 def answers(model: nn.Module, clip: Clip, pixels: Tensor) -> Tensor:
@@ -218,7 +231,7 @@ def test_experts_in_one_pass_answer_as_one_at_a_time(clip: Clip, pixels: Tensor,
     if not shared:
         every[1] = {name: factor + np.float32(0.1) for name, factor in every[1].items()}
     experts = [low_rank(clip.model, adapters, factors) for factors in every]
-    assert can_run_in_rows(clip.model, adapters)
+    assert runs_in_rows(clip, adapters)
     for name in experts[0].factors:  # one tensor, also where it had to be copied to a device
         assert (experts[1].factors[name][0] is experts[0].factors[name][0]) == shared
     rows, sizes = torch.cat([pixels, pixels.flip(0), pixels[:1]]), [3, 3, 1]
@@ -265,4 +278,65 @@ def test_an_expert_beside_the_base_model_takes_no_more_than_its_factors(
 
 
 def test_projections_that_attention_reads_itself_cannot_run_in_rows(tiny_clip: Clip) -> None:
-    assert not can_run_in_rows(tiny_clip.model, plan_adapters(tiny_clip.model, 2, "linear", seed=0))
+    assert not runs_in_rows(tiny_clip, plan_adapters(tiny_clip.model, 2, "linear", seed=0))
+
+
+class Odd(nn.Module):
+    """A tower with a layer that is called in no plain way."""
+
+    def __init__(self, odd: nn.Module, way: str) -> None:
+        super().__init__()
+        self.visual = nn.ModuleDict({"plain": nn.Linear(4, 4), "odd": odd})
+        self.way = way
+
+    def forward(self, rows: int) -> Tensor:
+        odd, values = self.visual["odd"], self.visual["plain"](torch.ones(rows, 4))
+        if self.way == "reads its weight":
+            return functional.linear(values, odd.weight, odd.bias)
+        if self.way == "sees positions":
+            return values + odd(torch.ones(6, 4)).mean(0)
+        if self.way == "is not called":
+            return values
+        found: Tensor = odd(values.repeat(3, 1))  # three windows a picture
+        return found
+
+
+class Standardised(nn.Linear):
+    def forward(self, values: Tensor) -> Tensor:
+        return functional.linear(values, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("way", "kind", "runs"),
+    [
+        ("is called", nn.Linear, True),
+        ("is called", Standardised, False),
+        ("reads its weight", nn.Linear, False),
+        ("sees positions", nn.Linear, False),
+        ("is not called", nn.Linear, False),
+    ],
+)
+def test_layers_that_are_not_plainly_called_with_pictures_cannot_run_in_rows(
+    way: str, kind: type[nn.Linear], runs: bool
+) -> None:
+    model = Odd(kind(4, 4), way)
+    adapters = plan_adapters(model, 2, "linear", seed=0)
+    assert adapters.layers == ("visual.plain", "visual.odd")
+    assert can_run_in_rows(model, adapters, model) == runs
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_caption_decoder_is_no_tower() -> None:
+    """CoCa's: no picture and no class passes through it."""
+    towers = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4)) for name in ("visual", "text", "text_decoder")})
+    assert plan_adapters(towers, 2, "linear", 0).layers == ("visual.0", "text.0")
+    assert [in_towers(name, "both") for name in ("visual.a", "text.b", "text_decoder.c")] == [True, True, False]
+
+
+def test_experts_of_a_residual_network_answer_by_merged_weights(residual_clip: Clip) -> None:
+    """Its attention pool reads the weights of its projections."""
+    clip = residual_clip
+    asked = from_dotted({"method": "condu-lora", "lora.rank": 2, "lora.targets": "linear"})
+    layout = condu_lora.layout(clip, asked)
+    assert any("attnpool" in entry.name for entry in layout.entries)
+    assert condu_lora.adapter(clip, layout, asked, np.zeros(layout.total, np.float32)) is None

@@ -75,6 +75,29 @@ def test_one_vector_and_as_many_as_fit(tiny_clip: Clip, length: int) -> None:
     assert context.grad is not None and (context.grad.abs().sum(1) > 0).all()
 
 
+@pytest.mark.parametrize("begins", [True, False], ids=["a text without a start", "a text with a start"])
+def test_a_tokenizer_that_reads_the_first_word_as_another_is_taken(tiny_clip: Clip, begins: bool) -> None:
+    """SentencePiece without a dummy prefix."""
+    words = {"x": 11, "a": 12, "photo": 13, "of": 14}
+
+    def tokenized(texts: list[str]) -> Tensor:
+        rows = []
+        for text in texts:
+            tokens = [words.get(word, 20) for word in text.replace(".", " .").split()]
+            row = [*([] if begins else [1]), tokens[0] + 100, *tokens[1:], 300]  # the tower pools at the largest
+            rows.append((row + [0] * 16)[:16])
+        return torch.tensor(rows)
+
+    clip = replace(tiny_clip, tokenizer=tokenized)
+    tokens, first = prompt_tokens(clip, NAMES, 5), 0 if begins else 1
+    assert tokens[0, first : first + 5].tolist() == [111, 11, 11, 11, 11]
+    table = clip.model.get_parameter("token_embedding.weight")
+    torch.testing.assert_close(start_vectors(clip, 4, 0), table[torch.tensor([112, 13, 14, 12])])
+    context = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    PromptedClasses(clip, tokens, 5).vectors(context)[0].sum().backward()
+    assert context.grad is not None and (context.grad.abs().sum(1) > 0).all()
+
+
 def test_more_than_fit_are_refused(tiny_clip: Clip) -> None:
     assert most_vectors(tiny_clip) == 13
     with pytest.raises(ConfigError, match="use at most 13"):

@@ -75,6 +75,7 @@ class Answer(Label):
     labels: list[Label]
     votes: list[Vote]
     label_space: str
+    strangeness: float | None
     version: int
 
 

@@ -38,7 +38,7 @@ class ReplicaFigures:
             "condu_similarity", "how sure the router is of the first expert's task among those learned", SHARES
         )
         self._strange = Histogram(
-            "condu_base_weight", "the base model's share where labels are given; high: an unknown domain", SHARES
+            "condu_strangeness", "probability that a picture is of no learned task; high: an unknown domain", SHARES
         )
         self._cache = Gauge(
             "condu_expert_cache", "experts found loaded, and built, since the version serves", ("kind",)
@@ -61,8 +61,8 @@ class ReplicaFigures:
                 self._votes.inc(1, {"task": vote.task or "base"})
             if (near := one.answer.votes[0].similarity) is not None:
                 self._near.observe(max(near, 0.0))
-            if one.answer.label_space != "task":
-                self._strange.observe(next((v.weight for v in one.answer.votes if v.task is None), 0.0))
+            if one.answer.strangeness is not None:
+                self._strange.observe(one.answer.strangeness)
 
     def serves(self, classifier: Classifier, fault: bool) -> None:
         self._version.set(classifier.version)

@@ -22,7 +22,8 @@ class Vote:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a version says of a picture. ranked: every label of the space, the likeliest first."""
+    """What a version says of a picture. ranked: every label of the space, the likeliest first. strangeness: probability
+    that the picture is of no learned task; None where the task was named, or the router does not say."""
 
     label: Label
     probability: float
@@ -30,6 +31,7 @@ class Answer:
     votes: tuple[Vote, ...]
     label_space: str
     version: int
+    strangeness: float | None = None
 
     def to_json(self, image: str, top: int = 5) -> dict[str, Any]:
         """The published JSON object, with the `top` likeliest labels; floats to six digits."""
@@ -51,5 +53,6 @@ class Answer:
                 for vote in self.votes
             ],
             "label_space": self.label_space,
+            "strangeness": None if self.strangeness is None else round(self.strangeness, DIGITS),
             "version": self.version,
         }

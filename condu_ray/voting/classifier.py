@@ -46,7 +46,8 @@ class _Ballot:
 
     apart: every voter scores a block of its own, so that weights belong to blocks. evidence: of the router on what each
     voter scores, where it has any, to be added to the voter's logits. parts: which labels each voter speaks for, and
-    where they are in what it scores; empty where voters score all labels that count, or a block of its own.
+    where they are in what it scores; empty where voters score all labels that count, or a block of its own. strange: as
+    `Routed` has it.
     """
 
     votes: tuple[Vote, ...]
@@ -55,6 +56,7 @@ class _Ballot:
     apart: bool = False
     evidence: tuple[NDArray[np.float64] | None, ...] = ()
     parts: tuple[Part, ...] = ()
+    strange: float | None = None
 
 
 class Classifier:
@@ -173,8 +175,8 @@ class Classifier:
     @torch.no_grad()
     def _scores(
         self, pixels: Tensor, space: LabelSpace
-    ) -> list[tuple[tuple[Vote, ...], NDArray[np.int64], NDArray[np.float64]]]:
-        """For each picture: its votes, the indices of the labels that count, and their scores."""
+    ) -> list[tuple[_Ballot, NDArray[np.int64], NDArray[np.float64]]]:
+        """For each picture: who votes, the indices of the labels that count, and their scores."""
         if not len(pixels):
             return []
         base: Tensor | None = None
@@ -202,7 +204,7 @@ class Classifier:
                 scores = by_columns(own, [part.labels for part in ballot.parts], shares, len(columns))
             else:
                 scores = side_by_side(rows, shares) if ballot.apart else combine(np.stack(rows), shares, self._vote)
-            scored.append((ballot.votes, columns, scores))
+            scored.append((ballot, columns, scores))
         return scored
 
     def _named(self, pixels: Tensor, task: str) -> tuple[Tensor | None, list[_Ballot]]:
@@ -242,7 +244,7 @@ class Classifier:
             ballots.append(
                 _Ballot(votes, blocks, (blocks,) * len(votes), False, tuple(told.get(vote.task) for vote in votes))
             )
-        return ballots
+        return [replace(ballot, strange=one.strange) for ballot, one in zip(ballots, routed, strict=True)]
 
     def _by_parts(self, space: LabelSpace) -> bool:
         """Whether experts score only what is theirs of words that are all learned, as where no word is given."""
@@ -295,13 +297,13 @@ class Classifier:
         return logits
 
     def _answer(
-        self, space: LabelSpace, votes: tuple[Vote, ...], columns: NDArray[np.int64], scores: NDArray[np.float64]
+        self, space: LabelSpace, ballot: _Ballot, columns: NDArray[np.int64], scores: NDArray[np.float64]
     ) -> Answer:
         shares = np.zeros(len(space.labels))
         shares[columns] = probabilities(scores)
         ranked = tuple((space.labels[i], float(shares[i])) for i in np.argsort(-shares, kind="stable"))
         label, probability = ranked[0]
-        return Answer(label, probability, ranked, votes, space.kind, self.version)
+        return Answer(label, probability, ranked, ballot.votes, space.kind, self.version, ballot.strange)
 
 
 def _scored_by(voter: str | None, ballot: _Ballot) -> tuple[int, ...]:

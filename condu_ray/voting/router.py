@@ -42,7 +42,8 @@ class Routed:
     experts: task indices, the likeliest first, at least one where there are tasks. nearness f64[M]: cosine to the
     nearest prototype, or probability of the task. shares f64[M]: of the experts among themselves, sum 1. base: θ⁰'s
     share of the whole; at 1 no expert is asked. evidence: for each expert what the router says of its classes, see
-    `Router.evidence`; None where it says nothing of classes.
+    `Router.evidence`; None where it says nothing of classes. strange: probability that the picture is of no task; None
+    where the router does not say.
     """
 
     experts: tuple[int, ...]
@@ -50,6 +51,7 @@ class Routed:
     shares: Scores
     base: float
     evidence: tuple[Scores, ...] | None = None
+    strange: float | None = None
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,8 @@ class DomainRouter(_Asking):
         near = likely[order]
         experts = tuple(int(task) for task in order)
         if self._vote.combine == "mean_logits":
-            return Routed(experts, near, np.full(len(near), 1 / len(near)), 1 / (len(near) + 1))
+            return Routed(experts, near, np.full(len(near), 1 / len(near)), 1 / (len(near) + 1), strange=float(strange))
         base = self._vote.base_weight
         if base is None:
             base = 1.0 if self._vote.adaptive and strange >= STRANGE else float(strange)
-        return Routed(experts, near, near / near.sum(), base)
+        return Routed(experts, near, near / near.sum(), base, strange=float(strange))

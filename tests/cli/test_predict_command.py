@@ -14,7 +14,7 @@ def test_the_published_object(store: Path, picture: Path) -> None:
     said = condu("predict", picture, "--store", store, "--json")
     assert said.code == 0
     (answer,) = said.document
-    keys = ["image", "label", "task", "probability", "labels", "votes", "label_space", "version"]
+    keys = ["image", "label", "task", "probability", "labels", "votes", "label_space", "strangeness", "version"]
     assert list(answer) == keys
     assert answer["image"] == str(picture)
     assert [list(each) for each in answer["labels"]] == [["label", "task", "probability"]] * len(answer["labels"])

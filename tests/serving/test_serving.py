@@ -196,7 +196,7 @@ def test_predict_asks_a_server_as_it_asks_a_store(served: Served) -> None:
 def test_what_happens_is_counted_for_prometheus(served: Served) -> None:
     node = ray.nodes()[0]
     wanted = {"condu_requests", "condu_stage_seconds", "condu_votes", "condu_similarity", "condu_expert_cache"}
-    wanted |= {"condu_request_seconds", "condu_batch_pictures", "condu_base_weight", "condu_version"}
+    wanted |= {"condu_request_seconds", "condu_batch_pictures", "condu_strangeness", "condu_version"}
     wanted |= {"condu_version_fault"}
     end, missing = time.monotonic() + 60, wanted
     while missing and time.monotonic() < end:

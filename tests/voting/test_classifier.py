@@ -325,7 +325,9 @@ def test_mistakes_are_named(make: Make, pixels: Tensor, experts: tuple[TaskExper
 def test_the_published_json(make: Make, pixels: Tensor) -> None:
     (answer,) = make(adaptive=False, k=2, union="joint").classify(pixels[:1])
     published = json.loads(json.dumps(answer.to_json("a.png", top=2)))
-    assert list(published) == ["image", "label", "task", "probability", "labels", "votes", "label_space", "version"]
+    keys = ["image", "label", "task", "probability", "labels", "votes", "label_space", "strangeness", "version"]
+    assert list(published) == keys
+    assert published["strangeness"] is None, "the router here is that of prototypes"
     assert published["image"] == "a.png"
     assert (published["label"], published["task"]) == (answer.label.name, answer.label.task)
     assert published["probability"] == round(answer.probability, 6)

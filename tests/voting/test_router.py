@@ -68,6 +68,13 @@ def test_not_adaptive_is_always_k_experts() -> None:
         assert len(route(VoteConfig(adaptive=False, k=2), place).experts) == 2
 
 
+def test_how_strange_a_picture_is_is_said_whoever_votes() -> None:
+    for vote in (VoteConfig(), VoteConfig(base_weight=0.3), VoteConfig(combine="mean_logits")):
+        near, far = (route(vote, place).strange for place in (6.0, -30.0))
+        assert near is not None and far is not None
+        assert near < 0.5 < far
+
+
 def test_a_fixed_share_of_the_base_model_is_taken_as_given() -> None:
     for place in (6.0, -30.0):
         assert route(VoteConfig(base_weight=0.3), place).base == 0.3

@@ -20,6 +20,7 @@ from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.fusing import Fused
+from condu_ray.engine.keeper import Keeper
 from condu_ray.engine.keys import (
     FEATURES,
     PLACEMENT,
@@ -149,10 +150,9 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
             base = measure.baseline(crew, job.data, pictures, delta, buffers, update)
         losses = [(int(step), float(loss)) for step, loss in trained.get("losses", ())]
         known.append(_Known(job, prototypes, domain, tests, pictures, base, delta, buffers, losses))
-    made = list[Manifest]()
+    made, keeper = list[Manifest](), Keeper(store, [ref.path for each in known for ref in each.refs()])
     for index, one in enumerate(known):
-        for path in (ref.path for each in known[index:] for ref in each.refs()):
-            store.touch(path)  # many tasks take long, and gc takes what nobody asks for in a day
+        keeper.touch()
         later = {each.job.data.name: (each.job.data, each.pictures) for each in known[index + 1 :]}
         manifest = _add(store, config, crew, one, later, made, clock, stage)
         if manifest is not None:

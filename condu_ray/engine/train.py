@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from torch import nn
 from condu_ray.config import SessionConfig
 from condu_ray.engine.board import POLL_SECONDS, post, reporter, show
 from condu_ray.engine.cluster import Cluster
+from condu_ray.engine.keeper import Keeper
 from condu_ray.engine.keys import SEEN, features_key
 from condu_ray.engine.placement import Group, plan_group
 from condu_ray.engine.progress import Update
@@ -38,7 +38,6 @@ from condu_ray.methods.training import Place, all_steps_for
 from condu_ray.store import Store, object_path, open_store
 
 RESTARTS = 3
-TOUCH_SECONDS = 3600.0
 
 
 def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Cluster, update: Update) -> None:
@@ -84,21 +83,6 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
-
-
-class Keeper:
-    """Says again and again that what a session has finished is in use, or gc would take it from one that lasts long."""
-
-    def __init__(self, store: Store, paths: Sequence[str], work: str) -> None:
-        self._store, self._paths, self._work = store, paths, work
-        self._next = time.monotonic() + TOUCH_SECONDS
-
-    def touch(self) -> None:
-        if time.monotonic() >= self._next:
-            for path in self._paths:
-                self._store.touch(path)
-            self._store.work(self._work)
-            self._next = time.monotonic() + TOUCH_SECONDS
 
 
 def unplaced(group: Group) -> str:

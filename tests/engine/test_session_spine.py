@@ -15,10 +15,12 @@ from in_process_crew import InProcessCrew, contents, learn_here, make_store, ope
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import open_task
-from condu_ray.engine import session, train, work
+from condu_ray.engine import keeper as keeping
+from condu_ray.engine import session, work
 from condu_ray.engine.evaluate import _given
 from condu_ray.engine.forget import forget
 from condu_ray.engine.fusing import Fuser
+from condu_ray.engine.keeper import Keeper
 from condu_ray.errors import DataError, NotFound, StoreError
 from condu_ray.methods.stored import state_of
 from condu_ray.store import LocalStore, Manifest, ObjectRef, open_store
@@ -256,9 +258,10 @@ def test_buffers_that_other_hardware_rounded_otherwise_are_kept_beside(
 
 
 def test_tasks_that_wait_for_their_turn_are_not_taken_by_gc(
-    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path, trainings: list[str]
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path, trainings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A session of many tasks lasts longer than what nobody asks for is kept."""
+    monkeypatch.setattr(keeping, "TOUCH_SECONDS", 0.0)
     config = settings(tmp_path / "store", tiny_model_dir)
     store = make_store(config)
 
@@ -351,12 +354,14 @@ def test_what_a_fuser_has_done_is_done_again_once_gc_has_taken_it(
     assert [store.fault(ref) for ref in first.objects.values()] == [None] * len(first.objects)
 
 
-def test_a_long_training_says_again_that_its_finished_tasks_are_in_use(copy: SessionConfig) -> None:
+def test_a_long_training_says_again_that_its_finished_tasks_are_in_use(
+    copy: SessionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = open_store(copy.store)
     (path,) = {ref.path for name, ref in store.manifest(1).objects.items() if name == "domain-1"}
     file = Path(store.url) / path
     folder = Path(store.work("ray-train-1"))
-    keeper = train.Keeper(store, [path, "objects/none/delta.safetensors"], "ray-train-1")
+    keeper = Keeper(store, [path, "objects/none/delta.safetensors"], "ray-train-1")
 
     def age() -> float:
         for each in (file, folder):
@@ -365,7 +370,7 @@ def test_a_long_training_says_again_that_its_finished_tasks_are_in_use(copy: Ses
         return max(file.stat().st_mtime, folder.stat().st_mtime)
 
     assert age() == 0  # not all the time
-    keeper._next = 0
+    monkeypatch.setattr(keeping, "TOUCH_SECONDS", 0.0)
     assert age() > 0
 
 

@@ -13,7 +13,7 @@ EVERY = [each for each in vars(errors).values() if isinstance(each, type) and is
 
 
 def test_every_kind_of_mistake_is_a_condu_error() -> None:
-    assert len(EVERY) == 11
+    assert len(EVERY) == 12
 
 
 @pytest.mark.parametrize(

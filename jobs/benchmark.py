@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ending import job
+
 from condu_ray import reports
 from condu_ray.benchmark import increments, protocols
 from condu_ray.benchmark.run import run
@@ -24,7 +26,7 @@ from condu_ray.benchmark.stream import Stream, parse_stream
 from condu_ray.benchmark.systems import METHODS, check_methods
 from condu_ray.cli import INTERRUPTED
 from condu_ray.engine.progress import stage
-from condu_ray.errors import ConduError, ConfigError
+from condu_ray.errors import ConfigError
 
 
 def asked(options: argparse.Namespace) -> Benchmark:
@@ -57,6 +59,7 @@ def _by_name(options: argparse.Namespace) -> Stream:
     return protocols.protocol(name, options.data)
 
 
+@job
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -80,9 +83,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         found = run(asked(options), stage)
-    except ConduError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on where this one ended", file=sys.stderr)
         sys.exit(INTERRUPTED)

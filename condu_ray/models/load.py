@@ -132,8 +132,10 @@ def _tag(pretrained: str) -> str:
 def _preprocessing(spec: ModelSpec) -> dict[str, Any]:
     """How pictures are prepared for a checkpoint file: as for the weights that open_clip has for that name, where all
     of them agree. A tag or a folder says it itself; a file does not, and open_clip would take OpenAI's."""
+    if spec.pretrained is None:
+        return {}
     tags = open_clip.list_pretrained_tags_by_model(spec.name)
-    if spec.pretrained is None or _tag(spec.pretrained) in tags:
+    if _tag(spec.pretrained) in tags:
         return {}
     known = [open_clip.get_pretrained_cfg(spec.name, tag) for tag in tags]
     found = [{f"image_{key}": each[key] for key in _OF_A_TAG if each.get(key)} for each in known]

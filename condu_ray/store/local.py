@@ -177,13 +177,14 @@ class LocalStore:
 
     def touch(self, path: str) -> bool:
         file = self.root / path
-        with suppress(PermissionError):  # then nobody collects garbage here either
-            try:
-                os.utime(file)
-            except FileNotFoundError:
-                return False
-            except OSError as error:
-                raise refusal(error, "touch", file) from error
+        try:
+            os.utime(file)
+        except FileNotFoundError:
+            return False
+        except PermissionError:  # then nobody collects garbage here either
+            return True
+        except OSError as error:
+            raise refusal(error, "touch", file) from error
         return True
 
     def get(self, ref: ObjectRef) -> dict[str, np.ndarray[Any, Any]]:

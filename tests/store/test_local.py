@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,29 @@ class TestOtherFileSystems:
             store.commit(make_manifest(1, message="second"))
         assert store.get(store.manifest(1).objects["u"])["u"][0] == 1
         assert list((root / "tmp").iterdir()) == []
+
+    def test_an_object_of_another_user_is_there_though_it_cannot_be_touched(
+        self, store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ref = store.put("key", "u", {"u": np.ones(3)})
+        refuse(monkeypatch, os, "utime", errno.EACCES)
+        assert store.touch(ref.path)
+        refuse(monkeypatch, os, "utime", errno.EIO)
+        with pytest.raises(StoreError, match="cannot touch"):
+            store.touch(ref.path)
+
+    def test_a_lock_is_of_a_file_since_network_file_systems_keep_those_of_folders_to_one_machine(
+        self, store: Store, root: Path
+    ) -> None:
+        """Whoever holds it, by whichever process, keeps writers waiting."""
+        with open(root / "lock", "r+b") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with ThreadPoolExecutor(1) as pool:
+                put = pool.submit(store.put, "key", "u", {"u": np.ones(3)})
+                with pytest.raises(TimeoutError):
+                    put.result(timeout=0.5)
+                fcntl.flock(held, fcntl.LOCK_UN)
+                assert store.fault(put.result(timeout=60)) is None
 
     def test_without_links_and_locks_nothing_is_promised(
         self, store: Store, root: Path, make_manifest: Any, monkeypatch: pytest.MonkeyPatch

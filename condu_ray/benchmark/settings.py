@@ -69,8 +69,10 @@ def sessions(benchmark: Benchmark, system: System, seed: int) -> list[tuple[Sess
 
     Raises ConfigError that lists every fault of the settings.
     """
-    configs = [(_config(benchmark, system, seed, task), task) for task in benchmark.stream.tasks]
-    return [(config, [task for _, task in part]) for config, part in groupby(configs, key=lambda pair: pair[0])]
+    given = groupby(benchmark.stream.tasks, key=lambda task: _own(benchmark.stream, system, task))
+    configs = [(_config(benchmark, system, seed, own), list(tasks)) for own, tasks in given]
+    same = groupby(configs, key=lambda pair: pair[0])  # what is asked for may stand above what the tasks have
+    return [(config, [task for _, tasks in part for task in tasks]) for config, part in same]
 
 
 def common(benchmark: Benchmark) -> SessionConfig:
@@ -83,7 +85,13 @@ def kept_settings(benchmark: Benchmark) -> dict[str, Any]:
     return {name: value for name, value in flatten(common(benchmark).model_dump()).items() if name not in _FREE}
 
 
-def _config(benchmark: Benchmark, system: System, seed: int, task: str) -> SessionConfig:
+def _own(stream: Stream, system: System, task: str) -> Mapping[str, Any]:
+    if system.method in DMC:
+        return {}  # a stream's rates are of full fine-tuning, and these train adapters
+    return (stream.lora if system.method == "condu-lora" else stream.full).get(task, {})
+
+
+def _config(benchmark: Benchmark, system: System, seed: int, own: Mapping[str, Any]) -> SessionConfig:
     stream, store = benchmark.stream, store_of(benchmark, system, seed)
     fixed = fixed_settings(store)
     chosen = {
@@ -93,9 +101,6 @@ def _config(benchmark: Benchmark, system: System, seed: int, task: str) -> Sessi
         "method": system.method,
         "seed": seed,
     }
-    own: Mapping[str, Any] = (stream.lora if system.method == "condu-lora" else stream.full).get(task, {})
-    if system.method in DMC:
-        own = {}  # a stream's rates are of full fine-tuning, and these train adapters
     if system.name == LORA_BANK:
         chosen |= {"lora.mode": "exact", "lora.rank": fixed["lora.rank"] if fixed else _plane_rank(benchmark)}
     return _resolved(benchmark, chosen, {**stream.settings, **own}, fixed)

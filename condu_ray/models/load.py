@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def load(
         model, train_transform, eval_transform = open_clip.create_model_and_transforms(
             name, pretrained=spec.pretrained, device=device, require_pretrained=True, **_preprocessing(spec)
         )
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = _tokenizer(name)
     except Exception as error:
         # open_clip raises RuntimeError, ValueError, OSError and the hub's own errors for the same few mistakes.
         lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
@@ -75,6 +76,12 @@ def load(
         channels_last=channels_last,
         domains=domains,
     )
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(name: str) -> Any:
+    """Read once a process: its vocabulary takes longer than a small model, and a session opens its model often."""
+    return open_clip.get_tokenizer(name)
 
 
 def _check_names(spec: ModelSpec, name: str) -> None:

@@ -42,7 +42,10 @@ FIGURES = [
     "router_alone",
 ]
 COSTS = ["seconds", "bytes_per_task", "bytes_shared", "rank"]
-SETTINGS = "train: {steps: 12, batch_size: 8, lr: 1.0e-3, towers: image}\nlora: {rank: 4}\nvote: {k: 2}\nadapter: {epochs: 4}\n"
+SETTINGS = (
+    "train: {steps: 12, batch_size: 8, lr: 1.0e-3, towers: image}\nlora: {rank: 4}\nvote: {k: 2}\n"
+    "adapter: {epochs: 4}\n"
+)
 
 
 def here(store: Store, config: SessionConfig) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32))}
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "CONDU_RAY_TEST_GPU" not in os.environ:  # what is promised to the bit is promised of a CPU; see tests/gpu
@@ -199,6 +200,9 @@ def ray_cluster() -> Iterator[None]:
     """One Ray cluster for the whole run, which engine.cluster.connect joins; with more logical cores than there are."""
     import ray
 
+    from condu_ray.engine.cluster import PRIVATE
+
+    os.environ |= PRIVATE
     ray.init(
         address="local",
         num_cpus=4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,14 @@ from condu_ray.errors import TrainingError
 
 NAMESPACE = "condu-ray"
 REACH_SECONDS = 20.0
+PRIVATE = {
+    # No node of it is taken away with a warning: that watcher would be one more process to wait for.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Nobody listens there, and it has no dashboard. Ray Train asks one whether its controller still lives: it would
+    # look for 20 s, and where it found another cluster's, take the workers of this one away as nobody's.
+    "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
+}
+"""What Ray Train reads from the environment in a cluster of this process's own."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,11 @@ def connect() -> Cluster:
                 _reach(os.environ["RAY_ADDRESS"])
                 ray.init(**quiet)
             else:
-                # A private cluster on loopback, gone with this process: it needs no token, and leaves none behind.
-                os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-                # No node of it is taken away with a warning: that watcher would be one more process to wait for.
-                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+                # Ray's ports are open to the network, and who reaches them can run code. Unless told otherwise it asks
+                # for a token: one of this process's own, so that none is written into the home folder.
+                if "RAY_AUTH_MODE" not in os.environ:
+                    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+                os.environ |= PRIVATE
                 ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as error:
             # ConnectionError, RuntimeError, ValueError; and a bare Exception where a busy machine is slow to start Ray.

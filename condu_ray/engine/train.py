@@ -181,13 +181,16 @@ def take_part(given: Given) -> None:
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(group.cpus_each)
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # which Ray does for workers that are connected alone
     mine = list(given.jobs) if group.shared else deal(given.jobs, size, config)[rank]
     together = group.shared and size > 1
     place = Place(rank, size, _distribute, _barrier, _agree) if together else Place()
     if ray.get(board.read.remote())[1] is not None:
         return
     try:
-        work_through(open_store(given.store), config, mine, place, reporter(board), str(get_device()))
+        work_through(open_store(given.store), config, mine, place, reporter(board), str(device))
     except ConduError as fault:
         # Doing it again would fail again: tell the driver instead of letting Ray restart the group.
         ray.get(board.fail.remote(fault))

@@ -1,8 +1,9 @@
 """Trains the small CLIP that ships with the package, or one of any open_clip configuration, on Ray Train.
 
-    uv run --extra pretrain python jobs/text_targets.py --base TARGETS --wordnet /usr/share/wordnet --out WIDER
-    uv run python jobs/pretrain_default.py --images DATA/tiny_imagenet --trunk LITE0.safetensors --text-targets WIDER \
-        --minutes-text 13 --minutes-image 80 --workers 2 --work WORK --out condu_ray/models/shipped
+    uv run --extra pretrain python jobs/pretrain_sources.py --targets TARGETS --wordnet /usr/share/wordnet --out SOURCES
+    uv run python jobs/pretrain_default.py --images DATA/tiny_imagenet --trunk SOURCES/trunk.safetensors \
+        --text-targets SOURCES --minutes-text 13 --minutes-image 80 --workers 2 --work WORK \
+        --out condu_ray/models/shipped
 
 Order of work: the text tower learns a vector for every name of the vocabulary and for the captions of a generated
 world; a ridge regression ties the image trunk to the text tower's own class vectors (the start); the image tower is

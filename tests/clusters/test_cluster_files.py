@@ -119,11 +119,14 @@ def test_every_node_of_a_service_has_the_token_that_clients_show() -> None:
     assert "create secret generic condu-serve-token --from-literal=token=" in (CLUSTERS / "README.md").read_text()
 
 
-def test_the_launcher_sends_a_script_of_the_checkout() -> None:
-    (script,) = re.findall(
-        r"`ray submit clusters/aws.yaml (\S+) ", (CLUSTERS / "README.md").read_text(encoding="utf-8")
-    )
-    assert (CLUSTERS.parent / script).is_file()
+def test_a_session_on_the_launcher_s_head_is_a_job_of_the_image_and_joins_the_cluster() -> None:
+    (given,) = re.findall(r"`ray exec clusters/aws.yaml '(.+?)'`", (CLUSTERS / "README.md").read_text(encoding="utf-8"))
+    address, python, script, name, *options = given.split()
+    assert (address, python, name) == ("RAY_ADDRESS=auto", "python", "birds")
+    assert "--node-wait-seconds" in options  # the cluster begins without a worker
+    image = (CLUSTERS / "Containerfile").read_text(encoding="utf-8")
+    assert "COPY jobs /opt/condu-ray/jobs" in image
+    assert (CLUSTERS.parent / script.removeprefix("/opt/condu-ray/")).is_file()
 
 
 def test_ray_start_s_values_are_text() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ import typer
 
 from condu_ray import __version__, reports
 from condu_ray.config import ServeConfig, SessionConfig
-from condu_ray.errors import ConduError, ConfigError
+from condu_ray.errors import ConduError, ConfigError, without_credentials
 from condu_ray.options import with_settings
 from condu_ray.sources import flatten, resolve
 
@@ -37,6 +38,9 @@ PicturesOption = Annotated[Path | None, typer.Option("--pictures", help="folder 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; exits 0 when done, 2 for the user's input or surroundings, 1 for a mistake of ours."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
         app(args=arguments, prog_name="condu-ray")
     except ConduError as error:
@@ -82,11 +86,16 @@ def learn(
     settings = dict(settings or {}) | ({"tasks": tasks} if tasks else {})
     merged, origin = _merge(settings, config)
     from condu_ray.engine import command
+    from condu_ray.engine.keys import unread
     from condu_ray.engine.progress import stage
 
+    if idle := sorted(unread(merged) & set(settings)):  # a file or the environment may serve several methods
+        options = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise ConfigError(f"{merged.method} does not read {options}", "leave it out, or choose another --method")
     if dry_run:
         found, plan = command.dry_run(merged, stage)
         values = flatten(merged.model_dump())
+        values["tracking"] = values["tracking"] and without_credentials(values["tracking"])
         if json:
             reports.emit(
                 {"data": found, **plan, "settings": {n: {"value": v, "from": origin[n]} for n, v in values.items()}}

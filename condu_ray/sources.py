@@ -7,7 +7,7 @@ default.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -114,7 +114,12 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_whole_mapping
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    return flatten(read_yaml(path, "write settings as 'name: value' lines"))
+    found: dict[str, Any] = {}
+    for name, value in _pairs(read_yaml(path, "write settings as 'name: value' lines")):
+        if name in found:
+            raise ConfigError(f"{path}: {name} is given twice, nested and with dots", "leave one of them out")
+        found[name] = value
+    return found
 
 
 def read_yaml(path: Path, form: str) -> dict[str, Any]:
@@ -141,16 +146,18 @@ def read_yaml(path: Path, form: str) -> dict[str, Any]:
     return content
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
     """Turns nested settings into dotted names; `tasks` stays one value, a section without content gives nothing."""
-    flat: dict[str, Any] = {}
+    return dict(_pairs(nested))
+
+
+def _pairs(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in nested.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name != "tasks":
-            flat.update(flatten(value, f"{name}."))
+            yield from _pairs(value, f"{name}.")
         elif value is not None or name not in SECTIONS:
-            flat[name] = value
-    return flat
+            yield name, value
 
 
 def _from_environment() -> dict[str, Any]:

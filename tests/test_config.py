@@ -117,6 +117,7 @@ def test_all_wrong_values_are_told_at_once_with_name_value_and_origin(
         ("train: [1, 2", "is not YAML (line 1"),
         ("seed: 1\nseed: 2\n", "is not YAML (line 2: 'seed' is given twice)"),
         ("tasks:\n  cats: a\n  cats: b\n", "is not YAML (line 3: 'cats' is given twice)"),
+        ("train.lr: 0.1\ntrain: {lr: 0.2}\n", "train.lr is given twice, nested and with dots"),
         ("just words", "holds a str: write settings as 'name: value' lines"),
         ("- a\n- b\n", "holds a list"),
         ("seed: !!python/object/apply:os.getcwd []\n", "is not YAML (line 1"),

@@ -10,6 +10,7 @@ from typing import Any
 from condu_ray.config import SessionConfig
 from condu_ray.data import describe
 from condu_ray.engine.cluster import Cluster, connected
+from condu_ray.engine.figures import unmeasured
 from condu_ray.engine.plan import header_of, open_data, plan
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.ray_crew import RayCrew
@@ -65,6 +66,9 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     manifest = newest(store)
     assert manifest is not None
     warnings = [away] if away else []
+    if made:
+        lost = unmeasured(made[-1])
+        warnings += [f"the test pictures of {name} are gone or have changed: it has no figure now" for name in lost]
     if tracking:
         names = {task.name for task in tasks}
         versions = {card.learned_in for card in manifest.tasks if card.name in names}

@@ -78,7 +78,8 @@ def kept(store: Store, manifest: Manifest) -> list[tuple[TaskCard, Split]]:
     gone = [card.name for card in manifest.tasks if card.name not in found]
     if gone:
         raise DataError(
-            f"the test pictures of {', '.join(gone)} are no longer where they were", f"say where: --task {gone[0]}=PATH"
+            f"the test pictures of {', '.join(gone)} are no longer where they were, or have changed",
+            f"say where: --task {gone[0]}=PATH",
         )
     if not found:
         raise NotFound(f"version {manifest.version} has learned no task", "learn one with `condu-ray learn`")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,15 @@ from numpy.typing import NDArray
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import Picture, Split, TaskData, sample
+from condu_ray.data.picture import Unreadable, read_bytes
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.fusing import Fused
 from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import By, Question, Snapshot
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
+
+DIGEST_BYTES = 16
+_READERS = 8
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,38 @@ def pack_pictures(split: Split) -> dict[str, NDArray[Any]]:
     """Where the pictures are and what they show, so that later versions are measured on the same ones."""
     paths = json.dumps([str(Path(picture.path).absolute()) for picture in split.pictures])
     spans = np.array([(picture.offset, picture.size) for picture in split.pictures], np.int64).reshape(-1, 2)
-    return {"paths": np.frombuffer(paths.encode(), np.uint8), "spans": spans, "labels": split.labels}
+    return {
+        "paths": np.frombuffer(paths.encode(), np.uint8),
+        "spans": spans,
+        "labels": split.labels,
+        "digests": _digests(split.pictures),
+    }
 
 
 def unpack_pictures(arrays: Mapping[str, NDArray[Any]]) -> Split | None:
-    """The pictures again; None where some are no longer there."""
+    """The pictures again; None where some are no longer there, or are others now: figures would be of other things."""
     paths = json.loads(arrays["paths"].tobytes())
     if not all(Path(path).is_file() for path in set(paths)):
         return None
     pictures = tuple(Picture(path, int(at), int(size)) for path, (at, size) in zip(paths, arrays["spans"], strict=True))
+    known = arrays.get("digests")  # stores of format 1 have none
+    if known is not None and not np.array_equal(_digests(pictures), known):
+        return None
     return Split(pictures, np.array(arrays["labels"]))
+
+
+def _digests(pictures: Sequence[Picture]) -> NDArray[np.uint8]:
+    """u8[n, DIGEST_BYTES]: blake2b of each picture's bytes, zeros for one that cannot be read."""
+
+    def digest(picture: Picture) -> bytes:
+        try:
+            return hashlib.blake2b(read_bytes(picture), digest_size=DIGEST_BYTES).digest()
+        except (OSError, Unreadable):
+            return bytes(DIGEST_BYTES)
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="condu-digest") as pool:
+        found = b"".join(pool.map(digest, pictures))
+    return np.frombuffer(found, np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def ask(
@@ -63,6 +91,11 @@ def learned_pictures(store: Store, manifest: Manifest | None) -> dict[str, Split
         if split is not None:
             found[card.name] = split
     return found
+
+
+def unmeasured(manifest: Manifest) -> list[str]:
+    """Tasks that a version could not be measured on."""
+    return [card.name for card in manifest.tasks if card.name not in manifest.figures["accuracy"]]
 
 
 def baseline(

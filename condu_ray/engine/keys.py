@@ -9,8 +9,19 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from condu_ray.config import DMC, SessionConfig, adapter_rule, adapts, fixed_by_store, shrinkage_of
+from condu_ray.config import (
+    DMC,
+    REMEMBER,
+    SessionConfig,
+    adapter_rule,
+    adapts,
+    fields,
+    fixed_by_store,
+    fuses,
+    shrinkage_of,
+)
 from condu_ray.data import TaskData
+from condu_ray.methods import registry
 from condu_ray.store import Manifest, StoreHeader
 
 FEATURES = "features"
@@ -34,6 +45,25 @@ PLACEMENT = {
 
 HOW = {"train.checkpoint_seconds", "train.loader_processes", "fusion.shards"}
 """Settings that change how work is done, and nothing that it gives."""
+
+
+def unread(config: SessionConfig) -> set[str]:
+    """Settings (dotted names) that change nothing of what the method gives."""
+    method = registry.info(config.method)
+    dmc = config.method in DMC
+    reads = {
+        "train": method.trains and not method.on_features,
+        "lora": config.method == "condu-lora",
+        "fusion": fuses(config),
+        "adapter": adapts(config),
+        "memory": config.method in REMEMBER,
+        "dmc": dmc,
+        "vote": not method.single,
+    }
+    idle = {name for name, _ in fields() if "." in name and not reads[name.partition(".")[0]]}
+    if dmc:  # which draws its adapters by that seed, tunes the image tower alone, and has a replay of its own
+        idle = idle - {"lora.seed"} | {"train.towers", "train.batch_norm", "memory.per_epoch"}
+    return idle - HOW
 
 
 def forgotten(trained: str, task: str) -> str:

@@ -98,22 +98,27 @@ def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> 
         card = manifest.task(task.name) if manifest else None
         if card is None:
             missing.append(task)
-        elif card.fingerprint != task.fingerprint:
+        elif other := _difference(card, config, task):
             raise DataError(
-                f"task {task.name} was learned in version {card.learned_in} from other pictures ({card.source})",
-                f"choose another name, or `condu-ray forget {task.name}` first",
-            )
-        elif others := _other_settings(card, config):
-            raise DataError(
-                f"task {task.name} was learned in version {card.learned_in} with other settings ({'; '.join(others)})",
+                f"task {task.name} was learned in version {card.learned_in} {other}",
                 f"choose another name, or `condu-ray forget {task.name}` first",
             )
     return missing
 
 
-def _other_settings(card: TaskCard, config: SessionConfig) -> list[str]:
+def _difference(card: TaskCard, config: SessionConfig, task: TaskData) -> str | None:
+    """What a task of that name was learned with instead, if anything."""
+    others = _other_settings(card, config, task)
+    splits_otherwise = any(each.startswith(("seed ", "test_share ")) for each in others)
+    if card.fingerprint != task.fingerprint and not splits_otherwise:
+        return f"from other pictures, labels or templates ({card.source})"
+    return f"with other settings ({'; '.join(others)})" if others else None
+
+
+def _other_settings(card: TaskCard, config: SessionConfig, task: TaskData) -> list[str]:
     """What differs from the settings a task was learned with; one that is younger than the task had its default."""
-    asked, learned = (flatten(each) for each in (training_settings(config), card.settings))
+    split = {"test_share": config.test_share} if task.split_made and "test_share" in card.settings else {}
+    asked, learned = (flatten(each) for each in ({**training_settings(config), **split}, card.settings))
     usual = flatten(training_settings(SessionConfig(method=config.method)))
     learned = {**usual, **learned}
     return [f"{name} {learned[name]}, not {value}" for name, value in asked.items() if learned[name] != value]

@@ -114,10 +114,12 @@ def test_an_option_beats_the_environment_which_beats_the_file(
         f"model: local-dir:{tiny_model_dir}\ntasks:\n  colours: {picture_tasks['colours']}\n"
         "train:\n  steps: 11\n  batch_size: 11\n  warmup: 0.3\n"
     )
+    monkeypatch.setenv("CONDU_TRACKING", "http://me:hunter2@tracking:5000")
     monkeypatch.setenv("CONDU_TRAIN__STEPS", "22")
     monkeypatch.setenv("CONDU_TRAIN__BATCH_SIZE", "22")
     plan = condu("learn", "--config", file, "--train.steps=33", "--store", tmp_path / "s", "--dry-run", "--json")
     found = plan.document["settings"]
+    assert "hunter2" not in plan.out
     assert found["train.steps"] == {"value": 33, "from": "option"}
     assert found["train.batch_size"] == {"value": 22, "from": "environment"}
     assert found["train.warmup"] == {"value": 0.3, "from": f"file {file}"}

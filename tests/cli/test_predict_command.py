@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +76,15 @@ def test_for_people_it_names_version_label_and_votes(store: Path, picture: Path)
     assert "version 2" in text
     assert "red" in text
     assert "colours 1.00" in text
+
+
+def test_a_name_that_is_no_text_is_printed_all_the_same(store: Path, picture: Path, tmp_path: Path) -> None:
+    """From an archive of another system, say."""
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    shutil.copy(picture, odd)
+    said = process("predict", os.fsdecode(odd), "--store", store, "--json", PYTHONIOENCODING="utf-8:strict")
+    assert said.code == 0, said.err
+    assert said.document[0]["image"] == os.fsdecode(odd)
 
 
 def test_votes_are_drawn(store: Path, picture: Path, tmp_path: Path) -> None:

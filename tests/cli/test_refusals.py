@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import Said, condu, process
+from in_process_crew import learn_here, opened
 from PIL import Image
+
+from condu_ray.sources import resolve
+from condu_ray.store.header import fixed_settings
 
 
 def digest(folder: Path) -> str:
@@ -118,7 +122,47 @@ def test_a_name_that_is_learned_with_other_settings(copy: Path, picture_tasks: d
     assert "train.steps 4, not 7" in said
 
 
+def test_a_name_that_is_learned_with_another_seed(copy: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """The pictures are the same, though the split is another one."""
+    data = picture_folder(tmp_path / "data", cats=6, dogs=6)
+    given = ["--data", data, "--train.steps=4", "--train.batch-size=8", "--train.towers=image", "--tracking=off"]
+    config, _ = resolve({"store": str(copy), "train.steps": 4, "train.batch_size": 8}, fixed=fixed_settings(str(copy)))
+    learn_here(config, opened({"pets": data}, "pets"))
+    for option, words in (("--seed=1", "seed 0, not 1"), ("--test-share=0.4", "test_share 0.2, not 0.4")):
+        assert words in refused(copy, "learn", "pets", *given, option)
+
+
 # --- settings
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("rapf", ["--train.steps", "5"], "rapf does not read --train.steps: leave it out"),
+        ("condu", ["--adapter.lr", "0.1", "--dmc.rank", "4"], "condu does not read --adapter.lr, --dmc.rank"),
+        ("dmc", ["--train.batch-norm", "updated"], "dmc does not read --train.batch-norm"),
+        ("zero-shot", ["--vote.k", "2"], "zero-shot does not read --vote.k"),
+    ],
+)
+def test_an_option_that_the_method_does_not_read(
+    method: str, options: list[str], words: str, tmp_path: Path, picture_tasks: dict[str, Path]
+) -> None:
+    given = ["--data", picture_tasks["colours"], "--method", method, *options]
+    said = condu("learn", "colours", *given, "--store", tmp_path / "none")
+    check(said)
+    assert words in said.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_the_method_does_not_read_may_stand_in_a_file_and_the_environment(
+    tmp_path: Path, tiny_model_dir: Path, picture_tasks: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file serves several methods."""
+    (tmp_path / "session.yaml").write_text("method: rapf\ntrain: {steps: 5}\n")
+    monkeypatch.setenv("CONDU_DMC__RANK", "4")
+    given = ["--data", picture_tasks["colours"], "--config", tmp_path / "session.yaml", "--adapter.lr", "0.1"]
+    given += ["--model", f"local-dir:{tiny_model_dir}", "--store", tmp_path / "none", "--dry-run"]
+    assert condu("learn", "colours", *given).code == 0
 
 
 @pytest.mark.parametrize(

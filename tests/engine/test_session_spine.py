@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from condu_ray.data import open_task
 from condu_ray.engine import keeper as keeping
 from condu_ray.engine import session, work
 from condu_ray.engine.evaluate import _given
+from condu_ray.engine.figures import unmeasured
 from condu_ray.engine.forget import forget
 from condu_ray.engine.fusing import Fuser
 from condu_ray.engine.keeper import Keeper
@@ -487,14 +489,24 @@ def test_what_was_trained_on_is_not_evaluated_on_where_the_split_is_made_here(
     assert pictures == task.test
 
 
-def test_test_pictures_that_went_away_are_not_measured(
-    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+def damage_one(folder: Path) -> None:
+    (folder / "test" / "blue" / "12.png").write_bytes(b"no picture")
+
+
+def show_another(folder: Path) -> None:
+    shutil.copy(folder / "test" / "red" / "12.png", folder / "test" / "blue" / "12.png")
+
+
+@pytest.mark.parametrize("spoil", [shutil.rmtree, damage_one, show_another])
+def test_a_task_whose_test_pictures_are_others_now_is_not_measured_and_stops_no_session(
+    spoil: Callable[[Path], None], tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
 ) -> None:
     config = settings(tmp_path / "store", tiny_model_dir)
     shutil.copytree(picture_tasks["colours"], tmp_path / "colours")
     learn_here(config, opened({"colours": tmp_path / "colours"}, "colours"))
-    shutil.rmtree(tmp_path / "colours")
+    spoil(tmp_path / "colours")
     (made,) = learn_here(config, opened(picture_tasks, "stripes"))
     assert set(made.figures["accuracy"]) == {"stripes"}
+    assert unmeasured(made) == ["colours"]
     assert made.task("colours").figures["expert"] is None
     assert made.task("colours").figures["relative_l2"] is not None

@@ -13,9 +13,11 @@ from condu_ray.data.listing import (
     Part,
     check_names,
     match_classes,
+    part_of,
     read_lines,
     read_templates,
 )
+from condu_ray.data.split_folders import hidden, split_folders, subfolders
 from condu_ray.data.task import Picture
 from condu_ray.data.templates import word_key
 from condu_ray.errors import DataError
@@ -25,9 +27,6 @@ _COMPANIONS = frozenset(
     (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".yaml", ".yml", ".toml", ".ini", ".db")
     + (".mat", ".npy", ".npz", ".log", ".py", ".sh")
 )
-_TRAIN = ("train", "training")
-_TEST = ("test", "testing")
-_VALIDATION = ("val", "valid", "validation")
 
 
 def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -> Listing:
@@ -78,36 +77,20 @@ def picture_files(folder: Path) -> list[Path]:
 
 def _parts(root: Path) -> list[tuple[Part, Path]]:
     """The split folders, or the root itself. A class that is called 'train' holds pictures, a split holds folders."""
-    found = {child.name.casefold(): child for child in _folders(root) if _folders(child)}
-    train, test, validation = (
-        next((found[name] for name in names if name in found), None) for names in (_TRAIN, _TEST, _VALIDATION)
-    )
-    if train is None:
-        only = test if test is not None else validation
-        if only is not None and len(_folders(root)) == 1:
+    found = split_folders(root, subfolders)
+    if "train" not in found:
+        only = found.get("test") or found.get("val")
+        if only is not None and len(subfolders(root)) == 1:
             raise DataError(
                 f"{root} has {only.name}/ but no train/",
                 f"add train/, or give {only} itself to have some of its pictures set aside as a test",
             )
         return [("", root)]
-    if test is None and validation is None:
-        return [("", train)]
-    if test is None and validation is not None:
-        return [("train", train), ("test", validation)]
-    parts: list[tuple[Part, Path]] = [("train", train)]
-    if validation is not None:
-        parts.append(("train", validation))
-    if test is not None:
-        parts.append(("test", test))
-    return parts
+    return [(part_of(split, found), folder) for split, folder in found.items()]
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(child.name for child in _folders(folder))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [child for child in folder.iterdir() if not _hidden(child.name) and child.is_dir()]
+    return [child.name for child in subfolders(folder)]
 
 
 def _pictures(folder: Path, deep: bool) -> Iterator[Path]:
@@ -115,17 +98,13 @@ def _pictures(folder: Path, deep: bool) -> Iterator[Path]:
     with os.scandir(folder) as found:
         children = sorted(found, key=lambda child: child.name)
     for child in children:
-        if _hidden(child.name):
+        if hidden(child.name):
             continue
         if child.is_dir(follow_symlinks=False):
             if deep:
                 yield from _pictures(Path(child.path), deep)
         elif (child.is_file() or (child.is_symlink() and not child.is_dir())) and not _companion(child.name):
             yield Path(child.path)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _companion(name: str) -> bool:

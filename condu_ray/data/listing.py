@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,17 @@ from condu_ray.data.templates import check_templates, word_key
 from condu_ray.errors import DataError, nearest
 
 Part = Literal["train", "test", ""]
+SplitName = Literal["train", "val", "test"]
+# What splits are called, whatever the case, as folders and in CSVs.
+SPLITS: dict[str, SplitName] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 CLASS_FILE = "classnames.txt"
 TEMPLATE_FILE = "zeroshot_classification_templates.txt"
 
@@ -34,6 +45,15 @@ class Listing:
     templates: tuple[str, ...] | None
     entries: list[Entry]
     skipped: list[Skipped]
+
+
+def part_of(split: SplitName, given: Collection[SplitName]) -> Part:
+    """Where pictures of a split go, among the splits given: val joins train, or is the test split if there is none."""
+    if set(given) == {"train"}:
+        return ""
+    if split == "val":
+        return "train" if "test" in given else "test"
+    return split
 
 
 def read_lines(path: Path) -> list[str] | None:

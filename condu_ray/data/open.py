@@ -16,7 +16,7 @@ from condu_ray.data.part import split_part
 from condu_ray.data.scan import Progress, Seen, scan
 from condu_ray.data.split import choose_test
 from condu_ray.data.table import list_table
-from condu_ray.data.tars import holds_tars, list_tars
+from condu_ray.data.tars import find_tars, list_tars
 from condu_ray.data.task import Picture, Sizes, Skipped, Split, TaskData
 from condu_ray.data.templates import DEFAULT_TEMPLATES, check_templates
 from condu_ray.data.torchvision_sets import KNOWN, PREFIX, list_torchvision
@@ -123,7 +123,8 @@ def _list_all(source: str, classes: Sequence[str] | None, tests: bool) -> Listin
     # Absolute: workers that read the pictures have another working folder.
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        return list_tars(path, classes, tests) if holds_tars(path) else list_folder(path, classes, tests)
+        splits = find_tars(path)
+        return list_tars(path, splits, classes, tests) if splits else list_folder(path, classes, tests)
     if path.is_file() and path.suffix.lower() == ".csv":
         return list_table(path, classes)
     if path.is_file():

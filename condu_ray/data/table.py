@@ -6,11 +6,9 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from condu_ray.data.listing import Entry, Listing, Part, check_names, match_classes
+from condu_ray.data.listing import SPLITS, Entry, Listing, Part, check_names, match_classes, part_of
 from condu_ray.data.task import Picture
 from condu_ray.errors import DataError, nearest
-
-_SPLITS: dict[str, Part] = {"train": "train", "test": "test", "val": "train", "valid": "train", "validation": "train"}
 
 
 def list_table(path: Path, classes: Sequence[str] | None) -> Listing:
@@ -22,15 +20,16 @@ def list_table(path: Path, classes: Sequence[str] | None) -> Listing:
     if not rows:
         raise DataError(f"{path} has no rows", "write one row a picture: path,label")
     names, labels = _labels({label for _, _, label, _ in rows}, classes, path)
-    said = {split for *_, split in rows}
+    given = {SPLITS[split] for *_, split in rows if split in SPLITS}
+    named = any(split and SPLITS.get(split) != "train" for *_, split in rows)
     entries = []
     for line, name, label, split in rows:
         part: Part = ""
-        if said - {"", "train"}:
-            if split not in _SPLITS:
+        if named:
+            if split not in SPLITS:
                 what = f"the split {split!r}" if split else "an empty split"
-                raise DataError(f"{path} line {line} has {what}", nearest(split, _SPLITS))
-            part = "test" if split != "train" and "test" not in said else _SPLITS[split]
+                raise DataError(f"{path} line {line} has {what}", nearest(split, SPLITS))
+            part = part_of(SPLITS[split], given)
         entries.append(Entry(Picture(str(path.parent / name)), labels[label], part, name))
     if all(entry.part == "test" for entry in entries):
         raise DataError(f"{path} has no row of the split train", "name some, or leave the column split out")

@@ -1,15 +1,25 @@
-"""Webdataset folders as clip_benchmark writes them: train/*.tar and test/*.tar with pairs KEY.jpg, KEY.cls."""
+"""Webdataset folders as clip_benchmark writes them: train|test|val/*.tar with pairs KEY.jpg, KEY.cls."""
 
 from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from condu_ray.data.cache import plain_tar
-from condu_ray.data.listing import CLASS_FILE, Entry, Listing, Part, check_names, read_lines, read_templates
+from condu_ray.data.listing import (
+    CLASS_FILE,
+    Entry,
+    Listing,
+    SplitName,
+    check_names,
+    part_of,
+    read_lines,
+    read_templates,
+)
+from condu_ray.data.split_folders import split_folders
 from condu_ray.data.task import Picture, Skipped
 from condu_ray.errors import DataError, nearest
 
@@ -17,21 +27,23 @@ _ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
 _MAX_LABEL_BYTES = 32
 
 
-def holds_tars(root: Path) -> bool:
-    """Whether this is a webdataset folder."""
-    return bool(_tars(root / "train") or _tars(root / "test"))
+def find_tars(root: Path) -> dict[SplitName, list[Path]]:
+    """The tars of each split; none if this is no webdataset folder."""
+    return {split: _tars(folder) for split, folder in split_folders(root, _tars).items()}
 
 
-def list_tars(root: Path, classes: Sequence[str] | None, tests: bool = True) -> Listing:
+def list_tars(
+    root: Path, splits: Mapping[SplitName, list[Path]], classes: Sequence[str] | None, tests: bool = True
+) -> Listing:
     """Lists a webdataset folder; nothing is unpacked under a member's name. `classes` replaces classnames.txt.
 
-    tests: false leaves the test split out, whose tars are then not opened. Plain tars are read where they lie;
-    compressed ones are unpacked once into the cache.
+    splits: as found by `find_tars`. tests: false leaves the test split out, whose tars are then not opened. Plain tars
+    are read where they lie; compressed ones are unpacked once into the cache.
     """
-    train, test = _tars(root / "train"), _tars(root / "test")
-    if not train:
+    if "train" not in splits:
+        only = next(iter(splits.values()))[0].parent.name
         raise DataError(
-            f"{root} has test/*.tar but no train/*.tar",
+            f"{root} has {only}/*.tar but no train/*.tar",
             "name the folder train/ to have some of its pictures set aside as a test",
         )
     where = "the class list" if classes is not None else str(root / CLASS_FILE)
@@ -41,9 +53,9 @@ def list_tars(root: Path, classes: Sequence[str] | None, tests: bool = True) -> 
     checked = check_names(names, where)
     entries: list[Entry] = []
     skipped: list[Skipped] = []
-    parts: list[tuple[Part, list[Path]]] = [("train" if test else "", train), ("test", test if tests else [])]
-    for part, tars in parts:
-        for tar in tars:
+    for split, tars in splits.items():
+        part = part_of(split, splits)
+        for tar in tars if tests or part != "test" else ():
             shown = f"{tar.parent.name}/{tar.name}"
             for picture, label, name in _pairs(tar, shown, checked, skipped):
                 entries.append(Entry(picture, label, part, f"{shown}: {name}"))
@@ -52,8 +64,6 @@ def list_tars(root: Path, classes: Sequence[str] | None, tests: bool = True) -> 
 
 def _tars(folder: Path) -> list[Path]:
     """The folder's tars; raises DataError if nshards.txt counts another number of them."""
-    if not folder.is_dir():
-        return []
     endings = (".tar", ".tar.gz", ".tgz")
     tars = sorted(child for child in folder.iterdir() if child.name.endswith(endings) and child.name[0] != ".")
     count = folder / "nshards.txt"

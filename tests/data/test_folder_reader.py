@@ -148,6 +148,11 @@ def build_test_without_train(make, root):
     make.image_folder(root / "test", ["a", "b"])
 
 
+def build_two_trainings(make, root):
+    make.image_folder(root / "train", ["a", "b"])
+    make.image_folder(root / "Training", ["a", "b"], first=50)
+
+
 def build_too_few(make, root):
     make.image_folder(root, ["a", "b"])
     make.write(root / "c" / "x.png", make.picture_bytes(77))
@@ -201,6 +206,7 @@ REFUSED = {
     build_twins: "'Great_White' .number 1. and 'great white' .number 2. have the same name",
     build_test_only_class: "class 'c' has 5 test pictures, but none to train on",
     build_test_without_train: "has test/ but no train/",
+    build_two_trainings: "has both Training/ and train/: put them together",
     build_too_few: "class 'c' has only one picture, too few",
     build_equal_only: "class 'c' has only 3 equal pictures, too few",
     build_short_list: r"has 2 lines for 3 class folders: .*no folder: dgo.*no line: dog, emu",

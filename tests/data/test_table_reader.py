@@ -54,6 +54,7 @@ def test_quoted_labels(table):
         (["train"] * 4 + ["test"] * 2, 4, 2),
         (["train"] * 4 + ["val"] * 2, 4, 2),
         (["train"] * 2 + ["val"] * 2 + ["Test"] * 2, 4, 2),
+        (["training"] * 4 + ["Testing"] * 2, 4, 2),
     ],
 )
 def test_split_column(table, split, train, test):

@@ -79,6 +79,16 @@ def test_train_alone_is_split(make, tmp_path):
     assert task.split_made and (len(task.train), len(task.test)) == (9, 3)
 
 
+@pytest.mark.parametrize(("parts", "train", "test"), [(("train", "val"), 6, 6), (("Train", "VAL", "test"), 12, 6)])
+def test_a_validation_split_is_taken_as_that_of_a_folder(make, tmp_path, parts, train, test):
+    make.write(tmp_path / "classnames.txt", "\n".join(CLASSES).encode())
+    for first, part in enumerate(parts):
+        make.write(tmp_path / part / "0.tar", make.tar_bytes(make.pairs([0, 1, 2] * 2, first=10 * first)))
+    task = open_task("t", tmp_path)
+    assert not task.split_made and (len(task.train), len(task.test)) == (train, test)
+    assert len(open_task("t", tmp_path, validation=0.5).train) == train // 2
+
+
 def test_members_with_unsafe_names_are_never_written_to_disk(make, tmp_path):
     root = tmp_path / "deep" / "er" / "d"
     make.tar_folder(root, CLASSES)

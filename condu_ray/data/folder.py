@@ -1,9 +1,8 @@
-"""Image folders: CLASS/PICTURE, or train|test|val/CLASS/PICTURE."""
+"""Image folders: CLASS/PICTURE, or train|test|val/CLASS/PICTURE (also NAME_train/CLASS/PICTURE and the like)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from condu_ray.data.listing import (
@@ -17,16 +16,11 @@ from condu_ray.data.listing import (
     read_lines,
     read_templates,
 )
-from condu_ray.data.split_folders import hidden, split_folders, subfolders
+from condu_ray.data.split_folders import find_splits, refuse_splits
 from condu_ray.data.task import Picture
 from condu_ray.data.templates import word_key
+from condu_ray.data.walk import pictures, subfolders
 from condu_ray.errors import DataError
-
-# Files that often lie beside pictures and are none; anything else is opened, and counted as skipped if it is none.
-_COMPANIONS = frozenset(
-    (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".yaml", ".yml", ".toml", ".ini", ".db")
-    + (".mat", ".npy", ".npz", ".log", ".py", ".sh")
-)
 
 
 def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -> Listing:
@@ -40,7 +34,7 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
     folders = {part_folder: _class_folders(part_folder) for _, part_folder in parts}
     names = sorted({name for found in folders.values() for name in found})
     if not names:
-        loose = next(_pictures(root, deep=False), None)
+        loose = next(pictures(root, deep=False), None)
         if loose is not None:
             raise DataError(
                 f"{root} holds pictures ({loose.name}) but no class folders",
@@ -61,7 +55,7 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
         for name in folders[part_folder]:
             before = len(entries)
             label = labels[shown[name]]
-            for path in _pictures(part_folder / name, deep=True):
+            for path in pictures(part_folder / name):
                 entries.append(Entry(Picture(str(path)), label, part, _printable(path.relative_to(root))))
             if len(entries) == before:
                 raise DataError(
@@ -70,14 +64,9 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
     return Listing(order, read_templates(root), entries, [])
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """Returns the files under a folder that may be pictures, sorted; hidden files and companions are left out."""
-    return list(_pictures(folder, deep=True))
-
-
 def _parts(root: Path) -> list[tuple[Part, Path]]:
     """The split folders, or the root itself. A class that is called 'train' holds pictures, a split holds folders."""
-    found = split_folders(root, subfolders)
+    found = find_splits(root)
     if "train" not in found:
         only = found.get("test") or found.get("val")
         if only is not None and len(subfolders(root)) == 1:
@@ -85,30 +74,13 @@ def _parts(root: Path) -> list[tuple[Part, Path]]:
                 f"{root} has {only.name}/ but no train/",
                 f"add train/, or give {only} itself to have some of its pictures set aside as a test",
             )
+        refuse_splits(root)
         return [("", root)]
     return [(part_of(split, found), folder) for split, folder in found.items()]
 
 
 def _class_folders(folder: Path) -> list[str]:
     return [child.name for child in subfolders(folder)]
-
-
-def _pictures(folder: Path, deep: bool) -> Iterator[Path]:
-    """Candidates in sorted order; links to files are followed, links to folders are not (they may be circles)."""
-    with os.scandir(folder) as found:
-        children = sorted(found, key=lambda child: child.name)
-    for child in children:
-        if hidden(child.name):
-            continue
-        if child.is_dir(follow_symlinks=False):
-            if deep:
-                yield from _pictures(Path(child.path), deep)
-        elif (child.is_file() or (child.is_symlink() and not child.is_dir())) and not _companion(child.name):
-            yield Path(child.path)
-
-
-def _companion(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _COMPANIONS or name == "Thumbs.db"
 
 
 def _display_names(root: Path, names: list[str]) -> dict[str, str]:

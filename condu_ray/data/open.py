@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from condu_ray.data.folder import list_folder, picture_files
+from condu_ray.data.folder import list_folder
 from condu_ray.data.listing import Entry, Listing, Part, check_names, check_text
 from condu_ray.data.part import split_part
 from condu_ray.data.scan import Progress, Seen, scan
@@ -20,6 +20,7 @@ from condu_ray.data.tars import find_tars, list_tars
 from condu_ray.data.task import Picture, Sizes, Skipped, Split, TaskData
 from condu_ray.data.templates import DEFAULT_TEMPLATES, check_templates
 from condu_ray.data.torchvision_sets import KNOWN, PREFIX, list_torchvision
+from condu_ray.data.walk import pictures
 from condu_ray.errors import DataError, nearest
 
 
@@ -95,7 +96,7 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
     for given in paths:
         path = Path(given).expanduser()
         try:
-            files = picture_files(path) if path.is_dir() else [path]
+            files = list(pictures(path)) if path.is_dir() else [path]
         except OSError as error:
             raise DataError(f"{error.filename or path} cannot be read ({error.strerror})") from error
         if not path.is_dir() and not path.is_file():

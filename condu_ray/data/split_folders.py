@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 from condu_ray.data.listing import SPLITS, SplitName
+from condu_ray.data.walk import pictures, subfolders
 from condu_ray.errors import DataError
 
 
@@ -29,11 +31,62 @@ def split_folders(root: Path, holds: Callable[[Path], object]) -> dict[SplitName
     return {split: found[split] for split in get_args(SplitName) if split in found}
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones."""
-    with os.scandir(folder) as found:
-        return sorted(Path(child.path) for child in found if not hidden(child.name) and child.is_dir())
+def find_splits(root: Path) -> dict[SplitName, Path]:
+    """The folder of each split, which holds class folders.
+
+    Names with something around the word for the split (training_set, seg_train) are taken for splits where the same
+    stands around another split's and both hold the same class folders. A folder in one of the same name
+    (seg_train/seg_train/CLASS) is the split itself.
+    """
+    found = split_folders(root, subfolders)
+    if "train" not in found:
+        for marked in _marked(root).values():
+            alone = {split: folders[0] for split, folders in marked.items() if len(folders) == 1}
+            classes = [{child.name for child in subfolders(_inner(folder))} for folder in alone.values()]
+            if "train" in alone and len(alone) == len(marked) > 1 and classes[0] and classes[1:] == classes[:-1]:
+                found = {split: alone[split] for split in get_args(SplitName) if split in alone}
+    return {split: _inner(folder) for split, folder in found.items()}
 
 
-def hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+def refuse_splits(root: Path) -> None:
+    """Raises DataError where folders that would be classes look like splits.
+
+    Those are names that differ in the split alone, and a split's name beside folders that all hold the same folders.
+    """
+    for marked in _marked(root).values():
+        folders = [folder for each in marked.values() for folder in each]
+        if len(marked) > 1 or _same_inside(subfolders(root)):
+            named = " and ".join(sorted(f"{folder.name}/" for folder in folders)[:3])
+            raise DataError(
+                f"{root} has {named}, by name {'splits' if len(folders) > 1 else 'a split'} and no class",
+                "sort the pictures as train/CLASS/PICTURE and test/CLASS/PICTURE, or give a folder of class folders",
+            )
+
+
+def _marked(root: Path) -> dict[str, dict[SplitName, list[Path]]]:
+    """Folders whose names hold one word for a split, by what is around it and by the split."""
+    found: dict[str, dict[SplitName, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for child in subfolders(root):
+        words = re.split(r"[\W_]+", child.name.casefold())
+        splits = [SPLITS[word] for word in words if word in SPLITS]
+        if len(splits) == 1:
+            around = " ".join("*" if word in SPLITS else word for word in words)
+            found[around][splits[0]].append(child)
+    return found
+
+
+def _inner(folder: Path) -> Path:
+    """The folder, or the one of its own name that is all it holds."""
+    inside = subfolders(folder)
+    return inside[0] if [child.name for child in inside] == [folder.name] and subfolders(inside[0]) else folder
+
+
+def _same_inside(folders: list[Path]) -> bool:
+    """Whether these folders, more than one, hold no pictures and the same folders, more than one."""
+    names = [{child.name for child in subfolders(folder)} for folder in folders]
+    return (
+        len(folders) > 1
+        and len(names[0]) > 1
+        and names[1:] == names[:-1]
+        and all(next(pictures(folder, deep=False), None) is None for folder in folders)
+    )

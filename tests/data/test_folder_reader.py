@@ -63,6 +63,32 @@ def test_a_class_may_be_called_train(make, tmp_path):
     assert open_task("t", tmp_path).classes == ("bus", "train")
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("training_set", "test_set"), ("seg_train/seg_train", "seg_test/seg_test"), ("Train Images", "Valid Images")],
+)
+def test_splits_under_longer_names(make, tmp_path, train, test):
+    make.image_folder(tmp_path / "d" / train, ["cats", "dogs"], count=3)
+    make.image_folder(tmp_path / "d" / test, ["cats", "dogs"], count=2, first=100)
+    make.image_folder(tmp_path / "d", ["pred"], count=2, first=200)
+    make.image_folder(tmp_path / "plain" / "train", ["cats", "dogs"], count=3)
+    make.image_folder(tmp_path / "plain" / "test", ["cats", "dogs"], count=2, first=100)
+    task = open_task("t", tmp_path / "d")
+    assert task.classes == ("cats", "dogs") and (len(task.train), len(task.test)) == (6, 4)
+    assert task.fingerprint == open_task("t", tmp_path / "plain").fingerprint
+
+
+def test_classes_may_be_called_like_splits_of_several_things(make, tmp_path):
+    make.image_folder(tmp_path, ["freight_train", "test_tube", "valid"])
+    assert open_task("t", tmp_path).classes == ("freight_train", "test_tube", "valid")
+
+
+def test_classes_may_hold_the_same_folders(make, tmp_path):
+    for first, name in enumerate(["heron", "owl"]):
+        make.image_folder(tmp_path / name, ["female", "male"], first=50 * first)
+    assert open_task("t", tmp_path).classes == ("heron", "owl")
+
+
 def test_nested_pictures_hidden_files_and_companions(make, tmp_path):
     make.image_folder(tmp_path, ["a", "b"], count=4)
     make.write(tmp_path / "a" / "deep" / "er" / "x.png", make.picture_bytes(50))
@@ -153,6 +179,20 @@ def build_two_trainings(make, root):
     make.image_folder(root / "Training", ["a", "b"], first=50)
 
 
+def build_flat_splits(make, root):
+    make.image_folder(root, ["train", "test"])
+
+
+def build_unlabelled_test(make, root):
+    make.image_folder(root / "letters_train", ["a", "b"])
+    make.image_folder(root, ["letters_test"], first=50)
+
+
+def build_strange_test(make, root):
+    make.image_folder(root / "train_set", ["a", "b"])
+    make.image_folder(root / "holdout", ["a", "b"], first=50)
+
+
 def build_too_few(make, root):
     make.image_folder(root, ["a", "b"])
     make.write(root / "c" / "x.png", make.picture_bytes(77))
@@ -207,6 +247,9 @@ REFUSED = {
     build_test_only_class: "class 'c' has 5 test pictures, but none to train on",
     build_test_without_train: "has test/ but no train/",
     build_two_trainings: "has both Training/ and train/: put them together",
+    build_flat_splits: "has test/ and train/, by name splits and no class: sort the pictures as train/CLASS/PICTURE",
+    build_unlabelled_test: "has letters_test/ and letters_train/, by name splits",
+    build_strange_test: "has train_set/, by name a split and no class",
     build_too_few: "class 'c' has only one picture, too few",
     build_equal_only: "class 'c' has only 3 equal pictures, too few",
     build_short_list: r"has 2 lines for 3 class folders: .*no folder: dgo.*no line: dog, emu",

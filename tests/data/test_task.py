@@ -17,6 +17,7 @@ import pytest
 from condu_ray.data import DEFAULT_TEMPLATES, Picture, PictureSet, Split, describe, open_task, prompts
 from condu_ray.data.listing import check_names
 from condu_ray.errors import DataError
+from condu_ray.reports import show_data
 
 
 @pytest.fixture
@@ -86,6 +87,12 @@ def test_describe_is_json_and_counts(make, folder):
     assert said["width"] == {"min": 8, "median": 8, "max": 8}
     assert said["skipped"] == [{"path": "a/x.png", "reason": "not a picture"}]
     assert said["leaked"] == 0
+
+
+def test_the_first_class_names_are_shown(make, tmp_path, capsys):
+    names = [f"class {number}" for number in range(9)]
+    show_data([describe(open_task("t", make.image_folder(tmp_path, names, count=2)))])
+    assert "\n  classes: " + ", ".join(names[:8]) + ", ...\n" in capsys.readouterr().out
 
 
 def test_names_that_are_not_utf8_are_refused_before_anything_is_trained(tmp_path):

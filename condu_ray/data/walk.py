@@ -1,0 +1,41 @@
+"""What lies in a folder: folders, and files that may be pictures; hidden ones and companions are left out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Files that often lie beside pictures and are none; anything else is opened, and counted as skipped if it is none.
+_COMPANIONS = frozenset(
+    (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".yaml", ".yml", ".toml", ".ini", ".db")
+    + (".mat", ".npy", ".npz", ".log", ".py", ".sh")
+)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted."""
+    with os.scandir(folder) as found:
+        return sorted(Path(child.path) for child in found if not _hidden(child.name) and child.is_dir())
+
+
+def pictures(folder: Path, deep: bool = True) -> Iterator[Path]:
+    """Candidates in sorted order; links to files are followed, links to folders are not (they may be circles)."""
+    with os.scandir(folder) as found:
+        children = sorted(found, key=lambda child: child.name)
+    for child in children:
+        if _hidden(child.name):
+            continue
+        if child.is_dir(follow_symlinks=False):
+            if deep:
+                yield from pictures(Path(child.path))
+        elif (child.is_file() or (child.is_symlink() and not child.is_dir())) and not _companion(child.name):
+            yield Path(child.path)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _companion(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _COMPANIONS

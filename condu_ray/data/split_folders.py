@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from condu_ray.data.listing import SPLITS, SplitName
-from condu_ray.data.walk import pictures, subfolders
+from condu_ray.data.walk import holds_pictures, pictures, subfolders
 from condu_ray.errors import DataError
 
 
@@ -36,7 +36,8 @@ def find_splits(root: Path) -> dict[SplitName, Path]:
 
     Names with something around the word for the split (training_set, seg_train) are taken for splits where the same
     stands around another split's and both hold the same class folders. A folder in one of the same name
-    (seg_train/seg_train/CLASS) is the split itself.
+    (seg_train/seg_train/CLASS) is the split itself. Raises DataError for two folders of one split, and where a split
+    may be a class.
     """
     found = split_folders(root, subfolders)
     if "train" not in found:
@@ -45,7 +46,23 @@ def find_splits(root: Path) -> dict[SplitName, Path]:
             classes = [{child.name for child in subfolders(_inner(folder))} for folder in alone.values()]
             if "train" in alone and len(alone) == len(marked) > 1 and classes[0] and classes[1:] == classes[:-1]:
                 found = {split: alone[split] for split in get_args(SplitName) if split in alone}
+    if set(found) == {"train"}:
+        _refuse_others(root, found["train"])
     return {split: _inner(folder) for split, folder in found.items()}
+
+
+def _refuse_others(root: Path, train: Path) -> None:
+    """Raises DataError where train/, the only split, may be a class: other folders beside it hold pictures.
+
+    Pictures without classes in a folder that is called like a split (test/1.jpg) are left alone.
+    """
+    splits = {folder for marked in _marked(root).values() for each in marked.values() for folder in each}
+    for child in subfolders(root):
+        if child not in splits and holds_pictures(child):
+            raise DataError(
+                f"{root} has {train.name}/ with folders in it, no test split, and pictures in {child.name}/",
+                f"give {train} itself, or, if it is a class, take its pictures out of their folders",
+            )
 
 
 def refuse_splits(root: Path) -> None:

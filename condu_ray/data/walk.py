@@ -6,6 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# How files are called whose formats can be read. Files of a folder are looked into, whatever they are called.
+PICTURES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+    + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".mpo")
+)
 # Files that often lie beside pictures and are none; anything else is opened, and counted as skipped if it is none.
 _COMPANIONS = frozenset(
     (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".yaml", ".yml", ".toml", ".ini", ".db")
@@ -31,6 +36,11 @@ def pictures(folder: Path, deep: bool = True) -> Iterator[Path]:
                 yield from pictures(Path(child.path))
         elif (child.is_file() or (child.is_symlink() and not child.is_dir())) and not _companion(child.name):
             yield Path(child.path)
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Whether a file anywhere in this folder is called like a picture."""
+    return any(path.suffix.lower() in PICTURES for path in pictures(folder))
 
 
 def _hidden(name: str) -> bool:

@@ -58,6 +58,13 @@ def test_train_alone_is_split(make, tmp_path):
     assert task.split_made and (len(task.train), len(task.test)) == (8, 2)
 
 
+@pytest.mark.parametrize("beside", ["test/1.png", "test_images/1.png", "annotations/a.xml"])
+def test_what_has_no_classes_may_lie_beside_train(make, tmp_path, beside):
+    make.image_folder(tmp_path / "train", ["a", "b"], count=5)
+    make.write(tmp_path / beside, make.picture_bytes(99))
+    assert open_task("t", tmp_path).classes == ("a", "b")
+
+
 def test_a_class_may_be_called_train(make, tmp_path):
     make.image_folder(tmp_path, ["train", "bus"])
     assert open_task("t", tmp_path).classes == ("bus", "train")
@@ -193,6 +200,11 @@ def build_strange_test(make, root):
     make.image_folder(root / "holdout", ["a", "b"], first=50)
 
 
+def build_train_is_a_class(make, root):
+    make.image_folder(root, ["bus", "car"])
+    make.image_folder(root / "train", ["diesel", "steam"], first=50)
+
+
 def build_too_few(make, root):
     make.image_folder(root, ["a", "b"])
     make.write(root / "c" / "x.png", make.picture_bytes(77))
@@ -250,6 +262,7 @@ REFUSED = {
     build_flat_splits: "has test/ and train/, by name splits and no class: sort the pictures as train/CLASS/PICTURE",
     build_unlabelled_test: "has letters_test/ and letters_train/, by name splits",
     build_strange_test: "has train_set/, by name a split and no class",
+    build_train_is_a_class: "has train/ with folders in it, no test split, and pictures in bus/: give .*train itself",
     build_too_few: "class 'c' has only one picture, too few",
     build_equal_only: "class 'c' has only 3 equal pictures, too few",
     build_short_list: r"has 2 lines for 3 class folders: .*no folder: dgo.*no line: dog, emu",

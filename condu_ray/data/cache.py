@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from condu_ray.data.listing import as_path
 from condu_ray.errors import DataError
 
 _OPENERS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
@@ -25,7 +26,7 @@ _OPENERS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
 
 def cache_folder(kind: str) -> Path:
     """Returns CONDU_CACHE (or ~/.cache/condu-ray) / kind, made if needed. Raises DataError if it cannot be written."""
-    root = Path(os.environ.get("CONDU_CACHE") or Path.home() / ".cache" / "condu-ray").expanduser()
+    root = as_path(os.environ.get("CONDU_CACHE") or Path.home() / ".cache" / "condu-ray")
     try:
         (root / kind).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from condu_ray.data.folder import list_folder
-from condu_ray.data.listing import Entry, Listing, Part, check_names, check_text
+from condu_ray.data.listing import Entry, Listing, Part, as_path, check_names, check_text
 from condu_ray.data.part import split_part
 from condu_ray.data.scan import Progress, Seen, scan
 from condu_ray.data.split import choose_test
@@ -94,7 +94,7 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
     """
     found: list[Picture] = []
     for given in paths:
-        path = Path(given).expanduser()
+        path = as_path(given)
         try:
             files = list(pictures(path)) if path.is_dir() else [path]
         except OSError as error:
@@ -122,7 +122,7 @@ def _list_all(source: str, classes: Sequence[str] | None, tests: bool) -> Listin
     if source.startswith(PREFIX):
         return list_torchvision(source.removeprefix(PREFIX), classes, tests)
     # Absolute: workers that read the pictures have another working folder.
-    path = Path(source).expanduser().absolute()
+    path = as_path(source).absolute()
     if path.is_dir():
         splits = find_tars(path)
         return list_tars(path, splits, classes, tests) if splits else list_folder(path, classes, tests)
@@ -136,7 +136,7 @@ def _list_all(source: str, classes: Sequence[str] | None, tests: bool) -> Listin
         return list_torchvision(source, classes, tests)
     mend = "give a folder of pictures, a webdataset folder, a .csv file, or a torchvision name such as CIFAR10"
     raise DataError(
-        f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(Path(source).expanduser())) else mend
+        f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(as_path(source))) else mend
     )
 
 

@@ -57,6 +57,8 @@ def _rows(path: Path) -> list[tuple[int, str, str, str]]:
                 for column in ("path", "label"):
                     if not row.get(column):
                         raise DataError(f"{path} line {line} has no {column}", "fill it in or remove the row")
+                if "\0" in row["path"]:
+                    raise DataError(f"{path} line {line} has a path with a zero byte", "correct it or remove the row")
                 rows.append((line, row["path"], row["label"], row.get("split", "").casefold()))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason})", "save it as UTF-8") from None

@@ -88,6 +88,7 @@ def test_class_list_names_or_numbers(table):
         ('path,label\np/0.png,"a\n', "is not a CSV file"),
         (b"path,label\np/0.png,caf\xe9\n", "is not UTF-8 text"),
         ("path,label\np/0.png,a\np/1.png,A\n", "'A' .number 1. and 'a' .number 2. have the same name"),
+        ("path,label\n" + rows("abab") + "\np/\0.png,a\n", "line 6 has a path with a zero byte: correct it"),
         ("path,label\n" + rows("abab") + "\np/99.png,a\n", r"1 of 5 pictures .*p/99.png \(no such file\)"),
     ],
 )

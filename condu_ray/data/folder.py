@@ -19,7 +19,7 @@ from condu_ray.data.listing import (
 from condu_ray.data.split_folders import find_splits, refuse_splits
 from condu_ray.data.task import Picture
 from condu_ray.data.templates import word_key
-from condu_ray.data.walk import pictures, subfolders
+from condu_ray.data.walk import TARS, pictures, subfolders
 from condu_ray.errors import DataError
 
 
@@ -35,6 +35,10 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
     names = sorted({name for found in folders.values() for name in found})
     if not names:
         loose = next(pictures(root, deep=False), None)
+        if loose is not None and loose.name.endswith(TARS):
+            raise DataError(
+                f"{root} holds tars ({loose.name}) but no train/", "put them into train/, those to test on into test/"
+            )
         if loose is not None:
             raise DataError(
                 f"{root} holds pictures ({loose.name}) but no class folders",

@@ -21,9 +21,9 @@ from condu_ray.data.listing import (
 )
 from condu_ray.data.split_folders import split_folders
 from condu_ray.data.task import Picture, Skipped
+from condu_ray.data.walk import PICTURES, TARS, holds_pictures, subfolders
 from condu_ray.errors import DataError, nearest
 
-_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
 _MAX_LABEL_BYTES = 32
 
 
@@ -42,10 +42,10 @@ def list_tars(
     """
     if "train" not in splits:
         only = next(iter(splits.values()))[0].parent.name
-        raise DataError(
-            f"{root} has {only}/*.tar but no train/*.tar",
-            "name the folder train/ to have some of its pictures set aside as a test",
-        )
+        mend = "name the folder train/ to have some of its pictures set aside as a test"
+        if "train" in split_folders(root, subfolders):
+            mend = "unpack them into class folders, as train/ has, or take them away"
+        raise DataError(f"{root} has {only}/*.tar but no train/*.tar", mend)
     where = "the class list" if classes is not None else str(root / CLASS_FILE)
     names = classes if classes is not None else read_lines(root / CLASS_FILE)
     if names is None:
@@ -63,9 +63,13 @@ def list_tars(
 
 
 def _tars(folder: Path) -> list[Path]:
-    """The folder's tars; raises DataError if nshards.txt counts another number of them."""
-    endings = (".tar", ".tar.gz", ".tgz")
-    tars = sorted(child for child in folder.iterdir() if child.name.endswith(endings) and child.name[0] != ".")
+    """The folder's tars; none where they lie beside class folders, as when a set was unpacked.
+
+    Raises DataError if nshards.txt counts another number of them.
+    """
+    tars = sorted(child for child in folder.iterdir() if child.name.endswith(TARS) and child.name[0] != ".")
+    if tars and any(holds_pictures(child) for child in subfolders(folder)):
+        return []
     count = folder / "nshards.txt"
     if tars and count.is_file():
         said = count.read_text(encoding="utf-8", errors="replace").strip()
@@ -86,13 +90,15 @@ def _pairs(
     with open(path, "rb") as file:
         for member in _members(tar, file):
             key, _, ending = member.name.rpartition(".")
-            ending = ending.lower()
-            if ending == "cls":
+            ending = "." + ending.lower()
+            if member.name.rpartition("/")[2].startswith("."):  # macOS writes ._KEY.jpg beside KEY.jpg
+                continue
+            if ending == ".cls":
                 file.seek(member.offset_data)
                 labels[key] = _label(file.read(min(member.size, _MAX_LABEL_BYTES)), shown, key, classes)
-            elif ending in _ENDINGS and key in pictures:
+            elif ending in PICTURES and key in pictures:
                 skipped.append(Skipped(f"{shown}: {member.name}", "a second picture of the same name"))
-            elif ending in _ENDINGS:
+            elif ending in PICTURES:
                 pictures[key] = Picture(str(path), member.offset_data, member.size), member.name
     for key, (picture, name) in pictures.items():
         label = labels.pop(key, None)

@@ -11,6 +11,7 @@ PICTURES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
     + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".mpo")
 )
+TARS = (".tar", ".tar.gz", ".tgz")
 # Files that often lie beside pictures and are none; anything else is opened, and counted as skipped if it is none.
 _COMPANIONS = frozenset(
     (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".yaml", ".yml", ".toml", ".ini", ".db")

@@ -120,11 +120,22 @@ def test_several_shards_and_picture_kinds(make, tmp_path):
     root = make.tar_folder(tmp_path / "d", CLASSES)
     make.write(root / "train" / "1.tar", make.tar_bytes(make.pairs([0, 1, 2], first=60, ending="jpeg")))
     make.write(root / "train" / "2.tar", make.tar_bytes(make.pairs([0, 1, 2], first=70, ending="webp")))
-    make.write(root / "train" / "nshards.txt", b"3")
-    assert len(open_task("t", root).train) == 18
+    make.write(root / "train" / "3.tar", make.tar_bytes(make.pairs([0, 1, 2], first=80, ending="bmp")))
+    make.write(root / "train" / "4.tar", make.tar_bytes(make.pairs([0, 1, 2], first=90, ending="tiff")))
+    make.write(root / "train" / "nshards.txt", b"5")
+    assert len(open_task("t", root).train) == 24
     (root / "train" / "2.tar").unlink()
-    with pytest.raises(DataError, match="nshards.txt says '3', but there are 2 tars"):
+    with pytest.raises(DataError, match="nshards.txt says '5', but there are 4 tars"):
         open_task("t", root)
+
+
+def test_members_that_macos_adds_are_left_out(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    files = {f"set/{name}": body for name, body in make.pairs([0, 1, 2] * 2).items()}
+    files |= {"set/._s0.png": b"\0\5\x16\7", "._s0.cls": b"\0\5\x16\7", "__MACOSX/._s1.png": b"\0\5\x16\7"}
+    make.write(root / "train" / "0.tar", make.tar_bytes(files))
+    task = open_task("t", root)
+    assert len(task.train) == 6 and not task.skipped
 
 
 def test_members_without_a_partner_are_skipped(make, tmp_path):
@@ -209,5 +220,22 @@ def test_class_list_of_tars(make, tmp_path):
 def test_test_without_train(make, tmp_path):
     root = make.tar_folder(tmp_path / "d", CLASSES)
     (root / "train" / "0.tar").unlink()
-    with pytest.raises(DataError, match=r"test/\*\.tar but no train/\*\.tar"):
+    with pytest.raises(DataError, match=r"test/\*\.tar but no train/\*\.tar: name the folder train/"):
         open_task("t", root)
+    make.image_folder(root / "train", CLASSES)
+    with pytest.raises(DataError, match=r"test/\*\.tar but no train/\*\.tar: unpack them into class folders"):
+        open_task("t", root)
+
+
+def test_a_tar_left_beside_what_was_unpacked_from_it(make, tmp_path):
+    for first, part in enumerate(["train", "val"]):
+        make.image_folder(tmp_path / part, CLASSES, first=50 * first)
+        make.write(tmp_path / part / "zero.tar", make.tar_bytes({"0.png": make.picture_bytes(0)}))
+    assert open_task("t", tmp_path).classes == tuple(sorted(CLASSES))
+
+
+def test_tars_outside_of_a_split(make, tmp_path):
+    make.write(tmp_path / "classnames.txt", b"a\nb")
+    make.write(tmp_path / "000.tar", make.tar_bytes(make.pairs([0, 1])))
+    with pytest.raises(DataError, match=r"holds tars \(000\.tar\) but no train/: put them into train/"):
+        open_task("t", tmp_path)

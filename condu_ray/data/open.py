@@ -48,14 +48,19 @@ def open_task(
     """
     check_text(str(source), f"{name}: the source")
     try:
-        listing = _list(str(source), classes, tests=validation is None)
+        place, part = split_part(str(source))
+        listing = _list(place, classes, tests=validation is None)
+        unlisted = listing.skipped
+        if part is not None:
+            # They may be of any class, so they count in the whole set, of which a part is some pictures only.
+            _check_skipped(place, unlisted, len(listing.entries) + len(unlisted), skip_limit)
+            listing, unlisted = part.of(listing, place), []
         seen = scan([entry.picture for entry in listing.entries], progress)
     except OSError as error:
         raise DataError(f"{name}: {error.filename or source} cannot be read ({error.strerror or error})") from error
     kept = [(entry, one) for entry, one in zip(listing.entries, seen, strict=True) if isinstance(one, Seen)]
     unread = [Skipped(e.shown, one) for e, one in zip(listing.entries, seen, strict=True) if isinstance(one, str)]
-    skipped = listing.skipped + unread
-    _check_skipped(str(source), skipped, len(listing.entries) + len(listing.skipped), skip_limit)
+    _check_skipped(str(source), unlisted + unread, len(listing.entries) + len(unlisted), skip_limit)
     _check_counts(str(source), listing, [entry for entry, _ in kept], tests=validation is None)
     split_made = all(entry.part == "" for entry, _ in kept)
     rows = _rows(kept, listing.classes, test_share, seed) if split_made else [(e, one, e.part) for e, one in kept]
@@ -74,7 +79,7 @@ def open_task(
         templates=chosen,
         train=_split(rows, "train"),
         test=_split(rows, "test"),
-        skipped=tuple(skipped),
+        skipped=(*listing.skipped, *unread),
         fingerprint=_fingerprint(listing.classes, chosen, ((part, e.label, one.digest) for e, one, part in rows)),
         sizes=Sizes(_spread(one.width for _, one in kept), _spread(one.height for _, one in kept)),
         split_made=split_made,
@@ -84,7 +89,9 @@ def open_task(
 
 def classes_of(source: str) -> tuple[str, ...]:
     """The class list of a source, without a look at its pictures. Raises DataError where there is none."""
-    return _list(source, None, tests=True).classes
+    place, part = split_part(source)
+    listing = _list(place, None, tests=True)
+    return (part.of(listing, place) if part else listing).classes
 
 
 def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
@@ -111,11 +118,8 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
 
 
 def _list(source: str, classes: Sequence[str] | None, tests: bool) -> Listing:
-    place, part = split_part(source)
-    listing = _list_all(place, classes, tests)
-    if not tests:
-        listing = replace(listing, entries=[entry for entry in listing.entries if entry.part != "test"])
-    return part.of(listing, place) if part else listing
+    listing = _list_all(source, classes, tests)
+    return listing if tests else replace(listing, entries=[entry for entry in listing.entries if entry.part != "test"])
 
 
 def _list_all(source: str, classes: Sequence[str] | None, tests: bool) -> Listing:

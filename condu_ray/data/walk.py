@@ -12,6 +12,10 @@ PICTURES = frozenset(
     + (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".mpo")
 )
 TARS = (".tar", ".tar.gz", ".tgz")
+# What macOS, Synology's and QNAP's servers, Windows and Linux put beside a user's own folders.
+_OF_SYSTEMS = frozenset(
+    ("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
 # Files that often lie beside pictures and are none; anything else is opened, and counted as skipped if it is none.
 _COMPANIONS = frozenset(
     (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".yaml", ".yml", ".toml", ".ini", ".db")
@@ -45,7 +49,7 @@ def holds_pictures(folder: Path) -> bool:
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def _companion(name: str) -> bool:

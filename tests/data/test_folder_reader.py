@@ -105,6 +105,15 @@ def test_nested_pictures_hidden_files_and_companions(make, tmp_path):
     assert task.classes == ("a", "b") and len(task.train) + len(task.test) == 9
 
 
+def test_folders_that_systems_add_are_no_classes_and_hold_no_pictures(make, tmp_path):
+    make.image_folder(tmp_path, ["a", "b"], count=4)
+    for name in ("a/@eaDir/0.png/thumb.jpg", "$RECYCLE.BIN/x.png", "__MACOSX/a/._0.png"):
+        make.write(tmp_path / name, make.picture_bytes(60))
+    (tmp_path / "lost+found").mkdir()
+    task = open_task("t", tmp_path)
+    assert task.classes == ("a", "b") and len(task.train) + len(task.test) == 8
+
+
 def test_classnames_and_templates_are_honoured(make, tmp_path):
     make.image_folder(tmp_path, ["n01", "n02"])
     make.write(tmp_path / "classnames.txt", "\ufeffgreat white\r\ntench\r\n".encode())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
 from condu_ray.data.listing import (
     CLASS_FILE,
@@ -31,8 +33,8 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
     the label order of the names.
     """
     parts = [(part, folder) for part, folder in _parts(root) if tests or part != "test"]
-    folders = {part_folder: _class_folders(part_folder) for _, part_folder in parts}
-    names = sorted({name for found in folders.values() for name in found})
+    folders = {part_folder: [child.name for child in subfolders(part_folder)] for _, part_folder in parts}
+    names = _one_spelling([name for found in folders.values() for name in found])
     if not names:
         loose = next(pictures(root, deep=False), None)
         if loose is not None and loose.name.endswith(TARS):
@@ -47,10 +49,10 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
         raise DataError(f"{root} holds no class folders", "give a folder that has one folder of pictures a class")
     if all((part_folder / name / "train").is_dir() for part_folder, found in folders.items() for name in found):
         raise DataError(
-            f"each folder in {root} ({', '.join(names[:3])}) is a data set with its own train/",
+            f"each folder in {root} ({', '.join(sorted(names)[:3])}) is a data set with its own train/",
             "give one of them as a task",
         )
-    shown = _display_names(root, names)
+    shown = _display_names(root, sorted({*names.values()}))
     check_names(list(shown.values()), str(root))
     order = check_names(classes, "the class list") if classes is not None else tuple(shown.values())
     labels = match_classes(order, list(shown.values()), str(root))
@@ -58,7 +60,7 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
     for part, part_folder in parts:
         for name in folders[part_folder]:
             before = len(entries)
-            label = labels[shown[name]]
+            label = labels[shown[names[name]]]
             for path in pictures(part_folder / name):
                 entries.append(Entry(Picture(str(path)), label, part, _printable(path.relative_to(root))))
             if len(entries) == before:
@@ -83,8 +85,12 @@ def _parts(root: Path) -> list[tuple[Part, Path]]:
     return [(part_of(split, found), folder) for split, folder in found.items()]
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return [child.name for child in subfolders(folder)]
+def _one_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Each folder's name, and the one to know it by: Unicode's composed form where its accents are written two ways."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        spellings[normalize("NFC", name)].add(name)
+    return {name: composed if len(each) > 1 else name for composed, each in spellings.items() for name in each}
 
 
 def _display_names(root: Path, names: list[str]) -> dict[str, str]:
@@ -92,8 +98,9 @@ def _display_names(root: Path, names: list[str]) -> dict[str, str]:
     lines = read_lines(root / CLASS_FILE)
     if lines is None:
         return {name: name for name in names}
-    if len(lines) == len(names) and set(lines) == set(names):
-        return {name: name for name in lines}
+    known = {normalize("NFC", name): name for name in names}
+    if len(lines) == len(names) and {normalize("NFC", line) for line in lines} == {*known}:
+        return {known[normalize("NFC", line)]: line for line in lines}
     if len(lines) != len(names):
         unknown = [line for line in lines if line not in names]
         without = [name for name in names if name not in lines]

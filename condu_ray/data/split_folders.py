@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
+from unicodedata import normalize
 
 from condu_ray.data.listing import SPLITS, SplitName
 from condu_ray.data.walk import holds_pictures, pictures, subfolders
@@ -43,7 +44,7 @@ def find_splits(root: Path) -> dict[SplitName, Path]:
     if "train" not in found:
         for marked in _marked(root).values():
             alone = {split: folders[0] for split, folders in marked.items() if len(folders) == 1}
-            classes = [{child.name for child in subfolders(_inner(folder))} for folder in alone.values()]
+            classes = [_names(_inner(folder)) for folder in alone.values()]
             if "train" in alone and len(alone) == len(marked) > 1 and classes[0] and classes[1:] == classes[:-1]:
                 found = {split: alone[split] for split in get_args(SplitName) if split in alone}
     if set(found) == {"train"}:
@@ -100,10 +101,14 @@ def _inner(folder: Path) -> Path:
 
 def _same_inside(folders: list[Path]) -> bool:
     """Whether these folders, more than one, hold no pictures and the same folders, more than one."""
-    names = [{child.name for child in subfolders(folder)} for folder in folders]
+    names = [_names(folder) for folder in folders]
     return (
         len(folders) > 1
         and len(names[0]) > 1
         and names[1:] == names[:-1]
         and all(next(pictures(folder, deep=False), None) is None for folder in folders)
     )
+
+
+def _names(folder: Path) -> set[str]:
+    return {normalize("NFC", child.name) for child in subfolders(folder)}

@@ -133,6 +133,17 @@ def test_classnames_that_are_the_folders_give_the_order(make, tmp_path):
     )
 
 
+def test_an_accent_may_be_written_otherwise_in_the_other_split(make, tmp_path):
+    """macOS writes it as two characters, most others as one."""
+    make.image_folder(tmp_path / "train", ["cafe\u0301", "tea"], count=3)
+    make.image_folder(tmp_path / "test", ["caf\u00e9", "tea"], count=2, first=100)
+    task = open_task("t", tmp_path)
+    assert task.classes == ("caf\u00e9", "tea")
+    assert (counts(task.train, 2), counts(task.test, 2)) == ([3, 3], [2, 2])
+    make.write(tmp_path / "classnames.txt", "tea\ncafe\u0301\n".encode())
+    assert open_task("t", tmp_path).classes == ("tea", "cafe\u0301")
+
+
 def test_class_list_gives_the_order(make, tmp_path):
     make.image_folder(tmp_path, ["a", "b"])
     assert open_task("t", tmp_path, classes=["b", "a"], templates=["one {c}"]).classes == ("b", "a")

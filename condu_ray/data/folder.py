@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from unicodedata import normalize
 
@@ -13,7 +13,6 @@ from condu_ray.data.listing import (
     Listing,
     Part,
     check_names,
-    match_classes,
     part_of,
     read_lines,
     read_templates,
@@ -25,12 +24,11 @@ from condu_ray.data.walk import TARS, pictures, subfolders
 from condu_ray.errors import DataError
 
 
-def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -> Listing:
+def list_folder(root: Path, tests: bool = True) -> Listing:
     """Lists an image folder; without its test split, which is not looked into, where `tests` is false.
 
     With train/ and test/, val/ joins train; with train/ and val/ only, val/ is the test split. classnames.txt gives one
-    display name for each class folder in sorted order, or the folders' own names in label order. `classes` gives
-    the label order of the names.
+    display name for each class folder in sorted order, or the folders' own names in label order.
     """
     parts = [(part, folder) for part, folder in _parts(root) if tests or part != "test"]
     folders = {part_folder: [child.name for child in subfolders(part_folder)] for _, part_folder in parts}
@@ -53,21 +51,20 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
             "give one of them as a task",
         )
     shown = _display_names(root, sorted({*names.values()}))
-    check_names(list(shown.values()), str(root))
-    order = check_names(classes, "the class list") if classes is not None else tuple(shown.values())
-    labels = match_classes(order, list(shown.values()), str(root))
+    classes = check_names(list(shown.values()), str(root))
+    labels = {name: label for label, name in enumerate(shown)}
     entries: list[Entry] = []
     for part, part_folder in parts:
         for name in folders[part_folder]:
             before = len(entries)
-            label = labels[shown[names[name]]]
+            label = labels[names[name]]
             for path in pictures(part_folder / name):
                 entries.append(Entry(Picture(str(path)), label, part, _printable(path.relative_to(root))))
             if len(entries) == before:
                 raise DataError(
                     f"the class folder {part_folder / name} holds no pictures", "add pictures or remove the folder"
                 )
-    return Listing(order, read_templates(root), entries, [])
+    return Listing(classes, read_templates(root), entries, [])
 
 
 def _parts(root: Path) -> list[tuple[Part, Path]]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from condu_ray.data.task import Picture, Skipped
 from condu_ray.data.templates import check_templates, word_key
-from condu_ray.errors import DataError, nearest
+from condu_ray.errors import DataError
 
 Part = Literal["train", "test", ""]
 SplitName = Literal["train", "val", "test"]
@@ -112,12 +112,3 @@ def check_text(name: str, what: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise DataError(f"{what} {name!r} is not UTF-8 text", "rename it") from None
-
-
-def match_classes(given: Sequence[str], found: Sequence[str], where: str) -> dict[str, int]:
-    """Returns each found name's place in the given class list; raises DataError unless both hold the same names."""
-    for name in sorted(set(found) - set(given)):
-        raise DataError(f"{where}: the label {name!r} is not in the class list", nearest(name, given))
-    for name in sorted(set(given) - set(found)):
-        raise DataError(f"{where}: the class list names {name!r}, but no picture has that label", nearest(name, found))
-    return {name: number for number, name in enumerate(given)}

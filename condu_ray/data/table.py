@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from pathlib import Path
 
-from condu_ray.data.listing import SPLITS, Entry, Listing, Part, check_names, match_classes, part_of
+from condu_ray.data.listing import SPLITS, Entry, Listing, Part, check_names, part_of
 from condu_ray.data.task import Picture
 from condu_ray.errors import DataError, nearest
 
 
-def list_table(path: Path, classes: Sequence[str] | None) -> Listing:
+def list_table(path: Path) -> Listing:
     """Lists a CSV. Paths are relative to it; val rows join train if there are test rows, else they are the test split.
 
-    Labels are class names, sorted unless `classes` gives their order; or numbers from 0 into `classes`.
+    Labels are class names.
     """
     rows = _rows(path)
     if not rows:
         raise DataError(f"{path} has no rows", "write one row a picture: path,label")
-    names, labels = _labels({label for _, _, label, _ in rows}, classes, path)
+    classes = check_names(sorted({label for _, _, label, _ in rows}), str(path))
+    labels = {name: label for label, name in enumerate(classes)}
     given = {SPLITS[split] for *_, split in rows if split in SPLITS}
     named = any(split and SPLITS.get(split) != "train" for *_, split in rows)
     entries = []
@@ -33,7 +33,7 @@ def list_table(path: Path, classes: Sequence[str] | None) -> Listing:
         entries.append(Entry(Picture(str(path.parent / name)), labels[label], part, name))
     if all(entry.part == "test" for entry in entries):
         raise DataError(f"{path} has no row of the split train", "name some, or leave the column split out")
-    return Listing(names, None, entries, [])
+    return Listing(classes, None, entries, [])
 
 
 def _rows(path: Path) -> list[tuple[int, str, str, str]]:
@@ -67,21 +67,3 @@ def _rows(path: Path) -> list[tuple[int, str, str, str]]:
             f"{path} is not a CSV file ({error})", "write a header, path,label, and a row a picture"
         ) from error
     return rows
-
-
-def _labels(said: set[str], classes: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names in label order, and the label that each way of writing one means."""
-    found = sorted(said)
-    if classes is None:
-        names = check_names(found, str(path))
-        return names, match_classes(names, found, str(path))
-    names = check_names(classes, "the class list")
-    if all(label.isdecimal() for label in found) and not said & set(names):
-        for label in found:
-            if int(label) >= len(names):
-                raise DataError(
-                    f"{path}: the label {label} is outside the class list of {len(names)} (0 to {len(names) - 1})",
-                    "add the missing names to the class list or correct the label",
-                )
-        return names, {label: int(label) for label in found}
-    return names, match_classes(names, found, str(path))

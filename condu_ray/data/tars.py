@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -32,10 +32,8 @@ def find_tars(root: Path) -> dict[SplitName, list[Path]]:
     return {split: _tars(folder) for split, folder in split_folders(root, _tars).items()}
 
 
-def list_tars(
-    root: Path, splits: Mapping[SplitName, list[Path]], classes: Sequence[str] | None, tests: bool = True
-) -> Listing:
-    """Lists a webdataset folder; nothing is unpacked under a member's name. `classes` replaces classnames.txt.
+def list_tars(root: Path, splits: Mapping[SplitName, list[Path]], tests: bool = True) -> Listing:
+    """Lists a webdataset folder; nothing is unpacked under a member's name.
 
     splits: as found by `find_tars`. tests: false leaves the test split out, whose tars are then not opened. Plain tars
     are read where they lie; compressed ones are unpacked once into the cache.
@@ -46,20 +44,19 @@ def list_tars(
         if "train" in split_folders(root, subfolders):
             mend = "unpack them into class folders, as train/ has, or take them away"
         raise DataError(f"{root} has {only}/*.tar but no train/*.tar", mend)
-    where = "the class list" if classes is not None else str(root / CLASS_FILE)
-    names = classes if classes is not None else read_lines(root / CLASS_FILE)
+    names = read_lines(root / CLASS_FILE)
     if names is None:
         raise DataError(f"{root} has no {CLASS_FILE}", "line N of it, from 0, is the name of label N")
-    checked = check_names(names, where)
+    classes = check_names(names, str(root / CLASS_FILE))
     entries: list[Entry] = []
     skipped: list[Skipped] = []
     for split, tars in splits.items():
         part = part_of(split, splits)
         for tar in tars if tests or part != "test" else ():
             shown = f"{tar.parent.name}/{tar.name}"
-            for picture, label, name in _pairs(tar, shown, checked, skipped):
+            for picture, label, name in _pairs(tar, shown, classes, skipped):
                 entries.append(Entry(picture, label, part, f"{shown}: {name}"))
-    return Listing(checked, read_templates(root), entries, skipped)
+    return Listing(classes, read_templates(root), entries, skipped)
 
 
 def _tars(folder: Path) -> list[Path]:

@@ -144,11 +144,6 @@ def test_an_accent_may_be_written_otherwise_in_the_other_split(make, tmp_path):
     assert open_task("t", tmp_path).classes == ("tea", "cafe\u0301")
 
 
-def test_class_list_gives_the_order(make, tmp_path):
-    make.image_folder(tmp_path, ["a", "b"])
-    assert open_task("t", tmp_path, classes=["b", "a"], templates=["one {c}"]).classes == ("b", "a")
-
-
 def build_empty(make, root):
     root.mkdir()
 
@@ -302,16 +297,6 @@ def test_refused_with_one_sentence(make, tmp_path, build):
     assert "\n" not in str(raised.value)
 
 
-def test_class_list_that_does_not_match(make, tmp_path):
-    make.image_folder(tmp_path, ["cat", "dog"])
-    with pytest.raises(DataError, match=r"the label 'dog' is not in the class list: did you mean dgo\?"):
-        open_task("t", tmp_path, classes=["cat", "dgo"])
-    with pytest.raises(
-        DataError, match=r"the class list names 'cats', but no picture has that label: did you mean cat\?"
-    ):
-        open_task("t", tmp_path, classes=["cat", "cats", "dog"])
-
-
 def test_unknown_sources(make, tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     make.write(tmp_path / "data.zip", b"PK")
@@ -339,7 +324,6 @@ def test_corrupt_pictures_are_skipped_up_to_the_limit(make, tmp_path):
         DataError, match=r"2 of 22 pictures .* more than 5%: a/cut.png \(.*\); b/empty.jpg \(empty file\)"
     ):
         open_task("t", tmp_path)
-    assert len(open_task("t", tmp_path, skip_limit=0.1).skipped) == 2
 
 
 def test_a_class_whose_pictures_are_all_corrupt(make, tmp_path):

@@ -62,16 +62,6 @@ def test_split_column(table, split, train, test):
     assert not task.split_made and (len(task.train), len(task.test)) == (train, test)
 
 
-def test_class_list_names_or_numbers(table):
-    assert open_task("t", table("path,label\n" + rows("abab")), classes=["b", "a"]).classes == ("b", "a")
-    task = open_task("t", table("path,label\n" + rows("0101")), classes=["zero", "one"])
-    assert task.classes == ("zero", "one") and set(task.train.labels.tolist()) == {0, 1}
-    with pytest.raises(DataError, match=r"the label 1 is outside the class list of 1|one class only"):
-        open_task("t", table("path,label\n" + rows("0101")), classes=["zero"])
-    with pytest.raises(DataError, match=r"the label 2 is outside the class list of 2 \(0 to 1\)"):
-        open_task("t", table("path,label\n" + rows("0122")), classes=["zero", "one"])
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [

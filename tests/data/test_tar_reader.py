@@ -6,7 +6,9 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -58,6 +60,15 @@ def test_damaged_and_partial_copies_in_the_cache_do_no_harm(make, tmp_path, cach
     again = open_task("t", folder)
     assert again == first
     assert cached(cache) == [*names, "partial-abc"]
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed_after_a_week(make, tmp_path, cache):
+    for name, days in (("tars/partial-old", 8), ("tars/partial-new", 6), ("tars/partial-folder/x", 0)):
+        make.write(cache / name, b"half")
+        os.utime(cache / name, (time.time() - days * 86400,) * 2)
+    os.utime(cache / "tars" / "partial-folder", (time.time() - 8 * 86400,) * 2)
+    open_task("t", make.tar_folder(tmp_path / "d", CLASSES, packed=True))
+    assert [name for name in cached(cache) if name.startswith("partial")] == ["partial-new"]
 
 
 def test_second_opening_does_not_unpack_again(make, tmp_path, cache):

@@ -42,14 +42,19 @@ def find_splits(root: Path) -> dict[SplitName, Path]:
     """
     found = split_folders(root, subfolders)
     if "train" not in found:
-        for marked in _marked(root).values():
-            alone = {split: folders[0] for split, folders in marked.items() if len(folders) == 1}
-            classes = [_names(_inner(folder)) for folder in alone.values()]
-            if "train" in alone and len(alone) == len(marked) > 1 and classes[0] and classes[1:] == classes[:-1]:
-                found = {split: alone[split] for split in get_args(SplitName) if split in alone}
+        certain = [splits for marked in _marked(root).values() if (splits := _certain(marked))]
+        found = certain[0] if len(certain) == 1 else found
     if set(found) == {"train"}:
         _refuse_others(root, found["train"])
     return {split: _inner(folder) for split, folder in found.items()}
+
+
+def _certain(marked: dict[SplitName, list[Path]]) -> dict[SplitName, Path]:
+    """One folder a split, train among several, where all hold the same class folders; else none."""
+    found = {split: marked[split][0] for split in get_args(SplitName) if len(marked.get(split, ())) == 1}
+    classes = [_names(_inner(folder)) for folder in found.values()]
+    same = len(found) == len(marked) > 1 and bool(classes[0]) and classes[1:] == classes[:-1]
+    return found if same and "train" in found else {}
 
 
 def _refuse_others(root: Path, train: Path) -> None:

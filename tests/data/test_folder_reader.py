@@ -210,6 +210,11 @@ def build_unlabelled_test(make, root):
     make.image_folder(root, ["letters_test"], first=50)
 
 
+def build_two_sets(make, root):
+    for first, name in enumerate(["a_train", "a_test", "b_train", "b_test"]):
+        make.image_folder(root / name, ["a", "b"], first=50 * first)
+
+
 def build_strange_test(make, root):
     make.image_folder(root / "train_set", ["a", "b"])
     make.image_folder(root / "holdout", ["a", "b"], first=50)
@@ -276,6 +281,7 @@ REFUSED = {
     build_two_trainings: "has both Training/ and train/: put them together",
     build_flat_splits: "has test/ and train/, by name splits and no class: sort the pictures as train/CLASS/PICTURE",
     build_unlabelled_test: "has letters_test/ and letters_train/, by name splits",
+    build_two_sets: "has a_test/ and a_train/, by name splits",
     build_strange_test: "has train_set/, by name a split and no class",
     build_train_is_a_class: "has train/ with folders in it, no test split, and pictures in bus/: give .*train itself",
     build_too_few: "class 'c' has only one picture, too few",

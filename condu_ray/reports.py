@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from condu_ray.store import GcReport, Manifest, StoreHeader
 
 SKIPPED_SHOWN = 5
+CLASSES_SHOWN = 8
 PIPE_WIDTH = 200
 _AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # names may hold [brackets]
 
@@ -187,6 +188,8 @@ def show_data(found: Sequence[dict[str, Any]]) -> None:
             f"{' (split made here)' if each['split_made'] else ''}, {width['min']}x{height['min']} to "
             f"{width['max']}x{height['max']} px"
         )
+        more = ", ..." if len(each["classes"]) > CLASSES_SHOWN else ""
+        say(f"  classes: {', '.join(each['classes'][:CLASSES_SHOWN])}{more}")
         for skipped in each["skipped"][:SKIPPED_SHOWN]:
             say(f"  skipped {skipped['path']}: {skipped['reason']}")
         if len(each["skipped"]) > SKIPPED_SHOWN:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import lzma
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from condu_ray.data.listing import as_path
 from condu_ray.errors import DataError
 
 _OPENERS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
@@ -21,11 +24,12 @@ _OPENERS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
     (b"BZh", bz2.open),
     (b"\xfd7zXZ\x00", lzma.open),
 )
+_OLD = 7 * 86400  # seconds after which nobody can still be at work on a partial copy
 
 
 def cache_folder(kind: str) -> Path:
     """Returns CONDU_CACHE (or ~/.cache/condu-ray) / kind, made if needed. Raises DataError if it cannot be written."""
-    root = Path(os.environ.get("CONDU_CACHE") or Path.home() / ".cache" / "condu-ray").expanduser()
+    root = as_path(os.environ.get("CONDU_CACHE") or Path.home() / ".cache" / "condu-ray")
     try:
         (root / kind).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,6 +60,7 @@ def plain_tar(path: Path) -> Path:
 
 
 def _unpack(path: Path, stream: IO[bytes], folder: Path, key: str) -> Path:
+    _sweep(folder)
     try:
         handle, partial = tempfile.mkstemp(prefix="partial-", dir=folder)
     except OSError as error:
@@ -87,6 +92,7 @@ def fill(folder: Path, make: Callable[[Path], None]) -> Path:
     """Returns `folder`; if it was not there, `make` fills a temporary one beside it, renamed when it is whole."""
     if folder.is_dir():
         return folder
+    _sweep(folder.parent)
     partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
     try:
         make(partial)
@@ -98,6 +104,18 @@ def fill(folder: Path, make: Callable[[Path], None]) -> Path:
         return folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left here."""
+    for partial in folder.glob("partial-*"):
+        with contextlib.suppress(OSError):  # another process may be at it, too
+            if time.time() - partial.stat().st_mtime < _OLD:
+                continue
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink()
 
 
 def _sha256(path: Path) -> str:

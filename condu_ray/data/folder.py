@@ -1,10 +1,11 @@
-"""Image folders: CLASS/PICTURE, or train|test|val/CLASS/PICTURE."""
+"""Image folders: CLASS/PICTURE, or train|test|val/CLASS/PICTURE (also NAME_train/CLASS/PICTURE and the like)."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from unicodedata import normalize
 
 from condu_ray.data.listing import (
     CLASS_FILE,
@@ -12,36 +13,32 @@ from condu_ray.data.listing import (
     Listing,
     Part,
     check_names,
-    match_classes,
+    part_of,
     read_lines,
     read_templates,
 )
+from condu_ray.data.split_folders import find_splits, refuse_splits
 from condu_ray.data.task import Picture
 from condu_ray.data.templates import word_key
+from condu_ray.data.walk import TARS, pictures, subfolders
 from condu_ray.errors import DataError
 
-# Files that often lie beside pictures and are none; anything else is opened, and counted as skipped if it is none.
-_COMPANIONS = frozenset(
-    (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".yaml", ".yml", ".toml", ".ini", ".db")
-    + (".mat", ".npy", ".npz", ".log", ".py", ".sh")
-)
-_TRAIN = ("train", "training")
-_TEST = ("test", "testing")
-_VALIDATION = ("val", "valid", "validation")
 
-
-def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -> Listing:
+def list_folder(root: Path, tests: bool = True) -> Listing:
     """Lists an image folder; without its test split, which is not looked into, where `tests` is false.
 
     With train/ and test/, val/ joins train; with train/ and val/ only, val/ is the test split. classnames.txt gives one
-    display name for each class folder in sorted order, or the folders' own names in label order. `classes` gives
-    the label order of the names.
+    display name for each class folder in sorted order, or the folders' own names in label order.
     """
     parts = [(part, folder) for part, folder in _parts(root) if tests or part != "test"]
-    folders = {part_folder: _class_folders(part_folder) for _, part_folder in parts}
-    names = sorted({name for found in folders.values() for name in found})
+    folders = {part_folder: [child.name for child in subfolders(part_folder)] for _, part_folder in parts}
+    names = _one_spelling([name for found in folders.values() for name in found])
     if not names:
-        loose = next(_pictures(root, deep=False), None)
+        loose = next(pictures(root, deep=False), None)
+        if loose is not None and loose.name.endswith(TARS):
+            raise DataError(
+                f"{root} holds tars ({loose.name}) but no train/", "put them into train/, those to test on into test/"
+            )
         if loose is not None:
             raise DataError(
                 f"{root} holds pictures ({loose.name}) but no class folders",
@@ -50,86 +47,47 @@ def list_folder(root: Path, classes: Sequence[str] | None, tests: bool = True) -
         raise DataError(f"{root} holds no class folders", "give a folder that has one folder of pictures a class")
     if all((part_folder / name / "train").is_dir() for part_folder, found in folders.items() for name in found):
         raise DataError(
-            f"each folder in {root} ({', '.join(names[:3])}) is a data set with its own train/",
+            f"each folder in {root} ({', '.join(sorted(names)[:3])}) is a data set with its own train/",
             "give one of them as a task",
         )
-    shown = _display_names(root, names)
-    check_names(list(shown.values()), str(root))
-    order = check_names(classes, "the class list") if classes is not None else tuple(shown.values())
-    labels = match_classes(order, list(shown.values()), str(root))
+    shown = _display_names(root, sorted({*names.values()}))
+    classes = check_names(list(shown.values()), str(root))
+    labels = {name: label for label, name in enumerate(shown)}
     entries: list[Entry] = []
     for part, part_folder in parts:
         for name in folders[part_folder]:
             before = len(entries)
-            label = labels[shown[name]]
-            for path in _pictures(part_folder / name, deep=True):
+            label = labels[names[name]]
+            for path in pictures(part_folder / name):
                 entries.append(Entry(Picture(str(path)), label, part, _printable(path.relative_to(root))))
             if len(entries) == before:
                 raise DataError(
                     f"the class folder {part_folder / name} holds no pictures", "add pictures or remove the folder"
                 )
-    return Listing(order, read_templates(root), entries, [])
-
-
-def picture_files(folder: Path) -> list[Path]:
-    """Returns the files under a folder that may be pictures, sorted; hidden files and companions are left out."""
-    return list(_pictures(folder, deep=True))
+    return Listing(classes, read_templates(root), entries, [])
 
 
 def _parts(root: Path) -> list[tuple[Part, Path]]:
     """The split folders, or the root itself. A class that is called 'train' holds pictures, a split holds folders."""
-    found = {child.name.casefold(): child for child in _folders(root) if _folders(child)}
-    train, test, validation = (
-        next((found[name] for name in names if name in found), None) for names in (_TRAIN, _TEST, _VALIDATION)
-    )
-    if train is None:
-        only = test if test is not None else validation
-        if only is not None and len(_folders(root)) == 1:
+    found = find_splits(root)
+    if "train" not in found:
+        only = found.get("test") or found.get("val")
+        if only is not None and len(subfolders(root)) == 1:
             raise DataError(
                 f"{root} has {only.name}/ but no train/",
                 f"add train/, or give {only} itself to have some of its pictures set aside as a test",
             )
+        refuse_splits(root)
         return [("", root)]
-    if test is None and validation is None:
-        return [("", train)]
-    if test is None and validation is not None:
-        return [("train", train), ("test", validation)]
-    parts: list[tuple[Part, Path]] = [("train", train)]
-    if validation is not None:
-        parts.append(("train", validation))
-    if test is not None:
-        parts.append(("test", test))
-    return parts
+    return [(part_of(split, found), folder) for split, folder in found.items()]
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(child.name for child in _folders(folder))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [child for child in folder.iterdir() if not _hidden(child.name) and child.is_dir()]
-
-
-def _pictures(folder: Path, deep: bool) -> Iterator[Path]:
-    """Candidates in sorted order; links to files are followed, links to folders are not (they may be circles)."""
-    with os.scandir(folder) as found:
-        children = sorted(found, key=lambda child: child.name)
-    for child in children:
-        if _hidden(child.name):
-            continue
-        if child.is_dir(follow_symlinks=False):
-            if deep:
-                yield from _pictures(Path(child.path), deep)
-        elif (child.is_file() or (child.is_symlink() and not child.is_dir())) and not _companion(child.name):
-            yield Path(child.path)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _companion(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _COMPANIONS or name == "Thumbs.db"
+def _one_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Each folder's name, and the one to know it by: Unicode's composed form where its accents are written two ways."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        spellings[normalize("NFC", name)].add(name)
+    return {name: composed if len(each) > 1 else name for composed, each in spellings.items() for name in each}
 
 
 def _display_names(root: Path, names: list[str]) -> dict[str, str]:
@@ -137,8 +95,9 @@ def _display_names(root: Path, names: list[str]) -> dict[str, str]:
     lines = read_lines(root / CLASS_FILE)
     if lines is None:
         return {name: name for name in names}
-    if len(lines) == len(names) and set(lines) == set(names):
-        return {name: name for name in lines}
+    known = {normalize("NFC", name): name for name in names}
+    if len(lines) == len(names) and {normalize("NFC", line) for line in lines} == {*known}:
+        return {known[normalize("NFC", line)]: line for line in lines}
     if len(lines) != len(names):
         unknown = [line for line in lines if line not in names]
         without = [name for name in names if name not in lines]

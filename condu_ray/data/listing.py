@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from condu_ray.data.task import Picture, Skipped
 from condu_ray.data.templates import check_templates, word_key
-from condu_ray.errors import DataError, nearest
+from condu_ray.errors import DataError
 
 Part = Literal["train", "test", ""]
+SplitName = Literal["train", "val", "test"]
+# What splits are called, whatever the case, as folders and in CSVs.
+SPLITS: dict[str, SplitName] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 CLASS_FILE = "classnames.txt"
 TEMPLATE_FILE = "zeroshot_classification_templates.txt"
 
@@ -34,6 +45,23 @@ class Listing:
     templates: tuple[str, ...] | None
     entries: list[Entry]
     skipped: list[Skipped]
+
+
+def part_of(split: SplitName, given: Collection[SplitName]) -> Part:
+    """Where pictures of a split go, among the splits given: val joins train, or is the test split if there is none."""
+    if set(given) == {"train"}:
+        return ""
+    if split == "val":
+        return "train" if "test" in given else "test"
+    return split
+
+
+def as_path(given: str | Path) -> Path:
+    """The path with ~ as the home folder, or as it stands where there is no such user."""
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        return Path(given)
 
 
 def read_lines(path: Path) -> list[str] | None:
@@ -84,12 +112,3 @@ def check_text(name: str, what: str) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise DataError(f"{what} {name!r} is not UTF-8 text", "rename it") from None
-
-
-def match_classes(given: Sequence[str], found: Sequence[str], where: str) -> dict[str, int]:
-    """Returns each found name's place in the given class list; raises DataError unless both hold the same names."""
-    for name in sorted(set(found) - set(given)):
-        raise DataError(f"{where}: the label {name!r} is not in the class list", nearest(name, given))
-    for name in sorted(set(given) - set(found)):
-        raise DataError(f"{where}: the class list names {name!r}, but no picture has that label", nearest(name, found))
-    return {name: number for number, name in enumerate(given)}

@@ -10,17 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from condu_ray.data.folder import list_folder, picture_files
-from condu_ray.data.listing import Entry, Listing, Part, check_names, check_text
+from condu_ray.data.folder import list_folder
+from condu_ray.data.listing import Entry, Listing, Part, as_path, check_text
 from condu_ray.data.part import split_part
 from condu_ray.data.scan import Progress, Seen, scan
 from condu_ray.data.split import choose_test
 from condu_ray.data.table import list_table
-from condu_ray.data.tars import holds_tars, list_tars
+from condu_ray.data.tars import find_tars, list_tars
 from condu_ray.data.task import Picture, Sizes, Skipped, Split, TaskData
-from condu_ray.data.templates import DEFAULT_TEMPLATES, check_templates
+from condu_ray.data.templates import DEFAULT_TEMPLATES
 from condu_ray.data.torchvision_sets import KNOWN, PREFIX, list_torchvision
+from condu_ray.data.walk import pictures
 from condu_ray.errors import DataError, nearest
+
+SKIP_LIMIT = 0.05  # the largest share of pictures that may be left out because they cannot be read
 
 
 def open_task(
@@ -29,32 +32,32 @@ def open_task(
     *,
     seed: int = 0,
     test_share: float = 0.2,
-    skip_limit: float = 0.05,
-    classes: Sequence[str] | None = None,
-    templates: Sequence[str] | None = None,
     validation: float | None = None,
     progress: Progress | None = None,
 ) -> TaskData:
     """Opens an image folder, a webdataset folder, a CSV (path,label[,split]) or a torchvision data set by name.
 
     source: with #K/N or #FIRST-LAST@ORDER at its end only a part of the class list (data/part.py).
-    seed, test_share: which pictures become the test split, where the source has none. skip_limit: the largest share of
-    pictures that may be left out because they cannot be read. classes: the class list, in label order.
-    templates: prompt templates instead of the source's own. validation: this share of the training pictures
-    (stratified, seeded; none of a class with one picture) is what `test` holds, and the pictures to test on are left
-    out: those of the source's own test split are not even opened. progress: called with (done, total).
+    seed, test_share: which pictures become the test split, where the source has none. validation: this share of the
+    training pictures (stratified, seeded; none of a class with one picture) is what `test` holds, and the pictures to
+    test on are left out: those of the source's own test split are not even opened. progress: called with (done, total).
     Raises DataError for everything that is wrong with the data; nothing but the cache is written.
     """
     check_text(str(source), f"{name}: the source")
     try:
-        listing = _list(str(source), classes, tests=validation is None)
+        place, part = split_part(str(source))
+        listing = _list(place, tests=validation is None)
+        unlisted = listing.skipped
+        if part is not None:
+            # They may be of any class, so they count in the whole set, of which a part is some pictures only.
+            _check_skipped(place, unlisted, len(listing.entries) + len(unlisted))
+            listing, unlisted = part.of(listing, place), []
         seen = scan([entry.picture for entry in listing.entries], progress)
     except OSError as error:
         raise DataError(f"{name}: {error.filename or source} cannot be read ({error.strerror or error})") from error
     kept = [(entry, one) for entry, one in zip(listing.entries, seen, strict=True) if isinstance(one, Seen)]
     unread = [Skipped(e.shown, one) for e, one in zip(listing.entries, seen, strict=True) if isinstance(one, str)]
-    skipped = listing.skipped + unread
-    _check_skipped(str(source), skipped, len(listing.entries) + len(listing.skipped), skip_limit)
+    _check_skipped(str(source), unlisted + unread, len(listing.entries) + len(unlisted))
     _check_counts(str(source), listing, [entry for entry, _ in kept], tests=validation is None)
     split_made = all(entry.part == "" for entry, _ in kept)
     rows = _rows(kept, listing.classes, test_share, seed) if split_made else [(e, one, e.part) for e, one in kept]
@@ -63,18 +66,17 @@ def open_task(
         rows = _rows(to_train, listing.classes, validation, seed, every_class=False)
     # Content order: whatever the files are called, training sees the same pictures in the same order.
     rows.sort(key=lambda row: (row[1].digest, row[0].label, row[0].shown))
-    chosen = check_templates(templates, "the template list") if templates is not None else listing.templates
-    chosen = chosen or DEFAULT_TEMPLATES
+    templates = listing.templates or DEFAULT_TEMPLATES
     digests = {part: {one.digest for _, one, of in rows if of == part} for part in ("train", "test")}
     return TaskData(
         name=name,
         source=str(source),
         classes=listing.classes,
-        templates=chosen,
+        templates=templates,
         train=_split(rows, "train"),
         test=_split(rows, "test"),
-        skipped=tuple(skipped),
-        fingerprint=_fingerprint(listing.classes, chosen, ((part, e.label, one.digest) for e, one, part in rows)),
+        skipped=(*listing.skipped, *unread),
+        fingerprint=_fingerprint(listing.classes, templates, ((part, e.label, one.digest) for e, one, part in rows)),
         sizes=Sizes(_spread(one.width for _, one in kept), _spread(one.height for _, one in kept)),
         split_made=split_made,
         leaked=sum(1 for _, one, part in rows if part == "test" and one.digest in digests["train"]),
@@ -83,7 +85,9 @@ def open_task(
 
 def classes_of(source: str) -> tuple[str, ...]:
     """The class list of a source, without a look at its pictures. Raises DataError where there is none."""
-    return _list(source, None, tests=True).classes
+    place, part = split_part(source)
+    listing = _list(place, tests=True)
+    return (part.of(listing, place) if part else listing).classes
 
 
 def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
@@ -93,9 +97,9 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
     """
     found: list[Picture] = []
     for given in paths:
-        path = Path(given).expanduser()
+        path = as_path(given)
         try:
-            files = picture_files(path) if path.is_dir() else [path]
+            files = list(pictures(path)) if path.is_dir() else [path]
         except OSError as error:
             raise DataError(f"{error.filename or path} cannot be read ({error.strerror})") from error
         if not path.is_dir() and not path.is_file():
@@ -109,32 +113,30 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
     return found
 
 
-def _list(source: str, classes: Sequence[str] | None, tests: bool) -> Listing:
-    place, part = split_part(source)
-    listing = _list_all(place, classes, tests)
-    if not tests:
-        listing = replace(listing, entries=[entry for entry in listing.entries if entry.part != "test"])
-    return part.of(listing, place) if part else listing
+def _list(source: str, tests: bool) -> Listing:
+    listing = _list_all(source, tests)
+    return listing if tests else replace(listing, entries=[entry for entry in listing.entries if entry.part != "test"])
 
 
-def _list_all(source: str, classes: Sequence[str] | None, tests: bool) -> Listing:
+def _list_all(source: str, tests: bool) -> Listing:
     if source.startswith(PREFIX):
-        return list_torchvision(source.removeprefix(PREFIX), classes, tests)
+        return list_torchvision(source.removeprefix(PREFIX), tests)
     # Absolute: workers that read the pictures have another working folder.
-    path = Path(source).expanduser().absolute()
+    path = as_path(source).absolute()
     if path.is_dir():
-        return list_tars(path, classes, tests) if holds_tars(path) else list_folder(path, classes, tests)
+        splits = find_tars(path)
+        return list_tars(path, splits, tests) if splits else list_folder(path, tests)
     if path.is_file() and path.suffix.lower() == ".csv":
-        return list_table(path, classes)
+        return list_table(path)
     if path.is_file():
         raise DataError(
             f"{source} is neither a folder nor a .csv file", "give a folder of pictures, or a CSV: path,label"
         )
     if source in KNOWN:
-        return list_torchvision(source, classes, tests)
+        return list_torchvision(source, tests)
     mend = "give a folder of pictures, a webdataset folder, a .csv file, or a torchvision name such as CIFAR10"
     raise DataError(
-        f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(Path(source).expanduser())) else mend
+        f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(as_path(source))) else mend
     )
 
 
@@ -146,18 +148,17 @@ def _similar(path: Path) -> str:
     return said if said.startswith("did you mean") else ""
 
 
-def _check_skipped(source: str, skipped: list[Skipped], total: int, limit: float) -> None:
-    if len(skipped) > limit * total:
+def _check_skipped(source: str, skipped: list[Skipped], total: int) -> None:
+    if len(skipped) > SKIP_LIMIT * total:
         first = "; ".join(f"{one.path[-60:]} ({one.reason[:60]})" for one in skipped[:3])
         raise DataError(
-            f"{len(skipped)} of {total} pictures in {source} cannot be used, more than {limit:.0%}: {first}",
+            f"{len(skipped)} of {total} pictures in {source} cannot be used, more than {SKIP_LIMIT:.0%}: {first}",
             "repair or remove them",
         )
 
 
 def _check_counts(source: str, listing: Listing, kept: list[Entry], tests: bool) -> None:
     """Every class must have pictures to learn from."""
-    check_names(listing.classes, source)
     size = len(listing.classes)
     listed = np.bincount([entry.label for entry in listing.entries], minlength=size)
     usable = np.bincount([entry.label for entry in kept], minlength=size)

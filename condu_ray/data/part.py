@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from condu_ray.data.listing import Listing, read_lines
+from condu_ray.data.listing import Listing, as_path, read_lines
 from condu_ray.data.templates import word_key
 from condu_ray.errors import DataError
 
@@ -76,7 +75,7 @@ def ordered(classes: Sequence[str], order: str | None) -> list[int]:
         return list(range(len(classes)))
     if order.isdecimal():
         return [int(each) for each in np.random.RandomState(int(order) % 2**32).permutation(len(classes))]
-    lines = read_lines(Path(order).expanduser())
+    lines = read_lines(as_path(order))
     if lines is None:
         raise DataError(f"there is no class order {order}", "give a seed, or a text file with a class a line")
     names = {word_key(name): place for place, name in enumerate(classes)}
@@ -100,7 +99,7 @@ def _chosen(listing: Listing, places: Sequence[int]) -> Listing:
 def split_part(source: str) -> tuple[str, ClassPart | ClassSpan | None]:
     """(where the data is, which part of its classes); a path that really ends in #2/4 is taken as it stands."""
     part, span = _PART.fullmatch(source), _SPAN.fullmatch(source)
-    if (part is None and span is None) or Path(source).expanduser().exists():
+    if (part is None and span is None) or as_path(source).exists():
         return source, None
     if part is not None:
         return part["source"], ClassPart(int(part["number"]), int(part["parts"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from typing import IO
 
 import numpy as np
@@ -18,6 +19,7 @@ LONGEST = 100  # times the short side
 
 # Only formats that PIL decodes by itself: some others start programs (EPS) or are no pictures of things.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,10 +64,13 @@ def read_bytes(picture: Picture, file: IO[bytes] | None = None) -> bytes:
     if file is None:
         with open(picture.path, "rb") as opened:
             return read_bytes(picture, opened)
+    size = picture.size if picture.offset >= 0 else os.fstat(file.fileno()).st_size
+    if size > MAX_BYTES:
+        raise _too_large()
     file.seek(max(picture.offset, 0))
-    body = file.read(min(picture.size, MAX_BYTES + 1) if picture.offset >= 0 else MAX_BYTES + 1)
-    if len(body) > MAX_BYTES:
-        raise Unreadable(f"too large: over {MAX_BYTES >> 20} MiB")
+    body = file.read(picture.size if picture.offset >= 0 else MAX_BYTES + 1)
+    if len(body) > MAX_BYTES:  # a device says that it has no size
+        raise _too_large()
     if picture.offset >= 0 and len(body) < picture.size:
         raise Unreadable("its tar ends too early")
     return body
@@ -92,7 +97,7 @@ def open_image(body: bytes, most: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(body), formats=_formats())
     except UnidentifiedImageError:
-        raise Unreadable("not a picture") from None
+        raise Unreadable(_unknown(body)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Unreadable(f"too large: over {most / 1e6:g} megapixels") from None
     except Exception as error:  # PIL's plugins raise anything on damaged headers
@@ -103,6 +108,19 @@ def open_image(body: bytes, most: int = MAX_PIXELS) -> Image.Image:
     if max(width, height) > LONGEST * min(width, height):  # scaled by its short side it would fill the memory
         raise Unreadable(f"{width} x {height} pixels are too long and thin")
     return image
+
+
+def _unknown(body: bytes) -> str:
+    """Why a body that PIL does not know is none, naming the formats that people take for pictures all the same."""
+    if body[4:8] == b"ftyp" and body[8:12] in _HEIC:
+        return "HEIC, which is not read: convert it to JPEG"
+    if b"<svg" in body[:1000].lower():
+        return "SVG, which is not read: convert it to PNG"
+    return "not a picture"
+
+
+def _too_large() -> Unreadable:
+    return Unreadable(f"too large: over {MAX_BYTES >> 20} MiB")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

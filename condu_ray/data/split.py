@@ -23,8 +23,9 @@ def choose_test(
 ) -> npt.NDArray[np.bool_]:
     """Returns for each picture whether it goes to the test split: `share` of each class, one or more on each side.
 
-    Equal pictures of a class stay on one side. For a class with fewer than two different pictures raises DataError, or
-    (`every_class` false) sets none aside.
+    Equal pictures of a class stay on one side. They do not take the test split more than one picture above its share
+    where others can fill it, and half of the different pictures (or 1 - `share`) stay to train on. For a class with
+    fewer than two different pictures raises DataError, or (`every_class` false) sets none aside.
     """
     test = np.zeros(len(labels), dtype=np.bool_)
     for label, name in enumerate(classes):
@@ -40,12 +41,14 @@ def choose_test(
                 "add pictures, or give a test split yourself",
             )
         wanted = max(1, round(len(members) * share))
-        taken = 0
-        for group in groups[:-1]:
-            if taken >= wanted:
-                break
+        most = min(round(len(groups) * max(share, 0.5)), len(groups) - 1)
+        aside: list[list[int]] = []
+        for group in groups:
+            if wanted > 0 and len(group) <= wanted + 1 and len(aside) < most:
+                aside.append(group)
+                wanted -= len(group)
+        for group in aside or [min(groups, key=len)]:
             test[group] = True
-            taken += len(group)
     return test
 
 

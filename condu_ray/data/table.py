@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from pathlib import Path
 
-from condu_ray.data.listing import Entry, Listing, Part, check_names, match_classes
+from condu_ray.data.listing import SPLITS, Entry, Listing, Part, check_names, part_of
 from condu_ray.data.task import Picture
 from condu_ray.errors import DataError, nearest
 
-_SPLITS: dict[str, Part] = {"train": "train", "test": "test", "val": "train", "valid": "train", "validation": "train"}
 
-
-def list_table(path: Path, classes: Sequence[str] | None) -> Listing:
+def list_table(path: Path) -> Listing:
     """Lists a CSV. Paths are relative to it; val rows join train if there are test rows, else they are the test split.
 
-    Labels are class names, sorted unless `classes` gives their order; or numbers from 0 into `classes`.
+    Labels are class names.
     """
     rows = _rows(path)
     if not rows:
         raise DataError(f"{path} has no rows", "write one row a picture: path,label")
-    names, labels = _labels({label for _, _, label, _ in rows}, classes, path)
-    said = {split for *_, split in rows}
+    classes = check_names(sorted({label for _, _, label, _ in rows}), str(path))
+    labels = {name: label for label, name in enumerate(classes)}
+    given = {SPLITS[split] for *_, split in rows if split in SPLITS}
+    named = any(split and SPLITS.get(split) != "train" for *_, split in rows)
     entries = []
     for line, name, label, split in rows:
         part: Part = ""
-        if said - {"", "train"}:
-            if split not in _SPLITS:
+        if named:
+            if split not in SPLITS:
                 what = f"the split {split!r}" if split else "an empty split"
-                raise DataError(f"{path} line {line} has {what}", nearest(split, _SPLITS))
-            part = "test" if split != "train" and "test" not in said else _SPLITS[split]
+                raise DataError(f"{path} line {line} has {what}", nearest(split, SPLITS))
+            part = part_of(SPLITS[split], given)
         entries.append(Entry(Picture(str(path.parent / name)), labels[label], part, name))
     if all(entry.part == "test" for entry in entries):
         raise DataError(f"{path} has no row of the split train", "name some, or leave the column split out")
-    return Listing(names, None, entries, [])
+    return Listing(classes, None, entries, [])
 
 
 def _rows(path: Path) -> list[tuple[int, str, str, str]]:
@@ -58,6 +57,8 @@ def _rows(path: Path) -> list[tuple[int, str, str, str]]:
                 for column in ("path", "label"):
                     if not row.get(column):
                         raise DataError(f"{path} line {line} has no {column}", "fill it in or remove the row")
+                if "\0" in row["path"]:
+                    raise DataError(f"{path} line {line} has a path with a zero byte", "correct it or remove the row")
                 rows.append((line, row["path"], row["label"], row.get("split", "").casefold()))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason})", "save it as UTF-8") from None
@@ -66,21 +67,3 @@ def _rows(path: Path) -> list[tuple[int, str, str, str]]:
             f"{path} is not a CSV file ({error})", "write a header, path,label, and a row a picture"
         ) from error
     return rows
-
-
-def _labels(said: set[str], classes: Sequence[str] | None, path: Path) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names in label order, and the label that each way of writing one means."""
-    found = sorted(said)
-    if classes is None:
-        names = check_names(found, str(path))
-        return names, match_classes(names, found, str(path))
-    names = check_names(classes, "the class list")
-    if all(label.isdecimal() for label in found) and not said & set(names):
-        for label in found:
-            if int(label) >= len(names):
-                raise DataError(
-                    f"{path}: the label {label} is outside the class list of {len(names)} (0 to {len(names) - 1})",
-                    "add the missing names to the class list or correct the label",
-                )
-        return names, {label: int(label) for label in found}
-    return names, match_classes(names, found, str(path))

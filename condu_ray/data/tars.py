@@ -1,61 +1,72 @@
-"""Webdataset folders as clip_benchmark writes them: train/*.tar and test/*.tar with pairs KEY.jpg, KEY.cls."""
+"""Webdataset folders as clip_benchmark writes them: train|test|val/*.tar with pairs KEY.jpg, KEY.cls."""
 
 from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 from condu_ray.data.cache import plain_tar
-from condu_ray.data.listing import CLASS_FILE, Entry, Listing, Part, check_names, read_lines, read_templates
+from condu_ray.data.listing import (
+    CLASS_FILE,
+    Entry,
+    Listing,
+    SplitName,
+    check_names,
+    part_of,
+    read_lines,
+    read_templates,
+)
+from condu_ray.data.split_folders import split_folders
 from condu_ray.data.task import Picture, Skipped
+from condu_ray.data.walk import PICTURES, TARS, holds_pictures, subfolders
 from condu_ray.errors import DataError, nearest
 
-_ENDINGS = frozenset({"jpg", "jpeg", "png", "webp"})
 _MAX_LABEL_BYTES = 32
 
 
-def holds_tars(root: Path) -> bool:
-    """Whether this is a webdataset folder."""
-    return bool(_tars(root / "train") or _tars(root / "test"))
+def find_tars(root: Path) -> dict[SplitName, list[Path]]:
+    """The tars of each split; none if this is no webdataset folder."""
+    return {split: _tars(folder) for split, folder in split_folders(root, _tars).items()}
 
 
-def list_tars(root: Path, classes: Sequence[str] | None, tests: bool = True) -> Listing:
-    """Lists a webdataset folder; nothing is unpacked under a member's name. `classes` replaces classnames.txt.
+def list_tars(root: Path, splits: Mapping[SplitName, list[Path]], tests: bool = True) -> Listing:
+    """Lists a webdataset folder; nothing is unpacked under a member's name.
 
-    tests: false leaves the test split out, whose tars are then not opened. Plain tars are read where they lie;
-    compressed ones are unpacked once into the cache.
+    splits: as found by `find_tars`. tests: false leaves the test split out, whose tars are then not opened. Plain tars
+    are read where they lie; compressed ones are unpacked once into the cache.
     """
-    train, test = _tars(root / "train"), _tars(root / "test")
-    if not train:
-        raise DataError(
-            f"{root} has test/*.tar but no train/*.tar",
-            "name the folder train/ to have some of its pictures set aside as a test",
-        )
-    where = "the class list" if classes is not None else str(root / CLASS_FILE)
-    names = classes if classes is not None else read_lines(root / CLASS_FILE)
+    if "train" not in splits:
+        only = next(iter(splits.values()))[0].parent.name
+        mend = "name the folder train/ to have some of its pictures set aside as a test"
+        if "train" in split_folders(root, subfolders):
+            mend = "unpack them into class folders, as train/ has, or take them away"
+        raise DataError(f"{root} has {only}/*.tar but no train/*.tar", mend)
+    names = read_lines(root / CLASS_FILE)
     if names is None:
         raise DataError(f"{root} has no {CLASS_FILE}", "line N of it, from 0, is the name of label N")
-    checked = check_names(names, where)
+    classes = check_names(names, str(root / CLASS_FILE))
     entries: list[Entry] = []
     skipped: list[Skipped] = []
-    parts: list[tuple[Part, list[Path]]] = [("train" if test else "", train), ("test", test if tests else [])]
-    for part, tars in parts:
-        for tar in tars:
+    for split, tars in splits.items():
+        part = part_of(split, splits)
+        for tar in tars if tests or part != "test" else ():
             shown = f"{tar.parent.name}/{tar.name}"
-            for picture, label, name in _pairs(tar, shown, checked, skipped):
+            for picture, label, name in _pairs(tar, shown, classes, skipped):
                 entries.append(Entry(picture, label, part, f"{shown}: {name}"))
-    return Listing(checked, read_templates(root), entries, skipped)
+    return Listing(classes, read_templates(root), entries, skipped)
 
 
 def _tars(folder: Path) -> list[Path]:
-    """The folder's tars; raises DataError if nshards.txt counts another number of them."""
-    if not folder.is_dir():
+    """The folder's tars; none where they lie beside class folders, as when a set was unpacked.
+
+    Raises DataError if nshards.txt counts another number of them.
+    """
+    tars = sorted(child for child in folder.iterdir() if child.name.endswith(TARS) and child.name[0] != ".")
+    if tars and any(holds_pictures(child) for child in subfolders(folder)):
         return []
-    endings = (".tar", ".tar.gz", ".tgz")
-    tars = sorted(child for child in folder.iterdir() if child.name.endswith(endings) and child.name[0] != ".")
     count = folder / "nshards.txt"
     if tars and count.is_file():
         said = count.read_text(encoding="utf-8", errors="replace").strip()
@@ -76,13 +87,15 @@ def _pairs(
     with open(path, "rb") as file:
         for member in _members(tar, file):
             key, _, ending = member.name.rpartition(".")
-            ending = ending.lower()
-            if ending == "cls":
+            ending = "." + ending.lower()
+            if member.name.rpartition("/")[2].startswith("."):  # macOS writes ._KEY.jpg beside KEY.jpg
+                continue
+            if ending == ".cls":
                 file.seek(member.offset_data)
                 labels[key] = _label(file.read(min(member.size, _MAX_LABEL_BYTES)), shown, key, classes)
-            elif ending in _ENDINGS and key in pictures:
+            elif ending in PICTURES and key in pictures:
                 skipped.append(Skipped(f"{shown}: {member.name}", "a second picture of the same name"))
-            elif ending in _ENDINGS:
+            elif ending in PICTURES:
                 pictures[key] = Picture(str(path), member.offset_data, member.size), member.name
     for key, (picture, name) in pictures.items():
         label = labels.pop(key, None)

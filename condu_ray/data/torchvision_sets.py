@@ -6,7 +6,6 @@ The only place that imports torchvision; `KNOWN` answers without it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ KNOWN: dict[str, tuple[_Arguments, _Arguments]] = {
 _LARGEST_PNG = 128
 
 
-def list_torchvision(name: str, classes: Sequence[str] | None, tests: bool = True) -> Listing:
+def list_torchvision(name: str, tests: bool = True) -> Listing:
     """Lists a data set of torchvision; the first time it is downloaded and written as pictures into the cache.
 
     Class names are the data set's own, or the label numbers where it has none. Raises DataError if the name is not
@@ -70,7 +69,7 @@ def list_torchvision(name: str, classes: Sequence[str] | None, tests: bool = Tru
     if name not in KNOWN:
         raise DataError(f"{name!r} is not a data set of torchvision with one label a picture", nearest(name, KNOWN))
     folder = fill(cache_folder("torchvision") / name, lambda partial: _write(name, partial))
-    return list_folder(folder, classes, tests)
+    return list_folder(folder, tests)
 
 
 def _write(name: str, folder: Path) -> None:

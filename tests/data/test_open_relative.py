@@ -1,4 +1,4 @@
-"""A source given by a relative path is read by processes that stand elsewhere."""
+"""What a path means: relative ones are read by processes that stand elsewhere, ~ may be a part of a name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from condu_ray.data import open_task
+from condu_ray.data import open_pictures, open_task
+from condu_ray.data.part import ordered
+from condu_ray.errors import DataError
 
 
 def test_pictures_of_a_relative_folder_have_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +22,16 @@ def test_pictures_of_a_relative_folder_have_absolute_paths(tmp_path: Path, monke
     task = open_task("birds", "./birds")
     assert all(Path(picture.path).is_absolute() for picture in (*task.train.pictures, *task.test.pictures))
     assert task.fingerprint == open_task("birds", tmp_path / "birds").fingerprint
+
+
+def test_a_path_that_begins_like_a_user_nobody_knows_is_taken_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("~nobody knows.png")
+    assert [picture.path for picture in open_pictures(["~nobody knows.png"])] == ["~nobody knows.png"]
+    for source in ("~nobody knows", "~nobody knows#1/2"):
+        with pytest.raises(DataError, match="there is no data at '~nobody knows'"):
+            open_task("birds", source)
+    with pytest.raises(DataError, match="there is no class order ~nobody knows"):
+        ordered(["a", "b"], "~nobody knows")

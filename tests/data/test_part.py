@@ -30,6 +30,23 @@ def test_one_part_is_the_whole(folder):
     assert open_task("t", f"{folder}#1/1").fingerprint == open_task("t", folder).fingerprint
 
 
+def test_members_without_a_label_count_in_the_whole_set(make, tmp_path):
+    """Nobody knows of which class they are: in a part of the set they would be a larger share than in the set."""
+    names = [f"class {number}" for number in range(10)]
+    make.write(tmp_path / "classnames.txt", "\n".join(names).encode())
+    files = make.pairs([number % 10 for number in range(100)])
+    for number in range(4):
+        del files[f"s{number}.cls"]
+    make.write(tmp_path / "train" / "0.tar", make.tar_bytes(files))
+    task = open_task("t", f"{tmp_path}#1/5")
+    assert len(task.train) + len(task.test) == 18 and len(task.skipped) == 4
+    for number in range(4, 7):
+        del files[f"s{number}.cls"]
+    make.write(tmp_path / "train" / "0.tar", make.tar_bytes(files))
+    with pytest.raises(DataError, match="7 of 100 pictures .* cannot be used"):
+        open_task("t", f"{tmp_path}#1/5")
+
+
 @pytest.mark.parametrize("part", ["#0/2", "#3/2", "#1/4", "#1/0"])
 def test_a_part_that_is_not_there_is_refused(folder, part):
     with pytest.raises(DataError, match="there is no part"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tracemalloc
 import zlib
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from condu_ray.data import Picture, load_picture, open_pictures, open_task
-from condu_ray.data.picture import LONGEST, MAX_PIXELS, Unreadable, decode, inspect, to_rgb
+from condu_ray.data.picture import LONGEST, MAX_BYTES, MAX_PIXELS, Unreadable, decode, inspect, to_rgb
 from condu_ray.errors import DataError
 
 
@@ -146,11 +147,29 @@ def test_a_cut_off_picture_is_found(make, kind):
 
 @pytest.mark.parametrize(
     ("body", "said"),
-    [(b"", "empty file"), (b"this is no picture", "not a picture"), (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture")],
+    [
+        (b"", "empty file"),
+        (b"this is no picture", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "HEIC, which is not read: convert it to JPEG"),
+        (b'<?xml version="1.0"?>\n<svg width="8" height="8"/>', "SVG, which is not read: convert it to PNG"),
+    ],
 )
 def test_what_is_no_picture_says_so(body, said):
     with pytest.raises(Unreadable, match=said):
         inspect(body)
+
+
+def test_a_file_that_is_too_large_is_not_read(make, tmp_path):
+    path = make.write(tmp_path / "x.png", b"")
+    os.truncate(path, MAX_BYTES + 1)
+    for picture in (Picture(str(path)), Picture(str(path), 0, MAX_BYTES + 1)):
+        tracemalloc.start()
+        with pytest.raises(DataError, match="too large: over 512 MiB"):
+            load_picture(picture)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 2**20
 
 
 @pytest.mark.parametrize("pixels", [MAX_PIXELS, 2 * 10**8])

@@ -61,6 +61,20 @@ def test_equal_pictures_stay_on_one_side():
     assert all(len(side) == 1 for side in sides.values()) and 4 <= test.sum() <= 8
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_many_equal_pictures_take_no_more_than_the_share(seed):
+    content = digests(1) * 90 + digests(11)[1:]
+    test = choose_test(np.zeros(100, np.int64), content, ["a"], 0.2, seed)
+    assert not test[:90].any() and 0 < test.sum() <= 6  # of ten others
+    content = digests(1) * 60 + digests(41)[1:]
+    assert choose_test(np.zeros(100, np.int64), content, ["a"], 0.2, seed).sum() == 20
+
+
+def test_where_all_pictures_have_many_equals_the_fewest_are_set_aside():
+    content = digests(1) * 12 + digests(2)[1:] * 8
+    assert choose_test(np.zeros(20, np.int64), content, ["a"], 0.2, 0).tolist() == [False] * 12 + [True] * 8
+
+
 @given(sizes, st.integers(1, 160), st.integers(0, 3))
 @settings(deadline=None, derandomize=True)
 def test_a_sample_is_stratified(sizes, count, seed):

@@ -54,21 +54,12 @@ def test_quoted_labels(table):
         (["train"] * 4 + ["test"] * 2, 4, 2),
         (["train"] * 4 + ["val"] * 2, 4, 2),
         (["train"] * 2 + ["val"] * 2 + ["Test"] * 2, 4, 2),
+        (["training"] * 4 + ["Testing"] * 2, 4, 2),
     ],
 )
 def test_split_column(table, split, train, test):
     task = open_task("t", table("path,label,split\n" + rows("ababab", split)))
     assert not task.split_made and (len(task.train), len(task.test)) == (train, test)
-
-
-def test_class_list_names_or_numbers(table):
-    assert open_task("t", table("path,label\n" + rows("abab")), classes=["b", "a"]).classes == ("b", "a")
-    task = open_task("t", table("path,label\n" + rows("0101")), classes=["zero", "one"])
-    assert task.classes == ("zero", "one") and set(task.train.labels.tolist()) == {0, 1}
-    with pytest.raises(DataError, match=r"the label 1 is outside the class list of 1|one class only"):
-        open_task("t", table("path,label\n" + rows("0101")), classes=["zero"])
-    with pytest.raises(DataError, match=r"the label 2 is outside the class list of 2 \(0 to 1\)"):
-        open_task("t", table("path,label\n" + rows("0122")), classes=["zero", "one"])
 
 
 @pytest.mark.parametrize(
@@ -87,6 +78,7 @@ def test_class_list_names_or_numbers(table):
         ('path,label\np/0.png,"a\n', "is not a CSV file"),
         (b"path,label\np/0.png,caf\xe9\n", "is not UTF-8 text"),
         ("path,label\np/0.png,a\np/1.png,A\n", "'A' .number 1. and 'a' .number 2. have the same name"),
+        ("path,label\n" + rows("abab") + "\np/\0.png,a\n", "line 6 has a path with a zero byte: correct it"),
         ("path,label\n" + rows("abab") + "\np/99.png,a\n", r"1 of 5 pictures .*p/99.png \(no such file\)"),
     ],
 )

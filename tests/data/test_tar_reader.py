@@ -6,7 +6,9 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +62,15 @@ def test_damaged_and_partial_copies_in_the_cache_do_no_harm(make, tmp_path, cach
     assert cached(cache) == [*names, "partial-abc"]
 
 
+def test_what_killed_processes_left_in_the_cache_is_removed_after_a_week(make, tmp_path, cache):
+    for name, days in (("tars/partial-old", 8), ("tars/partial-new", 6), ("tars/partial-folder/x", 0)):
+        make.write(cache / name, b"half")
+        os.utime(cache / name, (time.time() - days * 86400,) * 2)
+    os.utime(cache / "tars" / "partial-folder", (time.time() - 8 * 86400,) * 2)
+    open_task("t", make.tar_folder(tmp_path / "d", CLASSES, packed=True))
+    assert [name for name in cached(cache) if name.startswith("partial")] == ["partial-new"]
+
+
 def test_second_opening_does_not_unpack_again(make, tmp_path, cache):
     folder = make.tar_folder(tmp_path / "d", CLASSES, packed=True)
     open_task("t", folder)
@@ -77,6 +88,16 @@ def test_a_cache_that_cannot_be_made(make, tmp_path, monkeypatch):
 def test_train_alone_is_split(make, tmp_path):
     task = open_task("t", make.tar_folder(tmp_path / "d", CLASSES, test=False))
     assert task.split_made and (len(task.train), len(task.test)) == (9, 3)
+
+
+@pytest.mark.parametrize(("parts", "train", "test"), [(("train", "val"), 6, 6), (("Train", "VAL", "test"), 12, 6)])
+def test_a_validation_split_is_taken_as_that_of_a_folder(make, tmp_path, parts, train, test):
+    make.write(tmp_path / "classnames.txt", "\n".join(CLASSES).encode())
+    for first, part in enumerate(parts):
+        make.write(tmp_path / part / "0.tar", make.tar_bytes(make.pairs([0, 1, 2] * 2, first=10 * first)))
+    task = open_task("t", tmp_path)
+    assert not task.split_made and (len(task.train), len(task.test)) == (train, test)
+    assert len(open_task("t", tmp_path, validation=0.5).train) == train // 2
 
 
 def test_members_with_unsafe_names_are_never_written_to_disk(make, tmp_path):
@@ -110,11 +131,22 @@ def test_several_shards_and_picture_kinds(make, tmp_path):
     root = make.tar_folder(tmp_path / "d", CLASSES)
     make.write(root / "train" / "1.tar", make.tar_bytes(make.pairs([0, 1, 2], first=60, ending="jpeg")))
     make.write(root / "train" / "2.tar", make.tar_bytes(make.pairs([0, 1, 2], first=70, ending="webp")))
-    make.write(root / "train" / "nshards.txt", b"3")
-    assert len(open_task("t", root).train) == 18
+    make.write(root / "train" / "3.tar", make.tar_bytes(make.pairs([0, 1, 2], first=80, ending="bmp")))
+    make.write(root / "train" / "4.tar", make.tar_bytes(make.pairs([0, 1, 2], first=90, ending="tiff")))
+    make.write(root / "train" / "nshards.txt", b"5")
+    assert len(open_task("t", root).train) == 24
     (root / "train" / "2.tar").unlink()
-    with pytest.raises(DataError, match="nshards.txt says '3', but there are 2 tars"):
+    with pytest.raises(DataError, match="nshards.txt says '5', but there are 4 tars"):
         open_task("t", root)
+
+
+def test_members_that_macos_adds_are_left_out(make, tmp_path):
+    root = make.tar_folder(tmp_path / "d", CLASSES)
+    files = {f"set/{name}": body for name, body in make.pairs([0, 1, 2] * 2).items()}
+    files |= {"set/._s0.png": b"\0\5\x16\7", "._s0.cls": b"\0\5\x16\7", "__MACOSX/._s1.png": b"\0\5\x16\7"}
+    make.write(root / "train" / "0.tar", make.tar_bytes(files))
+    task = open_task("t", root)
+    assert len(task.train) == 6 and not task.skipped
 
 
 def test_members_without_a_partner_are_skipped(make, tmp_path):
@@ -188,9 +220,9 @@ def test_labels_outside_the_class_list(make, tmp_path, label, said):
 
 def test_class_list_of_tars(make, tmp_path):
     root = make.tar_folder(tmp_path / "d", CLASSES)
-    assert open_task("t", root, classes=["a", "b", "c"]).classes == ("a", "b", "c")
+    make.write(root / "classnames.txt", "\n".join([*CLASSES, "four"]).encode())
     with pytest.raises(DataError, match="class 'four' has no pictures"):
-        open_task("t", root, classes=[*CLASSES, "four"])
+        open_task("t", root)
     (root / "classnames.txt").unlink()
     with pytest.raises(DataError, match=r"has no classnames\.txt: line N"):
         open_task("t", root)
@@ -199,5 +231,22 @@ def test_class_list_of_tars(make, tmp_path):
 def test_test_without_train(make, tmp_path):
     root = make.tar_folder(tmp_path / "d", CLASSES)
     (root / "train" / "0.tar").unlink()
-    with pytest.raises(DataError, match=r"test/\*\.tar but no train/\*\.tar"):
+    with pytest.raises(DataError, match=r"test/\*\.tar but no train/\*\.tar: name the folder train/"):
         open_task("t", root)
+    make.image_folder(root / "train", CLASSES)
+    with pytest.raises(DataError, match=r"test/\*\.tar but no train/\*\.tar: unpack them into class folders"):
+        open_task("t", root)
+
+
+def test_a_tar_left_beside_what_was_unpacked_from_it(make, tmp_path):
+    for first, part in enumerate(["train", "val"]):
+        make.image_folder(tmp_path / part, CLASSES, first=50 * first)
+        make.write(tmp_path / part / "zero.tar", make.tar_bytes({"0.png": make.picture_bytes(0)}))
+    assert open_task("t", tmp_path).classes == tuple(sorted(CLASSES))
+
+
+def test_tars_outside_of_a_split(make, tmp_path):
+    make.write(tmp_path / "classnames.txt", b"a\nb")
+    make.write(tmp_path / "000.tar", make.tar_bytes(make.pairs([0, 1])))
+    with pytest.raises(DataError, match=r"holds tars \(000\.tar\) but no train/: put them into train/"):
+        open_task("t", tmp_path)

@@ -17,6 +17,7 @@ import pytest
 from condu_ray.data import DEFAULT_TEMPLATES, Picture, PictureSet, Split, describe, open_task, prompts
 from condu_ray.data.listing import check_names
 from condu_ray.errors import DataError
+from condu_ray.reports import show_data
 
 
 @pytest.fixture
@@ -51,8 +52,10 @@ def test_the_same_pictures_in_a_folder_and_a_tar(make, tmp_path):
 
 def test_fingerprint_changes_with_what_is_learned(make, folder, tmp_path):
     prints = [open_task("t", folder).fingerprint]
-    prints.append(open_task("t", folder, templates=["a {c}"]).fingerprint)
-    prints.append(open_task("t", folder, classes=["b", "a"]).fingerprint)
+    for name, lines in (("zeroshot_classification_templates.txt", b"a {c}"), ("classnames.txt", b"b\na")):
+        make.write(folder / name, lines)
+        prints.append(open_task("t", folder).fingerprint)
+        os.remove(folder / name)
     prints.append(open_task("t", folder, seed=1).fingerprint)
     prints.append(open_task("t", folder, test_share=0.4).fingerprint)
     os.rename(folder / "a" / "0.png", folder / "b" / "0.png")
@@ -77,15 +80,22 @@ def test_a_split_needs_a_label_for_each_picture():
         Split((Picture("a"), Picture("b")), np.zeros(3))
 
 
-def test_describe_is_json_and_counts(make, folder):
+def test_describe_is_json_and_counts(make, tmp_path):
+    folder = make.image_folder(tmp_path, ["a", "b"], count=10)
     make.write(folder / "a" / "x.png", b"no picture")
-    said = json.loads(json.dumps(describe(open_task("t", folder, skip_limit=0.2))))
+    said = json.loads(json.dumps(describe(open_task("t", folder))))
     assert said["classes"] == ["a", "b"] and said["split_made"] is True
-    assert said["train"] == {"pictures": 10, "least_per_class": 5, "most_per_class": 5}
-    assert said["test"] == {"pictures": 2, "least_per_class": 1, "most_per_class": 1}
+    assert said["train"] == {"pictures": 16, "least_per_class": 8, "most_per_class": 8}
+    assert said["test"] == {"pictures": 4, "least_per_class": 2, "most_per_class": 2}
     assert said["width"] == {"min": 8, "median": 8, "max": 8}
     assert said["skipped"] == [{"path": "a/x.png", "reason": "not a picture"}]
     assert said["leaked"] == 0
+
+
+def test_the_first_class_names_are_shown(make, tmp_path, capsys):
+    names = [f"class {number}" for number in range(9)]
+    show_data([describe(open_task("t", make.image_folder(tmp_path, names, count=2)))])
+    assert "\n  classes: " + ", ".join(names[:8]) + ", ...\n" in capsys.readouterr().out
 
 
 def test_names_that_are_not_utf8_are_refused_before_anything_is_trained(tmp_path):

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from condu_ray.config import ServeConfig, SessionConfig
 from condu_ray.errors import ConduError, ConfigError, without_credentials
 from condu_ray.options import with_settings
 from condu_ray.sources import flatten, resolve
+
+if TYPE_CHECKING:
+    from condu_ray.data import Skipped
 
 app = typer.Typer(
     help="A CLIP model that keeps learning.",
@@ -187,6 +190,7 @@ def predict(
 ) -> None:
     """Says what pictures show, by the vote of the nearest experts."""
     words = None if labels is None else [word.strip() for word in labels.split(",")]
+    skipped: list[Skipped] = []
     if url is None:
         from condu_ray.store import open_store
 
@@ -197,12 +201,13 @@ def predict(
         from condu_ray.voting.pictures import classify_paths
 
         with stage("looking at pictures") as update:
-            answers = classify_paths(load_classifier(store, version), image, task, words, top, update)
+            answers = classify_paths(load_classifier(store, version), image, task, words, top, update, skipped.append)
     else:
         _folder(pictures)
         from condu_ray.client import predict_paths
 
-        answers = predict_paths(url, image, task=task, labels=words, top_k=top, version=version)
+        answers = predict_paths(url, image, skipped.append, task=task, labels=words, top_k=top, version=version)
+    reports.show_skipped(skipped)
     if pictures:
         from condu_ray.tracking.pictures import draw_votes
 
@@ -403,8 +408,10 @@ def drift(
     from condu_ray.engine.progress import stage
     from condu_ray.voting.drift import examine
 
+    skipped: list[Skipped] = []
     with stage("looking at pictures") as update:
-        found = examine(store, version, data, update)
+        found = examine(store, version, data, update, skipped.append)
+    reports.show_skipped(skipped)
     reports.emit(found) if json else reports.show_drift(found, data[0])
 
 

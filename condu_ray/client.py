@@ -13,14 +13,17 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from condu_ray.errors import DataError, ServiceError
+
+if TYPE_CHECKING:
+    from condu_ray.data import Skipped
 
 RETRY = (429, 503)
 WAIT_SECONDS, LONGEST_SECONDS = 0.2, 10.0
@@ -214,14 +217,17 @@ def _refusal(url: str, response: httpx.Response) -> ServiceError:
     return ServiceError(f"{url} answers {response.status_code}: {told}", mend)
 
 
-def predict_paths(url: str, paths: Sequence[str | Path], **asked: Any) -> list[dict[str, Any]]:
+def predict_paths(
+    url: str, paths: Sequence[str | Path], on_skipped: Callable[[Skipped], None] | None = None, **asked: Any
+) -> list[dict[str, Any]]:
     """What `condu-ray predict` says of these files and folders, asked of a server; its token is in CONDU_SERVE__TOKEN.
 
-    Raises DataError that names the first path that is no picture, before any is sent.
+    on_skipped: as in `open_pictures`. Raises DataError that names the first path that is no picture, before any is
+    sent.
     """
     from condu_ray.data import open_pictures
 
-    pictures = open_pictures(paths)
+    pictures = open_pictures(paths, on_skipped)
     with Client(url, os.environ.get("CONDU_SERVE__TOKEN")) as client:
         found = [client.predict([picture.path], **asked)["answers"] for picture in pictures]
     return [{**answer, "image": picture.path} for (answer,), picture in zip(found, pictures, strict=True)]

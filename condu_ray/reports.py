@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from condu_ray.data import Skipped
     from condu_ray.store import GcReport, Manifest, StoreHeader
 
 SKIPPED_SHOWN = 5
@@ -27,6 +29,14 @@ def emit(document: Any) -> None:
 def say(text: str = "") -> None:
     """Prints a line for people, as it is."""
     Console(**_AS_IT_IS, soft_wrap=True).print(text)
+
+
+def show_skipped(pictures: Sequence[Skipped]) -> None:
+    """Says on standard error which files of folders were left out; of many the first."""
+    for one in pictures[:SKIPPED_SHOWN]:
+        print(f"skipped {one.path}: {one.reason}", file=sys.stderr)
+    if len(pictures) > SKIPPED_SHOWN:
+        print(f"skipped {len(pictures) - SKIPPED_SHOWN} more", file=sys.stderr)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,12 +90,14 @@ def classes_of(source: str) -> tuple[str, ...]:
     return (part.of(listing, place) if part else listing).classes
 
 
-def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
+def open_pictures(paths: Sequence[str | Path], on_skipped: Callable[[Skipped], None] | None = None) -> list[Picture]:
     """Returns the pictures of files and folders (searched to the bottom, sorted), in the order given.
 
+    on_skipped: told of a file in a folder that is no picture; None: it is an error like any file that was named.
     Raises DataError that names the first path that is missing or no picture, and a folder without any.
     """
     found: list[Picture] = []
+    in_folder: list[bool] = []
     for given in paths:
         path = as_path(given)
         try:
@@ -107,10 +109,18 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
         if not files:
             raise DataError(f"the folder {path} holds no pictures", "give picture files, or a folder that has some")
         found.extend(Picture(str(file)) for file in files)
-    for picture, one in zip(found, scan(found), strict=True):
-        if isinstance(one, str):
+        in_folder += [path.is_dir()] * len(files)
+    kept = []
+    for picture, one, may_be_skipped in zip(found, scan(found), in_folder, strict=True):
+        if not isinstance(one, str):
+            kept.append(picture)
+        elif on_skipped is not None and may_be_skipped:
+            on_skipped(Skipped(picture.path, one))
+        else:
             raise DataError(f"{picture.path} cannot be used ({one})", "give a JPEG, PNG, WebP, GIF, BMP or TIFF file")
-    return found
+    if not kept:
+        raise DataError(f"none of the {len(found)} files there can be used", "give pictures that open elsewhere")
+    return kept
 
 
 def _list(source: str, tests: bool) -> Listing:

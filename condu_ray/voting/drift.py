@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from condu_ray.config import ModelSpec
-from condu_ray.data import open_pictures
+from condu_ray.data import Skipped, open_pictures
 from condu_ray.data.loading import in_batches, unlabelled
 from condu_ray.errors import NotFound
 from condu_ray.models.load import load
@@ -80,20 +80,24 @@ def drift(tasks: Sequence[TaskExpert], features: NDArray[np.float32]) -> list[Ta
 
 
 def examine(
-    url: str, version: int | None, data: Sequence[str | Path], progress: Callable[[int, int, str], None]
+    url: str,
+    version: int | None,
+    data: Sequence[str | Path],
+    progress: Callable[[int, int, str], None],
+    on_skipped: Callable[[Skipped], None] | None = None,
 ) -> dict[str, Any]:
     """Compares pictures (files and folders; at most 1000 of them, drawn with a fixed seed) with a version.
 
-    Returns {"version", "pictures": how many were looked at, "of": how many there are, "tasks": `TaskDrift` as objects,
-    "drifted": share of the pictures that are nearest to a task that they no longer look like}. Raises NotFound where
-    nothing is learned, DataError for a path that is no picture.
+    on_skipped: as in `open_pictures`. Returns {"version", "pictures": how many were looked at, "of": how many there
+    are, "tasks": `TaskDrift` as objects, "drifted": share of the pictures that are nearest to a task that they no
+    longer look like}. Raises NotFound where nothing is learned, DataError for a path that is no picture.
     """
     store = open_store(url)
     manifest = store.manifest(version)
     tasks = task_experts(store, manifest)
     if not tasks:
         raise NotFound(f"version {manifest.version} has learned no task", "learn one with `condu-ray learn`")
-    found = open_pictures(data)
+    found = open_pictures(data, on_skipped)
     chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:MOST_PICTURES])
     clip = load(ModelSpec(**store.header.model), expect_sha256=store.header.model_sha256)
     pictures, parts = unlabelled([found[index] for index in chosen], clip.eval_transform), []

@@ -87,6 +87,18 @@ def test_a_name_that_is_no_text_is_printed_all_the_same(store: Path, picture: Pa
     assert said.document[0]["image"] == os.fsdecode(odd)
 
 
+def test_a_file_in_a_folder_that_is_no_picture_is_skipped_and_told(store: Path, picture: Path, tmp_path: Path) -> None:
+    shutil.copy(picture, tmp_path / "good.png")
+    (tmp_path / "half.png").write_bytes(picture.read_bytes()[:60])
+    for command in (["predict", tmp_path], ["drift", "--data", tmp_path]):
+        said = condu(*command, "--store", store, "--json")
+        assert said.code == 0, said.err
+        assert f"skipped {tmp_path / 'half.png'}: " in said.err
+    assert [answer["image"] for answer in condu("predict", tmp_path, "--store", store, "--json").document] == [
+        str(tmp_path / "good.png")
+    ]
+
+
 def test_votes_are_drawn(store: Path, picture: Path, tmp_path: Path) -> None:
     assert condu("predict", picture, "--store", store, "--pictures", tmp_path / "votes", "--json").code == 0
     assert [path.name for path in (tmp_path / "votes").iterdir()] == ["votes_0000.png"]

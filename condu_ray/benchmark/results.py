@@ -21,7 +21,7 @@ from condu_ray.tracking.history import accuracy_matrix
 from condu_ray.tracking.matrix import AccuracyMatrix
 
 STEPS = ("train", "rescale", "fuse")
-"""Steps of a session that make a task's expert; the others measure."""
+"""Steps of a session that make a task's expert; the others measure, or see the pictures for it (`on_features`)."""
 
 # Objects of a version by name. Those of neither list are for routing and for measuring.
 OF_ONE_TASK = ("birth-", "flips-", "rescalers-", "signs-", "delta-", "buffers-", "memory-")
@@ -62,7 +62,7 @@ def result_of(benchmark: Benchmark, method: str, seed: int) -> Result | None:
         return None
     store, trains = open_store(store_of(benchmark, system, seed)), registry.info(system.method).trains
     header = store.header
-    spent = given_seconds(shared_of(benchmark, system, seed)) + math.fsum(_spent(versions))
+    spent = given_seconds(shared_of(benchmark, system, seed)) + math.fsum(_spent(versions, system))
     return Result(
         _matrices(versions, [each for each in evaluations if each is not None]),
         spent / len(versions) if trains else None,
@@ -184,9 +184,11 @@ def _probe(benchmark: Benchmark, seed: int) -> Result | None:
     return Result({"task": AccuracyMatrix(tasks, values)}, seconds, size, 0, pictures)
 
 
-def _spent(versions: Sequence[Manifest]) -> Iterator[float]:
+def _spent(versions: Sequence[Manifest], system: System) -> Iterator[float]:
+    # The others see the pictures while they train.
+    steps = (*STEPS, "features") if registry.info(system.method).on_features else STEPS
     for manifest in versions:
-        yield from (manifest.seconds.get(step, 0.0) for step in STEPS)
+        yield from (manifest.seconds.get(step, 0.0) for step in steps)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -25,7 +25,7 @@ from condu_ray.benchmark.settings import (
 )
 from condu_ray.benchmark.sharing import Crews, Sessions, give_deltas, give_features, train_once
 from condu_ray.benchmark.systems import LINEAR_PROBE, SYSTEMS, System
-from condu_ray.benchmark.work import check, claim, learned
+from condu_ray.benchmark.work import check, check_data, claim, learned
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.cluster import Cluster, connected
@@ -75,6 +75,7 @@ def measure(benchmark: Benchmark, crews: Crews, stage: Stage) -> dict[str, Any]:
     for seed, plan in plans.items():
         config = next(iter(plan.values()))[0][0]
         opened = _open(config, opened, stage)
+        check_data(benchmark, seed, opened)
         claim(benchmark)  # not before the data is known to be right
         for system, sessions_of in plan.items():
             named = {task.name: task for task in opened}

@@ -9,9 +9,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from condu_ray.benchmark.settings import Benchmark, kept_settings
+from condu_ray.benchmark.settings import Benchmark, kept_settings, store_of
+from condu_ray.benchmark.systems import SYSTEMS
+from condu_ray.config import SessionConfig
+from condu_ray.data import TaskData
 from condu_ray.data.part import split_part
-from condu_ray.errors import ConfigError
+from condu_ray.errors import ConfigError, DataError
+from condu_ray.sources import flatten
 from condu_ray.store import Manifest
 from condu_ray.store.documents import read, write
 from condu_ray.store.header import open_existing
@@ -22,6 +26,8 @@ def check(benchmark: Benchmark) -> None:
     asked, there = _terms(benchmark), read(_claim_of(benchmark))
     if there is None:
         return
+    usual = flatten(SessionConfig().model_dump())  # a setting that is younger than the folder had its default
+    there = {**{name: usual[name] for name in asked if name in usual}, **there}
     names = sorted({*asked, *there} - {name for name in _WHERE_KNOWN if not (asked.get(name) and there.get(name))})
     differ = [_differs(name, there.get(name), asked.get(name)) for name in names if asked.get(name) != there.get(name)]
     if differ:
@@ -29,6 +35,20 @@ def check(benchmark: Benchmark) -> None:
             f"{benchmark.work} holds a benchmark with {', '.join(differ)}",
             "use another --work, or the same stream and settings",
         )
+
+
+def check_data(benchmark: Benchmark, seed: int, tasks: Sequence[TaskData]) -> None:
+    """Raises DataError where some system learned a task from other pictures: figures of the two would stand beside each
+    other."""
+    prints = {task.name: task.fingerprint for task in tasks}
+    for system in SYSTEMS.values():
+        store = open_existing(store_of(benchmark, system, seed))
+        for card in store.manifest().tasks if store and store.versions() else ():
+            if prints.get(card.name, card.fingerprint) != card.fingerprint:
+                raise DataError(
+                    f"{benchmark.work}: task {card.name} has other pictures now than {system.name} learned it from",
+                    "put them back, or use another --work",
+                )
 
 
 def claim(benchmark: Benchmark) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from condu_ray.benchmark.systems import METHODS, SYSTEMS, System, check_methods,
 from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import Picture, Split
 from condu_ray.engine import work
-from condu_ray.errors import ConfigError
+from condu_ray.errors import ConfigError, DataError
 from condu_ray.methods import registry
 from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.models.clip import Clip
@@ -274,6 +275,32 @@ def test_another_stream_or_setting_needs_another_folder(done: Any) -> None:
     fewer = Benchmark(**{**vars(benchmark), "options": {**benchmark.options, "eval_pictures": 5}})
     with pytest.raises(ConfigError, match="holds a benchmark with eval_pictures 1000, not 5"):
         measure(fewer, nobody, silent)
+
+
+def test_other_pictures_need_another_folder(done: Any, picture_tasks: dict[str, Path], tmp_path: Path) -> None:
+    """What is learned stands beside what would be."""
+    benchmark, _, _ = done
+    shutil.copytree(benchmark.work, tmp_path / "work")
+    shutil.rmtree(tmp_path / "work" / "seed-0" / "condu")
+    data = dict(benchmark.stream.tasks) | {"places": str(shutil.copytree(picture_tasks["places"], tmp_path / "places"))}
+    again = Benchmark(**{**vars(benchmark), "work": tmp_path / "work", "stream": Stream(data)})
+    shutil.copy(tmp_path / "places" / "train" / "edge" / "03.png", tmp_path / "places" / "train" / "edge" / "04.png")
+    with pytest.raises(DataError, match=r"task places has other pictures now than zero-shot learned it from.*--work"):
+        measure(again, nobody, silent)
+
+
+def test_a_setting_that_is_younger_than_the_folder_had_its_default(done: Any, tmp_path: Path) -> None:
+    benchmark, found, _ = done
+    shutil.copytree(benchmark.work, tmp_path / "work")
+    claim = tmp_path / "work" / "benchmark.json"
+    terms = json.loads(claim.read_text())
+    del terms["vote.within"]
+    claim.write_text(json.dumps(terms))
+    moved = Benchmark(**{**vars(benchmark), "work": tmp_path / "work"})
+    assert measure(moved, nobody, silent) == found
+    other = Benchmark(**{**vars(moved), "options": {**benchmark.options, "vote.within": "expert"}})
+    with pytest.raises(ConfigError, match="vote.within both, not expert"):
+        measure(other, nobody, silent)
 
 
 class Killed(Exception):

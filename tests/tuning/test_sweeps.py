@@ -108,7 +108,8 @@ def nested_runs(uri: str) -> list[dict[str, Any]]:
 
 def test_asha_ends_trials_that_lag_behind(written: Written, tmp_path: Path, ray_cluster: None) -> None:
     """Rates that move nothing fall behind; two trials at once are enough to compare."""
-    file, _ = written(["colours"], {"train.lr": {"choice": [3e-3, 2e-3, 1e-7, 2e-7, 3e-7, 4e-7]}}, trials=6)
+    rates = {"train.lr": {"choice": [3e-3, 2e-3, 1e-7, 2e-7, 3e-7, 4e-7]}}
+    file, _ = written(["colours"], rates, session={"workers": 2}, trials=6)
 
     said = condu("sweep", file, "--json")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -21,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+
+from condu_ray.paths import as_path
 
 MethodName = Literal[
     "condu",
@@ -407,12 +408,12 @@ class SessionConfig(_Section):
     def _local_model(cls, model: str) -> str:
         """A local folder by its absolute path: the store that remembers it may be opened from anywhere."""
         kind, colon, folder = model.partition("local-dir:")
-        return f"{colon}{Path(folder).expanduser().resolve()}" if colon and not kind else model
+        return f"{colon}{as_path(folder).resolve()}" if colon and not kind else model
 
     @field_validator("pretrained")
     @classmethod
     def _local_weights(cls, pretrained: str | None) -> str | None:
-        path = Path(pretrained).expanduser() if pretrained else None
+        path = as_path(pretrained) if pretrained else None
         return str(path.resolve()) if path and path.is_file() else pretrained
 
     @model_validator(mode="after")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from condu_ray.benchmark.protocols import FROM_TORCHVISION, places_of
@@ -19,6 +18,7 @@ from condu_ray.data import classes_of
 from condu_ray.data.part import ordered
 from condu_ray.data.torchvision_sets import PREFIX
 from condu_ray.errors import ConfigError, nearest
+from condu_ray.paths import as_path
 
 ORDER = "1993"
 """The seed of the class order that most of the field uses."""
@@ -83,7 +83,7 @@ def increments(name: str, data: str, increment: int | None, order: str | None) -
     """
     order = order or ORDER
     if not order.isdecimal():
-        order = str(Path(order).expanduser().absolute())
+        order = str(as_path(order).absolute())
     if (base := _BASE.fullmatch(name)) is not None:
         if increment is None:
             raise ConfigError(f"--protocol {name} needs the number of classes a session", "give --increment N")
@@ -108,7 +108,7 @@ def _source(name: str, chosen: DataSet, data: str) -> str:
 
 
 def _whole(source: str) -> str:
-    path = Path(source).expanduser()
+    path = as_path(source)
     return str(path.absolute()) if path.exists() else source
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from condu_ray.benchmark.stream import Stream
 from condu_ray.data.torchvision_sets import PREFIX
 from condu_ray.errors import ConfigError, DataError, nearest
+from condu_ray.paths import as_path
 
 SEED = 42
 FROM_TORCHVISION = "torchvision"
@@ -95,7 +95,7 @@ def places_of(data: str, called: Mapping[str, Sequence[str]], what: str) -> dict
 
     Raises DataError that lists every set that is missing. what: the sets, in words.
     """
-    root = Path(data).expanduser()
+    root = as_path(data)
     if not root.is_dir():
         raise DataError(f"--data {data} is not a folder", f"give the folder that holds {what}")
     there = {

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from condu_ray.data.listing import as_path
 from condu_ray.errors import DataError
+from condu_ray.paths import cache_root
 
 _OPENERS: tuple[tuple[bytes, Callable[..., Any]], ...] = (
     (b"\x1f\x8b", gzip.open),
@@ -29,7 +29,7 @@ _OLD = 7 * 86400  # seconds after which nobody can still be at work on a partial
 
 def cache_folder(kind: str) -> Path:
     """Returns CONDU_CACHE (or ~/.cache/condu-ray) / kind, made if needed. Raises DataError if it cannot be written."""
-    root = as_path(os.environ.get("CONDU_CACHE") or Path.home() / ".cache" / "condu-ray")
+    root = cache_root()
     try:
         (root / kind).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -56,14 +56,6 @@ def part_of(split: SplitName, given: Collection[SplitName]) -> Part:
     return split
 
 
-def as_path(given: str | Path) -> Path:
-    """The path with ~ as the home folder, or as it stands where there is no such user."""
-    try:
-        return Path(given).expanduser()
-    except RuntimeError:
-        return Path(given)
-
-
 def read_lines(path: Path) -> list[str] | None:
     """Returns the lines of a UTF-8 text file (byte order mark allowed, blank end dropped), None if there is none."""
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from condu_ray.data.folder import list_folder
-from condu_ray.data.listing import Entry, Listing, Part, as_path, check_text
+from condu_ray.data.listing import Entry, Listing, Part, check_text
 from condu_ray.data.part import split_part
 from condu_ray.data.scan import Progress, Seen, scan
 from condu_ray.data.split import choose_test
@@ -22,6 +22,7 @@ from condu_ray.data.templates import DEFAULT_TEMPLATES
 from condu_ray.data.torchvision_sets import KNOWN, PREFIX, list_torchvision
 from condu_ray.data.walk import pictures
 from condu_ray.errors import DataError, nearest
+from condu_ray.paths import as_path
 
 SKIP_LIMIT = 0.05  # the largest share of pictures that may be left out because they cannot be read
 

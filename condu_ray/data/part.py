@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from condu_ray.data.listing import Listing, as_path, read_lines
+from condu_ray.data.listing import Listing, read_lines
 from condu_ray.data.templates import word_key
 from condu_ray.errors import DataError
+from condu_ray.paths import as_path
 
 _PART = re.compile(r"(?P<source>.+)#(?P<number>[0-9]+)/(?P<parts>[0-9]+)")
 _SPAN = re.compile(r"(?P<source>.+)#(?P<first>[0-9]+)-(?P<last>[0-9]+)(@(?P<order>.+))?")

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from condu_ray.errors import StoreError
+from condu_ray.paths import cache_root
 
 DEFAULT_LIMIT_GIB = 20.0
 _ABANDONED_S = 24 * 3600.0
@@ -88,7 +89,7 @@ def store_cache() -> DiskCache:
 
     Raises StoreError for a limit that is no number above 0.
     """
-    root = Path(os.environ.get("CONDU_CACHE") or Path.home() / ".cache" / "condu-ray").expanduser()
+    root = cache_root()
     text = os.environ.get("CONDU_CACHE_GIB") or str(DEFAULT_LIMIT_GIB)
     try:
         limit = float(text)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condu_ray.errors import NotFound, StoreError
+from condu_ray.paths import as_path
 from condu_ray.store import tensors
 from condu_ray.store.base import (
     IN_USE_S,
@@ -331,4 +332,4 @@ class LocalStore:
 
 def _root(path: str | Path) -> Path:
     text = str(path)
-    return Path(text.removeprefix("file://")).expanduser().absolute()
+    return as_path(text.removeprefix("file://")).absolute()

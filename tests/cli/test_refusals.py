@@ -87,6 +87,13 @@ def test_files_that_are_no_pictures(copy: Path, tmp_path: Path) -> None:
     )
 
 
+def test_the_home_of_nobody_is_a_name_like_any_other(copy: Path, picture: Path) -> None:
+    assert "there is no picture ~nobody/x.png" in refused(copy, "predict", "~nobody/x.png")
+    said = condu("predict", picture, "--store", "~nobody/store")
+    check(said)
+    assert "~nobody/store" in said.err
+
+
 def test_a_single_class(copy: Path, tmp_path: Path) -> None:
     assert "one class only ('only')" in refused(copy, "learn", "x", "--data", picture_folder(tmp_path / "d", only=5))
 

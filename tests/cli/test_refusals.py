@@ -87,11 +87,11 @@ def test_files_that_are_no_pictures(copy: Path, tmp_path: Path) -> None:
     )
 
 
-def test_the_home_of_nobody_is_a_name_like_any_other(copy: Path, picture: Path) -> None:
-    assert "there is no picture ~nobody/x.png" in refused(copy, "predict", "~nobody/x.png")
-    said = condu("predict", picture, "--store", "~nobody/store")
+def test_the_home_of_an_unknown_user_is_a_name_like_any_other(copy: Path, picture: Path) -> None:
+    assert "there is no picture ~no-such-user/x.png" in refused(copy, "predict", "~no-such-user/x.png")
+    said = condu("predict", picture, "--store", "~no-such-user/store")
     check(said)
-    assert "~nobody/store" in said.err
+    assert "~no-such-user/store" in said.err
 
 
 def test_a_single_class(copy: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ from condu_ray.data import load_picture, open_task, sample
 from condu_ray.engine import command
 from condu_ray.engine.cluster import NAMESPACE, connected
 from condu_ray.engine.progress import stage
+from condu_ray.errors import ConfigError
 from condu_ray.models.load import load as load_model
 from condu_ray.models.lora import LowRank, plan_adapters
 from condu_ray.serving.answering import pixels_of
@@ -446,6 +447,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.store and not options.data:
+        raise ConfigError("--store alone says nothing of adaptive K", "give --data with its tasks")
     work, parts = options.work.resolve(), options.parts
     work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}

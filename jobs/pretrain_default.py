@@ -20,7 +20,6 @@ import os
 import uuid
 from pathlib import Path
 
-import ray
 import ray.train
 import torch
 from ending import job
@@ -28,6 +27,7 @@ from pretraining import Order, Place, pretrain
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from condu_ray.engine.cluster import connected
 from condu_ray.errors import ConfigError
 
 CONFIG = {
@@ -62,8 +62,7 @@ def work(settings: dict[str, Order]) -> None:
 
 def train(order: Order, workers: int, gpu: bool) -> None:
     """Runs the order on Ray Train, on the cluster of RAY_ADDRESS or one of this machine."""
-    ray.init(os.environ.get("RAY_ADDRESS", "local"))
-    TorchTrainer(
+    trainer = TorchTrainer(
         work,
         train_loop_config={"order": order},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -73,7 +72,9 @@ def train(order: Order, workers: int, gpu: bool) -> None:
             storage_path=str(Path(order.work) / "ray"),
             failure_config=FailureConfig(max_failures=3),
         ),
-    ).fit()
+    )
+    with connected():
+        trainer.fit()
 
 
 @job

@@ -161,7 +161,7 @@ def read_pictures(order: Order, place: Place) -> Pictures:
     def make(part: range) -> NDArray[np.uint8]:
         return np.stack([_small(load_picture(task.train.pictures[row])) for row in part])
 
-    pixels = together(Path(order.work) / "pictures.npy", len(task.train), place, make)
+    pixels = together(Path(order.work) / f"pictures-{task.fingerprint[:16]}.npy", len(task.train), place, make)
     return Pictures(torch.from_numpy(pixels), torch.from_numpy(task.train.labels), task.classes)
 
 

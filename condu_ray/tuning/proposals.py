@@ -111,8 +111,7 @@ class Proposals:
         """A study of these; of many, a quarter of the memory goes to the best and the rest to the newest."""
         study = study_of(self._names, self._sampler)
         if len(trials) > MEMORY:
-            sense = SENSE[self._names[0]]
-            ranked = sorted(trials, key=lambda trial: -sense * trial.values[0] if trial.values else float("inf"))
+            ranked = sorted(trials, key=lambda trial: -trial.values[0] if trial.values else float("inf"))
             best = ranked[: MEMORY // 4]
             kept = {id(trial) for trial in best}
             newest = [trial for trial in trials if id(trial) not in kept][-(MEMORY - len(best)) :]
@@ -155,12 +154,11 @@ def importances(sweep: Sweep, records: Sequence[Record]) -> dict[str, float]:
     space = {name: distribution(entry) for name, entry in sweep.space.items()}
     study = study_of(sweep.goals.names)
     study.add_trials([frozen(space, record.settings, record.values) for record in done])
-    sense = SENSE[sweep.goals.names[0]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental, and that small targets are taken for good
         found = optuna.importance.get_param_importances(
             study,
             evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-            target=lambda trial: -sense * trial.values[0],
+            target=lambda trial: -trial.values[0],
         )
     return {name: float(value) for name, value in found.items()}

@@ -26,7 +26,6 @@ from condu_ray.data import TaskData
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.placement import places
 from condu_ray.errors import ConduError, TrainingError
-from condu_ray.tuning.objectives import SENSE
 from condu_ray.tuning.proposals import Proposals
 from condu_ray.tuning.records import Record, Report, State, Trials
 from condu_ray.tuning.settings import Sweep
@@ -112,12 +111,11 @@ def _reason(error: Exception) -> str:
 
 
 def _metrics(report: Report, assignment: Assignment) -> dict[str, Any]:
-    """score: the first objective, more is better; what the scheduler compares. The table reads the rest."""
-    score = SENSE[assignment.goals.names[0]] * report.values[0]
+    """score: the first objective, an accuracy, which the scheduler compares. The table reads the rest."""
     return {
         "budget": report.budget,
         "spent": assignment.spent(report.budget),
-        "score": score,
+        "score": report.values[0],
         "values": list(report.values),
         "whole": report.budget == assignment.budget,
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from condu_ray.tuning.objectives import SENSE, front
+from condu_ray.tuning.objectives import front
 from condu_ray.tuning.proposals import importances
 from condu_ray.tuning.records import Record
 from condu_ray.tuning.settings import Sweep
@@ -39,7 +39,7 @@ def advice(sweep: Sweep, records: Sequence[Record], best: Record) -> dict[str, A
         tries.append(f"search again for {', '.join(matters)} alone, around the best, and leave the others as they are")
     if failed := sum(record.state == "failed" for record in records):
         tries.append(f"look at the reasons of the {failed} trials that failed, and narrow the space")
-    if len(records) < size(sweep.space) and _still_rising(sweep, records):
+    if len(records) < size(sweep.space) and _still_rising(records):
         tries.append(
             "more trials (raise `trials`, the same command goes on): the last quarter of them still found better"
         )
@@ -61,8 +61,7 @@ def _edge(sweep: Sweep, name: str, best: Record) -> str | None:
     return f"a {size_of} {name}: {value:.3g} is at the end of its range ({low:g} to {high:g})"
 
 
-def _still_rising(sweep: Sweep, records: Sequence[Record]) -> bool:
-    sense = SENSE[sweep.goals.names[0]]
-    values = [sense * record.values[0] for record in records if record.values is not None]
+def _still_rising(records: Sequence[Record]) -> bool:
+    values = [record.values[0] for record in records if record.values is not None]
     part = len(values) // 4
     return part > 0 and max(values[-part:]) > max(values[:-part])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # records.py writes what is kept
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune's takes the first Ctrl-C for the end of the search
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner on standard output, whatever `verbose`
 
 from ray import tune

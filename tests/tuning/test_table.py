@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ def test_a_terminal_shows_what_runs_and_the_best_and_can_be_left_behind(written:
     assert "20 of 40 trials" in last
     shown = [row[0] for row in zip(*(column.cells for column in table.drawn().columns), strict=True)]
     assert shown == ["20", *(str(number) for number in range(19, 8, -1))]
+
+
+def test_ctrl_c_ends_the_command_and_not_the_search_alone() -> None:
+    """With Tune's own handler the first Ctrl-C makes a sweep under way look like one that is finished."""
+    from ray.tune.tune import _setup_signal_catching
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        _setup_signal_catching()
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_the_summary_says_what_matters_and_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:

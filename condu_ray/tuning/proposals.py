@@ -41,24 +41,26 @@ def distribution(entry: Entry) -> BaseDistribution:
 
 
 class Proposals:
-    """Proposes configurations of a sweep. Numbers count from 0, in the order proposed.
+    """Proposes configurations of a sweep. New ones count on from the highest number on record, 0 where there is none.
 
-    replayed: configurations of an earlier run that are to be proposed again first, in their order. known: those that
-    are told as they ended, and not proposed again.
+    replayed: trials of an earlier run that are to be proposed again first, in their order. known: those that are told
+    as they ended, and not proposed again.
     """
 
-    def __init__(self, sweep: Sweep, replayed: Sequence[Settings] = (), known: Sequence[Record] = ()) -> None:
+    def __init__(self, sweep: Sweep, replayed: Sequence[Record] = (), known: Sequence[Record] = ()) -> None:
         self._space = {name: distribution(entry) for name, entry in sweep.space.items()}
         self._left = sweep.most - len(known)
         self._names = sweep.goals.names
         points = grid(sweep.space) if sweep.search == "grid" else ()  # type: ignore[arg-type]  # checked by Sweep
         self._draws = sweep.search != "grid"
-        self._replayed = list(replayed)
+        self._replayed = [record.settings for record in replayed]
         self._given = {configuration_key(record.settings) for record in known}
-        again = self._given | {configuration_key(settings) for settings in replayed}
+        again = self._given | {configuration_key(settings) for settings in self._replayed}
         self._grid = [point for point in itertools.islice(points, sweep.most) if configuration_key(point) not in again]
         self._asked: dict[int, optuna.Trial] = {}
-        self._number = max((record.number + 1 for record in known), default=0)
+        self._number = 0
+        # Not their count: a run may be killed while a trial of a lower number has nothing on record yet.
+        self._first_new = max((record.number + 1 for record in (*known, *replayed)), default=0)
         # Moved on by what is known, or a run that goes on would draw the first run's numbers again.
         self._sampler = _sampler(sweep.search, sweep.config.seed + len(replayed) + len(known))
         self._study = self._remembering([self._frozen(record.settings, record.values) for record in known])
@@ -70,10 +72,12 @@ class Proposals:
         for _ in range(TRIES):
             if self._replayed:
                 self._study.enqueue_trial(self._replayed.pop(0))
-            elif self._grid:
-                self._study.enqueue_trial(self._grid.pop(0))
-            elif not self._draws:
-                return None
+            else:
+                self._number = max(self._number, self._first_new)
+                if self._grid:
+                    self._study.enqueue_trial(self._grid.pop(0))
+                elif not self._draws:
+                    return None
             trial = self._study.ask(self._space)
             settings = dict(trial.params)
             if configuration_key(settings) not in self._given:

@@ -71,12 +71,11 @@ def search(sweep: Sweep, tasks: list[TaskData], folder: Path, cluster: Cluster, 
     trials = Trials(folder)
     needs, most = resources(sweep.config, cluster)
     assignment = assignment_of(sweep, tasks, folder, needs)
-    replayed = [record.settings for record in trials.all()]
     name = f"tune-{uuid.uuid4().hex[:12]}"
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, assignment=assignment), tune.PlacementGroupFactory([needs])),
         tune_config=tune.TuneConfig(
-            search_alg=_Search(Proposals(sweep, replayed)),
+            search_alg=_Search(Proposals(sweep, replayed=trials.all())),
             scheduler=_scheduler(sweep, assignment),
             num_samples=sweep.most,
             max_concurrent_trials=most,

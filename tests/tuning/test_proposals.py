@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from streams import ended
@@ -18,12 +19,16 @@ RANGES = {"train.lr": {"log": [1e-4, 1e-2]}, "train.steps": {"integer": [3, 9]}}
 Written = Callable[..., tuple[Path, Sweep]]
 
 
-def drawn(proposals: Proposals) -> list[dict[str, object]]:
+def drawn(proposals: Proposals) -> list[dict[str, Any]]:
     found = []
     while (one := proposals.ask()) is not None:
         found.append(one[1])
         proposals.tell(one[0], (float(len(found)),))
     return found
+
+
+def recorded(found: list[dict[str, Any]]) -> list[Record]:
+    return [ended(number, each, 1.0) for number, each in enumerate(found)]
 
 
 @pytest.mark.parametrize("search", ["grid", "random", "optuna"])
@@ -44,15 +49,24 @@ def test_the_same_seed_proposes_the_same(written: Written, search: str) -> None:
 def test_after_a_kill_what_was_tried_comes_first_and_then_something_new(written: Written) -> None:
     _, sweep = written(["colours"], RANGES, trials=8)
     before = drawn(Proposals(sweep.model_copy(update={"trials": 3})))
-    again = drawn(Proposals(sweep, replayed=before))
+    again = drawn(Proposals(sweep, replayed=recorded(before)))
     assert again[:3] == before
     assert len(again) == 8 and all(each not in before for each in again[3:])
+
+
+def test_no_number_is_given_twice_where_a_trial_was_killed_before_it_began(written: Written) -> None:
+    _, sweep = written(["colours"], RANGES, trials=6)
+    first, second, _, fourth = recorded(drawn(Proposals(sweep.model_copy(update={"trials": 4}))))
+    proposals = Proposals(sweep, replayed=[first, second, fourth])
+    asked = [proposals.ask() for _ in range(6)]
+    assert [one[1] for one in asked[:3] if one] == [first.settings, second.settings, fourth.settings]
+    assert [one[0] for one in asked[3:] if one] == [4, 5, 6]
 
 
 def test_what_is_known_is_not_proposed(written: Written) -> None:
     _, sweep = written(["colours"], GRID, search="grid")
     first = drawn(Proposals(sweep))
-    known = [ended(number, each, 1.0) for number, each in enumerate(first[:4])]
+    known = recorded(first[:4])
     proposals = Proposals(sweep, known=known)
     assert [proposals.ask(), proposals.ask(), proposals.ask()] == [(4, first[4]), (5, first[5]), None]
 
@@ -61,9 +75,9 @@ def test_a_long_grid_goes_on_after_what_is_known(written: Written) -> None:
     """However many points are known already, and however long the ranges are of which few are asked for."""
     _, sweep = written(["colours"], {"train.steps": {"integer": [1, 10**12]}}, search="grid", trials=400)
     first = drawn(Proposals(sweep.model_copy(update={"trials": 300})))
-    known = [ended(number, each, 1.0) for number, each in enumerate(first)]
+    known = recorded(first)
     assert [each["train.steps"] for each in drawn(Proposals(sweep, known=known))] == list(range(301, 401))
-    assert len(drawn(Proposals(sweep, replayed=first))) == 400
+    assert len(drawn(Proposals(sweep, replayed=known))) == 400
 
 
 def test_optuna_finds_more_than_chance(written: Written) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +72,35 @@ def search(sweep: Sweep, tasks: list[TaskData], folder: Path, cluster: Cluster, 
     trials = Trials(folder)
     needs, most = resources(sweep.config, cluster)
     assignment = assignment_of(sweep, tasks, folder, needs)
-    name = f"tune-{uuid.uuid4().hex[:12]}"
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, assignment=assignment), tune.PlacementGroupFactory([needs])),
-        tune_config=tune.TuneConfig(
-            search_alg=_Search(Proposals(sweep, replayed=trials.all())),
-            scheduler=_scheduler(sweep, assignment),
-            num_samples=sweep.most,
-            max_concurrent_trials=most,
-            reuse_actors=True,  # a process's start costs more than many a trial, and than all that is told again
-        ),
-        run_config=tune.RunConfig(
-            name=name, storage_path=str(folder / "tune"), callbacks=[_Watch(trials, table)], verbose=0
-        ),
-    )
-    try:
+    with workplace(folder) as place:
+        trainable = tune.with_parameters(_trial, assignment=assignment)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, tune.PlacementGroupFactory([needs])),
+            tune_config=tune.TuneConfig(
+                search_alg=_Search(Proposals(sweep, replayed=trials.all())),
+                scheduler=_scheduler(sweep, assignment),
+                num_samples=sweep.most,
+                max_concurrent_trials=most,
+                reuse_actors=True,  # a process's start costs more than many a trial, and than all that is told again
+            ),
+            run_config=tune.RunConfig(
+                name=place.name, storage_path=str(place.parent), callbacks=[_Watch(trials, table)], verbose=0
+            ),
+        )
         tuner.fit()
-    finally:
-        shutil.rmtree(folder / "tune", ignore_errors=True)
     return trials.all()
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """Where Tune keeps what nothing here reads; removed afterwards, but not what another run has beside it."""
+    place = folder / "tune" / uuid.uuid4().hex[:12]
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):  # there is none, or it is not empty
+            place.parent.rmdir()
 
 
 def _trial(config: Mapping[str, Any], assignment: Assignment) -> None:

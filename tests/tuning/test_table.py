@@ -16,7 +16,7 @@ from streams import ended
 
 from condu_ray import reports
 from condu_ray.tuning.records import Record, Trials
-from condu_ray.tuning.runs import _Watch
+from condu_ray.tuning.runs import _Watch, workplace
 from condu_ray.tuning.settings import Sweep
 from condu_ray.tuning.table import Table
 
@@ -57,6 +57,15 @@ def test_a_terminal_shows_what_runs_and_the_best_and_can_be_left_behind(written:
     assert "20 of 40 trials" in last
     shown = [row[0] for row in zip(*(column.cells for column in table.drawn().columns), strict=True)]
     assert shown == ["20", *(str(number) for number in range(19, 8, -1))]
+
+
+def test_a_run_that_ends_leaves_what_another_one_needs(tmp_path: Path) -> None:
+    with workplace(tmp_path) as one:
+        one.mkdir(parents=True)
+        with workplace(tmp_path) as other:
+            other.mkdir(parents=True)
+        assert (one.is_dir(), other.exists()) == (True, False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_ends_the_command_and_not_the_search_alone() -> None:

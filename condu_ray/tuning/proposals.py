@@ -151,18 +151,17 @@ def _sampler(search: str, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def importances(sweep: Sweep, records: Sequence[Record]) -> dict[str, float]:
-    """How much of what the first objective does each setting explains (PED-ANOVA), sum 1; {} where nothing differs."""
-    done = [record for record in records if record.values is not None]
-    if len(done) < 2 or len({record.values[0] for record in done if record.values}) < 2:
+    """How much of what trials reached each setting explains (PED-ANOVA), sum 1; {} where nothing differs."""
+    done = [(record.settings, record.reached) for record in records if record.reached is not None]
+    # Places, not values: those of trials that were stopped early are of another kind. Only their order counts.
+    places = {reached: float(place) for place, reached in enumerate(sorted({reached for _, reached in done}))}
+    if len(places) < 2:
         return {}
     space = {name: distribution(entry) for name, entry in sweep.space.items()}
-    study = study_of(sweep.goals.names)
-    study.add_trials([frozen(space, record.settings, record.values) for record in done])
+    study = study_of(sweep.goals.names[:1])
+    study.add_trials([frozen(space, settings, [places[reached]]) for settings, reached in done])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental, and that small targets are taken for good
-        found = optuna.importance.get_param_importances(
-            study,
-            evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-            target=lambda trial: -trial.values[0],
-        )
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {name: float(value) for name, value in found.items()}

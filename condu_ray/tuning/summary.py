@@ -8,7 +8,7 @@ from typing import Any
 
 from condu_ray.tuning.objectives import front
 from condu_ray.tuning.proposals import importances
-from condu_ray.tuning.records import Record
+from condu_ray.tuning.records import Record, finished
 from condu_ray.tuning.settings import Sweep
 from condu_ray.tuning.space import Choice, Log, size
 
@@ -24,7 +24,7 @@ def best_of(sweep: Sweep, records: Sequence[Record]) -> list[Record]:
 
     Of a search that stops early only those that ran to the end: the others were measured half trained.
     """
-    done = [record for record in records if record.values is not None and record.state == "finished"]
+    done = finished(records)
     values = [record.values for record in done if record.values is not None]
     return [done[place] for place in front(values, sweep.goals.names)]
 
@@ -41,7 +41,8 @@ def advice(sweep: Sweep, records: Sequence[Record], best: Record) -> dict[str, A
         tries.append(f"look at the reasons of the {failed} trials that failed, and narrow the space")
     if len(records) < size(sweep.space) and _still_rising(records):
         tries.append(
-            "more trials (raise `trials`, the same command goes on): the last quarter of them still found better"
+            "more trials (raise `trials`, the same command goes on): of those that finished, the last quarter "
+            "still found better"
         )
     return {"importance": importance, "matters": matters, "hardly": hardly, "try": tries}
 
@@ -62,6 +63,6 @@ def _edge(sweep: Sweep, name: str, best: Record) -> str | None:
 
 
 def _still_rising(records: Sequence[Record]) -> bool:
-    values = [record.values[0] for record in records if record.values is not None]
+    values = [record.values[0] for record in finished(records) if record.values is not None]
     part = len(values) // 4
     return part > 0 and max(values[-part:]) > max(values[:-part])

@@ -58,7 +58,8 @@ class Table:
     def _shown(self) -> list[Record]:
         best = sorted(
             (record for record in self._records.values() if record.ended),
-            key=lambda record: -record.values[0] if record.values else float("inf"),
+            key=lambda record: record.reached or (0, 0.0),
+            reverse=True,
         )
         return [*(record for record in self._records.values() if not record.ended), *best][:ROWS]
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process_crew import silent
 from streams import ended
 
+from condu_ray.tuning import command
 from condu_ray.tuning.proposals import MEMORY, Proposals, importances
 from condu_ray.tuning.records import Record
 from condu_ray.tuning.settings import Sweep
@@ -43,7 +47,7 @@ def test_the_same_seed_proposes_the_same(written: Written, search: str) -> None:
     _, sweep = written(["colours"], RANGES, search=search, trials=12)
     first = drawn(Proposals(sweep))
     assert first == drawn(Proposals(sweep))
-    assert all(1e-4 <= each["train.lr"] <= 1e-2 and each["train.steps"] in range(3, 10) for each in first)  # type: ignore[operator]
+    assert all(1e-4 <= each["train.lr"] <= 1e-2 and each["train.steps"] in range(3, 10) for each in first)
 
 
 def test_after_a_kill_what_was_tried_comes_first_and_then_something_new(written: Written) -> None:
@@ -85,7 +89,7 @@ def test_optuna_finds_more_than_chance(written: Written) -> None:
     _, sweep = written(["colours"], {"train.lr": {"uniform": [1e-4, 0.5]}}, trials=40)
     proposals, far = Proposals(sweep), []
     while (one := proposals.ask()) is not None:
-        far.append(abs(one[1]["train.lr"] - 0.2))  # type: ignore[operator]
+        far.append(abs(one[1]["train.lr"] - 0.2))
         proposals.tell(one[0], (-far[-1],))
     assert sum(far[-10:]) < sum(far[:10]) / 2
 
@@ -107,7 +111,7 @@ def test_thousands_of_trials_are_looked_back_on_in_part(written: Written) -> Non
 def test_the_setting_that_decides_is_named_and_the_other_is_not(written: Written) -> None:
     _, sweep = written(["colours"], RANGES, trials=40, search="random")
     records = [
-        ended(number, each, 100 - abs(each["train.steps"] - 9) * 10)  # type: ignore[operator]
+        ended(number, each, 100 - abs(each["train.steps"] - 9) * 10)
         for number, each in enumerate(drawn(Proposals(sweep)))
     ]
     shares = importances(sweep, records)
@@ -116,6 +120,33 @@ def test_the_setting_that_decides_is_named_and_the_other_is_not(written: Written
     found = advice(sweep, records, best)
     assert found["matters"] == ["train.steps"]
     assert any("a larger train.steps: 9 is at the end of its range (3 to 9)" in each for each in found["try"])
+
+
+def test_a_trial_that_was_stopped_counts_as_less_than_one_that_went_further(written: Written) -> None:
+    """Rates and labels that look best when half trained are neither what matters nor what is drawn nor still better."""
+    _, sweep = written(["colours"], RANGES, trials=48, search="random")
+    records = []
+    for number, each in enumerate(drawn(Proposals(sweep))):
+        early = number % 2 == 1 or number > 39
+        value = 99.0 + number - abs(math.log10(each["train.lr"]) + 3) if early else 10.0 * each["train.steps"]
+        records.append(ended(number, each, value, state="stopped" if early else "finished", budget=1 if early else 3))
+    assert importances(sweep, records)["train.steps"] > 0.9
+    (best,) = best_of(sweep, records)
+    assert not any("more trials" in each for each in advice(sweep, records, best)["try"])
+
+
+def test_of_trials_that_were_stopped_nothing_is_drawn(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, sweep = written(["colours"], RANGES)
+    one, two = drawn(Proposals(sweep))[:2]
+    records = [ended(0, one, 99.0, state="stopped", budget=1), ended(1, two, 60.0)]
+    rows: list[Any] = []
+    monkeypatch.setattr(command, "draw_parallel", lambda found, *others: rows.extend(found))
+    command._files(sweep, file, tmp_path, records, records[1:], {}, silent)
+    assert rows == [(two, 60.0)]
+    many = [replace(each, number=place) for place, each in enumerate(records * 100)]
+    assert command._worth_drawing(many) == many[1::2]
 
 
 def test_trials_that_were_stopped_or_failed_are_not_the_best(written: Written) -> None:

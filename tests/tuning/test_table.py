@@ -50,11 +50,12 @@ def test_a_terminal_shows_what_runs_and_the_best_and_can_be_left_behind(written:
         table = Table(sweep, live)
         for number in range(20):
             table.show(ended(number, settings(0.001 + number / 10_000), float(number)))
+        table.show(ended(21, settings(0.0098), 99.0, state="stopped", budget=1))
         table.show(Record(20, settings(0.0099)))
         live.refresh()
         pickle.dumps(_Watch(Trials(tmp_path), table))  # as Tune does with its callbacks
     last = screen.getvalue()
-    assert "20 of 40 trials" in last
+    assert "21 of 40 trials" in last
     shown = [row[0] for row in zip(*(column.cells for column in table.drawn().columns), strict=True)]
     assert shown == ["20", *(str(number) for number in range(19, 8, -1))]
 

@@ -23,6 +23,9 @@ def write_best(sweep: Sweep, record: Record, path: Path, source: str, trials: in
         f"# searched: {', '.join(sweep.space)}, by {sweep.search}"
         + (f" and {sweep.early_stopping}" if sweep.stops_early else ""),
     ]
-    body = yaml.safe_dump(best_session(sweep, record.settings), sort_keys=False, allow_unicode=True)
+    session = best_session(sweep, record.settings)
+    if "tracking" in sweep.session and "tracking" not in session:
+        lines.append("# session.tracking names a password and is left out: give it by --tracking or CONDU_TRACKING")
+    body = yaml.safe_dump(session, sort_keys=False, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*lines, body]), encoding="utf-8")

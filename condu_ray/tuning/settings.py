@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from condu_ray.config import SessionConfig
 from condu_ray.engine.keys import HOW, PLACEMENT
-from condu_ray.errors import ConfigError, nearest
+from condu_ray.errors import ConfigError, nearest, without_credentials
 from condu_ray.methods import registry
 from condu_ray.sources import flatten, nest, read_yaml, resolve
 from condu_ray.tuning.objectives import SENSE, Goals, Name
@@ -96,9 +96,8 @@ class Sweep(BaseModel):
     @cached_property
     def config(self) -> SessionConfig:
         """The settings that stay, checked; the environment stands above the file, as for `learn`."""
-        given = flatten(self.session)
-        _, origin = resolve({})
-        return resolve({name: value for name, value in given.items() if origin.get(name) != "environment"})[0]
+        given, above = flatten(self.session), _from_environment()
+        return resolve({name: value for name, value in given.items() if name not in above})[0]
 
     @property
     def goals(self) -> Goals:
@@ -135,6 +134,11 @@ class Sweep(BaseModel):
             "session": _lasting(self.config),
             "order": list(self.config.tasks),
         }
+
+
+def _from_environment() -> set[str]:
+    """Dotted names of the settings that the environment gives."""
+    return {name for name, origin in resolve({})[1].items() if origin == "environment"}
 
 
 def _lasting(config: SessionConfig) -> dict[str, Any]:
@@ -199,5 +203,13 @@ def _faults(error: ValidationError) -> list[str]:
 
 
 def best_session(sweep: Sweep, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `learn --config` takes: the settings that stay, as they were given, and those that were found."""
-    return nest({**flatten(sweep.session), **settings})
+    """What `learn --config` takes: the settings that stay, as they were given or as the environment had them, and those
+    that were found. A `tracking` that names a password is left out: the file is kept where others may read it."""
+    told = flatten(sweep.config.model_dump(mode="json"))
+    environment = {name: told[name] for name in _from_environment() if name == "tasks" or name not in PLACEMENT}
+    given = {name: value for name, value in flatten(sweep.session).items() if not _secret(name, value)}
+    return nest({**given, **environment, **settings})
+
+
+def _secret(name: str, value: Any) -> bool:
+    return name == "tracking" and isinstance(value, str) and value != without_credentials(value)

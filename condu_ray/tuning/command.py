@@ -21,7 +21,7 @@ from condu_ray.tuning.cache import prepare
 from condu_ray.tuning.objectives import UNITS
 from condu_ray.tuning.records import Record, Scores, Trials, finished
 from condu_ray.tuning.settings import Sweep, read_sweep
-from condu_ray.tuning.summary import advice, best_of
+from condu_ray.tuning.summary import advice, best_of, cautions
 from condu_ray.tuning.table import shown
 
 MOST_DRAWN = 100
@@ -53,7 +53,7 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
     found = advice(sweep, records, best[0])
     paths = _files(sweep, file, folder, records, best, found["importance"], stage)
     report = _report(sweep, folder, records, best, found, paths)
-    warnings = [away] if away else []
+    warnings = [*([away] if away else []), *cautions(sweep)]
     if tracking:
         with stage("recording"):
             trials = [_trial_of(sweep, record) for record in _worth_drawing(records)]

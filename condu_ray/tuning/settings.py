@@ -27,7 +27,7 @@ class Sweep(BaseModel):
 
     session: dict[str, Any] = Field(description="settings that stay, as in a file for `learn --config`")
     space: dict[str, Entry] = Field(min_length=1, description="setting -> values to try")
-    trials: int = Field(default=16, ge=1, le=MOST_TRIALS, description="most configurations to try")
+    trials: int = Field(default=16, ge=1, le=MOST_TRIALS, description="most configurations to try; grid: unset, all")
     search: Literal["optuna", "random", "grid"] = Field(
         default="optuna", description="optuna: tree-structured Parzen estimator; grid: each combination in turn"
     )
@@ -124,8 +124,9 @@ class Sweep(BaseModel):
 
     @property
     def most(self) -> int:
-        """How many configurations are tried at most: no more than there are."""
-        return int(min(self.trials, size(self.space)))
+        """How many configurations are tried at most: no more than there are; of a grid all, unless told otherwise."""
+        asked = MOST_TRIALS if self.search == "grid" and "trials" not in self.model_fields_set else self.trials
+        return int(min(asked, size(self.space)))
 
     def terms(self) -> dict[str, Any]:
         """What must stay the same for as long as a sweep's folder is used: all but how many trials."""

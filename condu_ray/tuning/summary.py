@@ -47,6 +47,17 @@ def advice(sweep: Sweep, records: Sequence[Record], best: Record) -> dict[str, A
     return {"importance": importance, "matters": matters, "hardly": hardly, "try": tries}
 
 
+def cautions(sweep: Sweep) -> list[str]:
+    """What the best should not be taken for, in sentences."""
+    found = []
+    if sweep.search == "grid" and sweep.most < (there := size(sweep.space)):
+        found.append(
+            f"the grid was tried in part, {sweep.most:,} of {there:,.0f} combinations: raise `trials`, and the same "
+            "command goes on."
+        )
+    return found
+
+
 def _edge(sweep: Sweep, name: str, best: Record) -> str | None:
     """Whether the best value lies at an end of its range, where a better one may lie beyond."""
     entry, value = sweep.space[name], best.settings[name]

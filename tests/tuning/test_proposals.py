@@ -42,6 +42,13 @@ def test_a_finite_space_is_tried_whole_and_nothing_twice(written: Written, searc
     assert len({tuple(each.items()) for each in found}) == len(found) == 6
 
 
+def test_a_grid_is_tried_whole_unless_told_otherwise(written: Written) -> None:
+    grid = {"train.steps": {"integer": [3, 12]}, "train.towers": {"choice": ["both", "image"]}}
+    _, whole = written(["colours"], grid, search="grid")
+    _, part = written(["colours"], grid, search="grid", trials=16)
+    assert [len(drawn(Proposals(sweep))) for sweep in (whole, part)] == [20, 16]
+
+
 @pytest.mark.parametrize("search", ["random", "optuna"])
 def test_the_same_seed_proposes_the_same(written: Written, search: str) -> None:
     _, sweep = written(["colours"], RANGES, search=search, trials=12)

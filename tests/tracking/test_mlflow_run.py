@@ -37,16 +37,6 @@ LOSSES = {"pets": [(step, 2.0 / (step + 1)) for step in range(5)]}
 SETTINGS = {"train": {"steps": 5, "rate": 0.001}, "tasks": ["pets"], "note": "long " * 200}
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: its tables take seconds to make, so it is copied."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return create_store(tmp_path / "store", StoreHeader(method="condu", model={}, model_sha256="", layout={}))

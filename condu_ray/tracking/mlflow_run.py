@@ -102,7 +102,9 @@ class Tracking:
         store_id = open_store(self.store).header.id
         try:
             client = client_of(self.uri)
-            found = [each.experiment_id for each in client.search_experiments(max_results=1000)]
+            # By name: of a server that many share, one page holds a thousand experiments.
+            name = f"name LIKE '{model_name(store_id)}%'"
+            found = [each.experiment_id for each in client.search_experiments(filter_string=name)]
             runs, token = list[Any](), ""
             while found and token is not None:
                 page = client.search_runs(found, f"tags.`{STORE_TAG}` = '{store_id}'", page_token=token or None)
@@ -358,9 +360,9 @@ def _register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    numbers = {model.version: int(model.tags[VERSION_TAG]) for model in client.search_model_versions(f"name='{name}'")}
+    known = [model.tags.get(VERSION_TAG, "") for model in client.search_model_versions(f"name='{name}'")]
     tags = {VERSION_TAG: str(manifest.version), "condu.tasks": ", ".join(task.name for task in manifest.tasks)[:500]}
     made = client.create_model_version(name, source, run_id, tags=tags, description=version_source)
     client.set_registered_model_alias(name, version_alias(manifest.version), made.version)
-    if manifest.version >= max(numbers.values(), default=0):
+    if manifest.version >= max((int(tag) for tag in known if tag.isdecimal()), default=0):  # others were made by hand
         client.set_registered_model_alias(name, NEWEST, made.version)

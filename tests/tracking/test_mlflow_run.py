@@ -218,6 +218,31 @@ def test_an_older_version_recorded_late_is_not_the_newest(
     assert {alias: tags["condu.version"] for alias, tags in tagged.items()} == {"newest": "2", version_alias(1): "1"}
 
 
+def test_a_model_that_somebody_registered_by_hand_is_left_alone(
+    tracking: Tracking, client: Any, commit: Callable[[int], Manifest], store: Store
+) -> None:
+    name = model_name(store.header.id)
+    client.create_registered_model(name)
+    client.create_model_version(name, "file:///somewhere/else")
+    assert record(tracking, commit(1)) is None
+    assert client.get_model_version_by_alias(name, "newest").tags["condu.version"] == "1"
+
+
+def test_a_server_that_many_share_is_asked_for_the_experiment_of_the_store(
+    tracking: Tracking, client: Any, commit: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert record(tracking, commit(1)) is None
+    for number in range(3):
+        client.create_experiment(f"another {number}")
+    whole = type(client).search_experiments
+
+    def short(self: Any, *given: Any, **others: Any) -> Any:
+        return whole(self, *given, **{**others, "max_results": 2})  # a page, which has room for a thousand
+
+    monkeypatch.setattr(type(client), "search_experiments", short)
+    assert tracking.recorded() == {1}
+
+
 def test_a_store_that_moved_keeps_its_files_with_it(
     tracking: Tracking, commit: Callable[[int], Manifest], store: Store, tmp_path: Path
 ) -> None:

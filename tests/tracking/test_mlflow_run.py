@@ -360,6 +360,25 @@ class TestCheck:
         with pytest.raises(ConfigError, match="plain folder .*sqlite:////FOLDER/mlflow.db or http://HOST:PORT"):
             open_tracking(uri, store.url).check()
 
+    @pytest.mark.parametrize(
+        "uri", ["localhost:5000", "127.0.0.1:5000", "bob:secret@localhost:5000", "my_host:5000/ml"]
+    )
+    def test_a_server_without_http_is_refused_with_what_to_write(self, store: Store, uri: str) -> None:
+        address = uri.removeprefix("bob:secret@")
+        with pytest.raises(ConfigError) as caught:
+            open_tracking(uri, store.url)
+        assert f"'{address}' does not begin with http:// or https://: give http://{address}." in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("uri", ["sqlite:mlflow.db", "sqlite://mlflow.db", "databricks:profile"])
+    def test_what_is_no_uri_of_its_kind_is_refused(self, store: Store, uri: str) -> None:
+        with pytest.raises(ConfigError, match="none that MLflow takes: give sqlite:////FOLDER/mlflow.db"):
+            open_tracking(uri, store.url)
+
+    @pytest.mark.parametrize("uri", ["postgresql+psycopg2://host/db", "databricks://profile", "HTTP://host:5000"])
+    def test_other_kinds_of_uri_are_mlflow_s_to_judge(self, store: Store, uri: str) -> None:
+        assert open_tracking(uri, store.url).uri == uri
+
     def test_a_database_in_no_folder_is_refused(self, store: Store, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="has no folder .*nowhere"):
             open_tracking(f"sqlite:///{tmp_path}/nowhere/runs.db", store.url).check()

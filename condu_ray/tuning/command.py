@@ -53,7 +53,7 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
     found = advice(sweep, records, best[0])
     paths = _files(sweep, file, folder, records, best, found["importance"], stage)
     report = _report(sweep, folder, records, best, found, paths)
-    warnings = [*([away] if away else []), *cautions(sweep)]
+    warnings = [*([away] if away else []), *cautions(sweep, best[0])]
     if tracking:
         with stage("recording"):
             trials = [_trial_of(sweep, record) for record in _worth_drawing(records)]

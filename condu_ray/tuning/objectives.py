@@ -43,6 +43,9 @@ class Goals:
     def timed(self) -> bool:
         return self.latency is not None or "latency" in self.names
 
+    def too_slow(self, figures: Mapping[str, float]) -> bool:
+        return self.latency is not None and figures["latency"] > self.latency
+
     def values(self, figures: Mapping[str, float]) -> tuple[float, ...]:
         """One number an objective, each in its own sense (see SENSE).
 
@@ -54,7 +57,7 @@ class Goals:
     def _value(self, name: Name, figures: Mapping[str, float]) -> float:
         if SENSE[name] < 0:
             return figures[name]
-        if self.latency is not None and figures["latency"] > self.latency:
+        if self.latency is not None and self.too_slow(figures):
             return -figures["latency"] / self.latency
         lost = max(0.0, figures["zero_shot_loss"]) if self.penalty else 0.0
         return figures[name] - self.penalty * lost

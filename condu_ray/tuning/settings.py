@@ -182,6 +182,8 @@ def _check(sweep: Sweep, path: Path) -> None:
         )
     if "accuracy" in goals.names and (len(config.tasks) > 1 or len(goals.names) > 1):
         faults.append("objective accuracy is of a single task, before it is fused: use last or average")
+    elif "accuracy" in goals.names and sweep.asked != "task":
+        faults.append(f"labels {sweep.asked} asks what was fused, and objective accuracy what was trained: use last")
     elif "accuracy" in goals.names and sweep.learner:
         faults.append(f"objective accuracy looks into a training, and {sweep.learner} trains in its own way: use last")
     try:

@@ -47,9 +47,14 @@ def advice(sweep: Sweep, records: Sequence[Record], best: Record) -> dict[str, A
     return {"importance": importance, "matters": matters, "hardly": hardly, "try": tries}
 
 
-def cautions(sweep: Sweep) -> list[str]:
+def cautions(sweep: Sweep, best: Record) -> list[str]:
     """What the best should not be taken for, in sentences."""
     found = []
+    if sweep.goals.too_slow(best.figures):
+        found.append(
+            f"no configuration answers within latency_ms {sweep.latency_ms:g}: the best is the fastest, at "
+            f"{best.figures['latency']:.3g} ms a picture. Raise latency_ms, or search smaller vote.k."
+        )
     if sweep.search == "grid" and sweep.most < (there := size(sweep.space)):
         found.append(
             f"the grid was tried in part, {sweep.most:,} of {there:,.0f} combinations: raise `trials`, and the same "

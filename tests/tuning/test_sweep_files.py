@@ -40,6 +40,7 @@ Written = Callable[..., tuple[Path, Sweep]]
         (1, LR, {"latency_ms": 5}, "latency follows from the vote"),
         (1, LR, {"objectives": ["average"]}, "need two tasks"),
         (2, LR, {"objectives": ["accuracy"]}, "of a single task"),
+        (1, LR, {"labels": "union"}, "labels union asks what was fused"),
         (
             1,
             {"method": {"choice": ["condu", "dmc"]}},

@@ -11,7 +11,7 @@ from streams import ended
 
 from condu_ray.tuning import command
 from condu_ray.tuning.proposals import Proposals
-from condu_ray.tuning.records import Trials
+from condu_ray.tuning.records import Record, Report, Scores, Trials
 from condu_ray.tuning.settings import Sweep
 
 Written = Callable[..., tuple[Path, Sweep]]
@@ -33,3 +33,15 @@ def test_a_grid_that_was_tried_in_part_says_so(written: Written) -> None:
     assert ["16 of 20 combinations: raise `trials`" in each for each in said["warnings"]] == [True]
     file, whole = written(["colours"], GRID, search="grid")
     assert outcome(file, whole)["warnings"] == []
+
+
+def test_a_bound_that_nothing_meets_is_said(written: Written) -> None:
+    file, sweep = written(["colours", "stripes"], {"vote.k": {"integer": [1, 2]}}, latency_ms=5)
+    for number, ms in enumerate((6.5, 8.0)):
+        figures = {"last": 90.0, "latency": ms}
+        report = Report(1, sweep.goals.values(figures), figures, 0, 0.0)
+        Scores(file.with_suffix("")).add([Record(number, {"vote.k": number + 1}, (report,), "finished")])
+    said = command.run(file, file.with_suffix(""), silent)
+    assert said["best"]["number"] == 0
+    assert ["within latency_ms 5: the best is the fastest, at 6.5 ms" in each for each in said["warnings"]] == [True]
+    assert "trial 0 of 2: 6.5 ms a picture, more than latency_ms 5" in Path(said["config"]).read_text()

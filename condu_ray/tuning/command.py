@@ -20,7 +20,7 @@ from condu_ray.tuning.best import write_best
 from condu_ray.tuning.cache import prepare
 from condu_ray.tuning.objectives import UNITS
 from condu_ray.tuning.records import Record, Scores, Trials, finished
-from condu_ray.tuning.settings import Sweep, read_sweep
+from condu_ray.tuning.settings import Sweep, read_sweep, with_defaults
 from condu_ray.tuning.summary import advice, best_of, cautions
 from condu_ray.tuning.table import shown
 
@@ -67,7 +67,10 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
 def _check(sweep: Sweep, folder: Path) -> None:
     """Raises ConfigError where the folder holds another sweep."""
     there, asked = read(folder / "sweep.json"), json.loads(json.dumps(sweep.terms()))
-    if there is None or there == asked:
+    if there is None:
+        return
+    there = with_defaults(there)  # of a release that had fewer entries and settings
+    if there == asked:
         return
     differ = [name for name in sorted({*there, *asked}) if there.get(name) != asked.get(name)]
     raise ConfigError(

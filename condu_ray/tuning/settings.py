@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +136,14 @@ class Sweep(BaseModel):
             "session": _lasting(self.config),
             "order": list(self.config.tasks),
         }
+
+
+def with_defaults(terms: dict[str, Any]) -> dict[str, Any]:
+    """`terms` as they were written, and the defaults of what was no entry or setting then."""
+    entries = {name: field.default for name, field in Sweep.model_fields.items() if not field.is_required()}
+    known = {name: value for name, value in entries.items() if name != "trials"}
+    found = {**json.loads(json.dumps(known)), **terms}
+    return {**found, "session": {**_lasting(SessionConfig()), **found["session"]}}
 
 
 def _from_environment() -> set[str]:

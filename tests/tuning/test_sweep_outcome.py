@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from in_process_crew import silent
 from streams import ended
 
+from condu_ray.errors import ConfigError
+from condu_ray.store.documents import write
 from condu_ray.tuning import command
 from condu_ray.tuning.proposals import Proposals
 from condu_ray.tuning.records import Record, Report, Scores, Trials
@@ -45,3 +49,15 @@ def test_a_bound_that_nothing_meets_is_said(written: Written) -> None:
     assert said["best"]["number"] == 0
     assert ["within latency_ms 5: the best is the fastest, at 6.5 ms" in each for each in said["warnings"]] == [True]
     assert "trial 0 of 2: 6.5 ms a picture, more than latency_ms 5" in Path(said["config"]).read_text()
+
+
+def test_a_folder_of_a_release_with_fewer_settings_goes_on(written: Written) -> None:
+    file, sweep = written(["colours"], GRID, search="grid", trials=1)
+    terms = json.loads(json.dumps(sweep.terms()))
+    del terms["reduction"], terms["session"]["fusion.tune_rescalers"], terms["session"]["train.warmup"]
+    write(file.with_suffix("") / "sweep.json", terms)
+    assert outcome(file, sweep)["trials"]["finished"] == 1
+    terms["session"]["train.lr"] = 0.5
+    write(file.with_suffix("") / "sweep.json", terms)
+    with pytest.raises(ConfigError, match="holds a sweep with another session"):
+        outcome(file, sweep)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from condu_ray.models.clip import Clip, class_embeddings
 from condu_ray.models.head import Head
 from condu_ray.models.load import load
 from condu_ray.sources import resolve
+from condu_ray.store.documents import read, write
 
 BATCH = 64
 SHAKEN = 1e-6
@@ -96,7 +98,9 @@ def sessions(clip: Clip, tasks: Mapping[str, str], work: Path) -> list[Session]:
             arrays: dict[str, Any] = {"train": train[0] * train[1][:, None], "test": test[0], "texts": texts}
             labels: dict[str, Any] = {"train_labels": task.train.labels, "test_labels": task.test.labels}
             work.mkdir(parents=True, exist_ok=True)
-            np.savez(path, **arrays, **labels)
+            part = path.with_suffix(f".{os.getpid()}.part.npz")
+            np.savez(part, **arrays, **labels)
+            part.replace(path)  # a run that is killed leaves no half of it under its name
         with np.load(path) as kept:
             features = Features(kept["train"], kept["train_labels"], kept["texts"])
             found.append(Session(name, features, kept["test"], kept["test_labels"]))
@@ -151,16 +155,25 @@ def shaken(stream: Sequence[Session]) -> list[Session]:
 
 def measured(clip: Clip, stream: Sequence[Session], config: SessionConfig, first: bool, path: Path) -> dict[str, Any]:
     """Figures of a row's settings; read from `path` where they are there already."""
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] | None = read(path)
+    if found is not None:
         return found
     with threads_of(1):  # torch's threads and NumPy's, which draws features, would wait for each other
         accuracies, said = learned(clip, stream, config)
         found = {"avg": statistics.fmean(accuracies), "last": accuracies[-1]}
         if first:
             found["unlike"] = 100 * float((learned(clip, shaken(stream), config)[1] != said).mean())
-    path.write_text(json.dumps(found))
+    write(path, found)
     return found
+
+
+def _digest(stream: Sequence[Session]) -> str:
+    """Of all that figures follow from."""
+    told = hashlib.sha256()
+    for each in stream:
+        for array in (each.train.raw, each.train.labels, each.train.texts, each.test, each.labels):
+            told.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return told.hexdigest()
 
 
 def _key(digest: str, config: SessionConfig) -> str:
@@ -171,7 +184,7 @@ def _key(digest: str, config: SessionConfig) -> str:
 def measure(
     clip: Clip, stream: Sequence[Session], seeds: Sequence[int], rows: Mapping[str, Mapping[str, Any]], work: Path
 ) -> list[dict[str, Any]]:
-    digest = hashlib.sha256(b"".join(each.train.raw.tobytes() for each in stream)).hexdigest()
+    digest = _digest(stream)
     zero_shot = []
     for number in range(1, len(stream) + 1):
         said, truth = answers(stream[:number], None)

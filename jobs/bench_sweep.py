@@ -33,6 +33,7 @@ from PIL import Image
 from condu_ray import reports
 from condu_ray.benchmark.stream import parse_stream
 from condu_ray.benchmark.worlds import WORLDS, write_worlds
+from condu_ray.data.cache import fill
 from condu_ray.data.listing import CLASS_FILE, TEMPLATE_FILE
 from condu_ray.engine.cluster import connected
 from condu_ray.engine.plan import open_data, store_for
@@ -76,15 +77,19 @@ PATIENCE_S = 600
 
 def write_digits(folder: Path) -> Path:
     """The demo's digits, more of them."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return fill(folder, _draw_digits)
+
+
+def _draw_digits(folder: Path) -> None:
     (world,) = (each for each in WORLDS if each.name == "digits")
-    for name in world.classes if not folder.is_dir() else ():
+    for name in world.classes:
         for number, pixels in enumerate(world.pictures(name, TRAIN_EACH + TEST_EACH, 0)):
             place = folder / ("train" if number < TRAIN_EACH else "test") / name / f"{number}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(place)
     for file, lines in ((CLASS_FILE, world.classes), (TEMPLATE_FILE, world.templates)):
         (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return folder
 
 
 def write_sweep(path: Path, tasks: dict[str, str], space: dict[str, Any], steps: int, **others: Any) -> Path:

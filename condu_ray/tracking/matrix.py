@@ -32,27 +32,27 @@ class AccuracyMatrix:
 
     def transfer_row(self) -> list[float | None]:
         """Returns for each task the mean over the sessions before its own; None for the first task, which has none."""
-        return [None, *(_mean([self.values[r][c] for r in range(c)]) for c in range(1, len(self.tasks)))]
+        return [None, *(mean([self.values[r][c] for r in range(c)]) for c in range(1, len(self.tasks)))]
 
     def average_row(self) -> list[float | None]:
         """Returns for each task the mean over all sessions, those before its own included."""
-        return [_mean(column) for column in zip(*self.values, strict=True)]
+        return [mean(column) for column in zip(*self.values, strict=True)]
 
     def last_row(self) -> list[float | None]:
         """Returns for each task the accuracy after the last session."""
-        return [_mean([value]) for value in self.values[-1]]
+        return [mean([value]) for value in self.values[-1]]
 
     def transfer(self) -> float | None:
         """Returns the mean of `transfer_row` over all tasks but the first; None for a single task."""
-        return _mean(self.transfer_row()[1:])
+        return mean(self.transfer_row()[1:])
 
     def average(self) -> float | None:
         """Returns the mean of `average_row`."""
-        return _mean(self.average_row())
+        return mean(self.average_row())
 
     def last(self) -> float | None:
         """Returns the mean of `last_row`."""
-        return _mean(self.last_row())
+        return mean(self.last_row())
 
     def incremental_row(self, pictures: Sequence[int]) -> list[float | None]:
         """Returns for each session the accuracy over all test pictures of the tasks learned so far, each counting once.
@@ -60,7 +60,7 @@ class AccuracyMatrix:
         pictures: how many test pictures each task has.
         """
         return [
-            _mean([value for value, count in zip(row[: r + 1], pictures, strict=False) for _ in range(count)])
+            mean([value for value, count in zip(row[: r + 1], pictures, strict=False) for _ in range(count)])
             for r, row in enumerate(self.values)
         ]
 
@@ -75,7 +75,8 @@ class AccuracyMatrix:
         }
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
+    """Returns the mean, None where there is no value or one was not measured (None or NaN)."""
     measured = [value for value in values if value is not None and not math.isnan(value)]
     if not values or len(measured) < len(values):
         return None

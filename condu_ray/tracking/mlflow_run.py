@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 import urllib.error
@@ -39,6 +40,7 @@ VERSION_TAG = "condu.version"
 NEWEST = "newest"
 _CHECK_S = 5.0  # how long a server may take to say that it is there
 PARAMETER_LENGTH = 500  # characters that every MLflow server takes; the manifest has the rest
+_FORMS = "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT"
 _LATER = "`condu-ray track --replay` records later what is missing"
 _BATCH = {"metrics": 1000, "params": 100}  # MLflow's limits for one request
 
@@ -83,9 +85,9 @@ class Tracking:
             if self.artifacts is not None and folder != Path(self.store) and not folder.is_dir():
                 raise ConfigError(f"the tracking database {self.shown} has no folder {folder}", "make the folder first")
         elif kind in ("", "file"):
-            mend = "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT, or leave it out"
             raise ConfigError(
-                f"MLflow does not keep runs in a plain folder any more (tracking URI {self.shown!r})", mend
+                f"MLflow does not keep runs in a plain folder any more (tracking URI {self.shown!r})",
+                f"{_FORMS}, or leave it out",
             )
         return None
 
@@ -102,7 +104,9 @@ class Tracking:
         store_id = open_store(self.store).header.id
         try:
             client = client_of(self.uri)
-            found = [each.experiment_id for each in client.search_experiments(max_results=1000)]
+            # By name: of a server that many share, one page holds a thousand experiments.
+            name = f"name LIKE '{model_name(store_id)}%'"
+            found = [each.experiment_id for each in client.search_experiments(filter_string=name)]
             runs, token = list[Any](), ""
             while found and token is not None:
                 page = client.search_runs(found, f"tags.`{STORE_TAG}` = '{store_id}'", page_token=token or None)
@@ -205,7 +209,7 @@ def open_tracking(uri: str | None, store: str | Path) -> Tracking:
 
     uri: an MLflow tracking URI, such as http://HOST:PORT; None: `mlflow.db` and `mlruns/` in the folder of the store.
     Files of a sqlite database stay in `mlruns/` beside it; a server decides for itself. Raises ConfigError for a URI
-    that cannot be read.
+    that cannot be read, or that does not say how to ask its server.
     """
     place = absolute_url(store)
     if uri is None:
@@ -213,6 +217,7 @@ def open_tracking(uri: str | None, store: str | Path) -> Tracking:
             mend = "give --tracking URI, or --tracking off (any version can be recorded later)"
             raise ConfigError(f"MLflow's database cannot be in {place}", mend)
         return Tracking(f"sqlite:///{place}/mlflow.db", Path(place) / "mlruns", place)
+    _check_form(uri)
     if _kind_of(uri) == "sqlite":
         database = Path(uri.removeprefix("sqlite:///")).absolute()
         return Tracking(f"sqlite:///{database}", database.parent / "mlruns", place)
@@ -225,8 +230,20 @@ def _kind_of(uri: str) -> str:
     except ValueError as error:
         raise ConfigError(
             f"the tracking URI {without_credentials(uri)!r} cannot be read ({error})",
-            "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT",
+            _FORMS,
         ) from None
+
+
+def _check_form(uri: str) -> None:
+    """Raises ConfigError for localhost:5000, whose host would pass for a kind of URI that MLflow may know."""
+    kind, address = _kind_of(uri), uri.rpartition("@")[2]  # what stands before may be a password
+    if "://" not in uri and re.fullmatch(r"[^/]+:\d+(/.*)?", address):
+        raise ConfigError(
+            f"the tracking URI {address!r} does not begin with http:// or https://", f"give http://{address}"
+        )
+    whole = uri.startswith("sqlite:///") if kind == "sqlite" else "://" in uri
+    if kind not in ("", "file") and not whole:
+        raise ConfigError(f"the tracking URI {address!r} is none that MLflow takes", _FORMS)
 
 
 def reason_of(error: Exception) -> str:
@@ -358,9 +375,9 @@ def _register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    numbers = {model.version: int(model.tags[VERSION_TAG]) for model in client.search_model_versions(f"name='{name}'")}
+    known = [model.tags.get(VERSION_TAG, "") for model in client.search_model_versions(f"name='{name}'")]
     tags = {VERSION_TAG: str(manifest.version), "condu.tasks": ", ".join(task.name for task in manifest.tasks)[:500]}
     made = client.create_model_version(name, source, run_id, tags=tags, description=version_source)
     client.set_registered_model_alias(name, version_alias(manifest.version), made.version)
-    if manifest.version >= max(numbers.values(), default=0):
+    if manifest.version >= max((int(tag) for tag in known if tag.isdecimal()), default=0):  # others were made by hand
         client.set_registered_model_alias(name, NEWEST, made.version)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SWEEP_TAG = "condu.sweep"
+PARENT_TAG = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def _record(
     for run in runs_with(client, experiment, tags):
         if run.info.status == "FINISHED":
             return
-        client.delete_run(run.info.run_id)  # of a sweep that was killed while it was recorded
+        # Of a sweep that was killed while it was recorded; its trials first, or a second kill would leave them.
+        for each in [*runs_with(client, experiment, {PARENT_TAG: run.info.run_id}), run]:
+            client.delete_run(each.info.run_id)
     parent = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     _log(client, parent, best)
     for key, value in flatten(dict(terms)):
@@ -78,7 +81,7 @@ def _record(
     for file in files:
         client.log_artifact(parent, str(file))
     for trial in trials:
-        own = {"mlflow.parentRunId": parent, "condu.state": trial.state}
+        own = {PARENT_TAG: parent, "condu.state": trial.state}
         own |= {"condu.reason": trial.reason} if trial.reason else {}
         run = client.create_run(experiment, run_name=f"trial {trial.number}", tags=own).info.run_id
         _log(client, run, trial)

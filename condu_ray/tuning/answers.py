@@ -5,7 +5,6 @@ No trial actor a configuration: a pool of processes maps the logits and takes ba
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from condu_ray.engine.pool import those_ready
 from condu_ray.engine.progress import Update
 from condu_ray.engine.replies import TRIES, result_of
 from condu_ray.store import open_store
+from condu_ray.tracking.matrix import mean
 from condu_ray.tuning.cache import Cached, load_versions
 from condu_ray.tuning.objectives import figures_of
 from condu_ray.tuning.proposals import Proposals
@@ -45,7 +45,9 @@ class Rescorer:
             row, experts = version.row(vote, self._labels, self._unseen)
             rows.append(row)
         # Without tasks to come the newest version stands for itself: it is the only one that was asked.
-        found = figures_of(rows, self._cached.zero_shot) if self._unseen else {"last": _mean(rows[-1])}
+        last = mean(rows[-1])
+        assert last is not None  # the newest version has learned every task
+        found = figures_of(rows, self._cached.zero_shot) if self._unseen else {"last": last}
         if self._cached.passes is not None:
             base, expert = self._cached.passes
             found["latency"] = base + experts * expert
@@ -58,10 +60,6 @@ class Rescorer:
             begun = time.perf_counter()
             found.append((self.figures(settings), time.perf_counter() - begun))
         return found
-
-
-def _mean(row: Sequence[float | None]) -> float:
-    return math.fsum(value for value in row if value is not None) / len(row)
 
 
 def search(sweep: Sweep, cached: Cached, folder: Path, cluster: Cluster, update: Update) -> list[Record]:

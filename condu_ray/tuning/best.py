@@ -16,6 +16,9 @@ def write_best(sweep: Sweep, record: Record, path: Path, source: str, trials: in
     """Writes the configuration of a trial below comments that say how it was found. source: the sweep's file."""
     assert record.values is not None
     found = ", ".join(f"{UNITS[n]} {v:.2f}" for n, v in zip(sweep.goals.names, record.values, strict=True))
+    if sweep.goals.too_slow(record.figures):
+        slow = f"{record.figures['latency']:.3g} ms a picture, more than latency_ms {sweep.latency_ms:g}"
+        found = f"{slow}, so that its accuracy does not count,"
     lines = [
         f"# Found by condu-ray sweep {source} (condu-ray {__version__}), for: condu-ray learn --config {path.name}",
         f"# trial {record.number} of {trials}: {found} on validation pictures, "
@@ -23,6 +26,9 @@ def write_best(sweep: Sweep, record: Record, path: Path, source: str, trials: in
         f"# searched: {', '.join(sweep.space)}, by {sweep.search}"
         + (f" and {sweep.early_stopping}" if sweep.stops_early else ""),
     ]
-    body = yaml.safe_dump(best_session(sweep, record.settings), sort_keys=False, allow_unicode=True)
+    session = best_session(sweep, record.settings)
+    if "tracking" in sweep.session and "tracking" not in session:
+        lines.append("# session.tracking names a password and is left out: give it by --tracking or CONDU_TRACKING")
+    body = yaml.safe_dump(session, sort_keys=False, allow_unicode=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*lines, body]), encoding="utf-8")

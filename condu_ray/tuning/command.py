@@ -19,9 +19,9 @@ from condu_ray.tuning import answers, runs
 from condu_ray.tuning.best import write_best
 from condu_ray.tuning.cache import prepare
 from condu_ray.tuning.objectives import UNITS
-from condu_ray.tuning.records import Record, Scores, Trials
-from condu_ray.tuning.settings import Sweep, read_sweep
-from condu_ray.tuning.summary import advice, best_of
+from condu_ray.tuning.records import Record, Scores, Trials, finished
+from condu_ray.tuning.settings import Sweep, read_sweep, with_defaults
+from condu_ray.tuning.summary import advice, best_of, cautions
 from condu_ray.tuning.table import shown
 
 MOST_DRAWN = 100
@@ -53,7 +53,7 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
     found = advice(sweep, records, best[0])
     paths = _files(sweep, file, folder, records, best, found["importance"], stage)
     report = _report(sweep, folder, records, best, found, paths)
-    warnings = [away] if away else []
+    warnings = [*([away] if away else []), *cautions(sweep, best[0])]
     if tracking:
         with stage("recording"):
             trials = [_trial_of(sweep, record) for record in _worth_drawing(records)]
@@ -67,7 +67,10 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
 def _check(sweep: Sweep, folder: Path) -> None:
     """Raises ConfigError where the folder holds another sweep."""
     there, asked = read(folder / "sweep.json"), json.loads(json.dumps(sweep.terms()))
-    if there is None or there == asked:
+    if there is None:
+        return
+    there = with_defaults(there)  # of a release that had fewer entries and settings
+    if there == asked:
         return
     differ = [name for name in sorted({*there, *asked}) if there.get(name) != asked.get(name)]
     raise ConfigError(
@@ -109,11 +112,10 @@ def _first_reason(records: list[Record]) -> str:
 
 
 def _worth_drawing(records: list[Record]) -> list[Record]:
-    """All, or the best of thousands."""
+    """All, or of thousands the best."""
     if len(records) <= MOST_DRAWN:
         return records
-    ended = [record for record in records if record.values is not None]
-    return sorted(ended, key=lambda record: -record.values[0] if record.values else 0.0)[:MOST_DRAWN]
+    return sorted(records, key=lambda record: record.reached or (0, 0.0), reverse=True)[:MOST_DRAWN]
 
 
 def _files(
@@ -131,7 +133,7 @@ def _files(
         write_best(sweep, record, path, str(file), len(records))
     pictures = [folder / "pictures" / "parallel_coordinates.png", folder / "pictures" / "importance.png"]
     with stage("drawing"):
-        drawn = [record for record in _worth_drawing(records) if record.values is not None]
+        drawn = _worth_drawing(finished(records))
         unit = UNITS[sweep.goals.names[0]]
         rows = [(record.settings, record.values[0]) for record in drawn if record.values is not None]
         draw_parallel(rows, unit, pictures[0])

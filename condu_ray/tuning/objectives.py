@@ -5,10 +5,11 @@ A row is what one version answers: accuracy in percent by task of the stream, le
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from condu_ray.tracking.matrix import mean
 
 Name = Literal["accuracy", "last", "average", "zero_shot_loss", "latency"]
 Row = Sequence[float | None]
@@ -43,6 +44,9 @@ class Goals:
     def timed(self) -> bool:
         return self.latency is not None or "latency" in self.names
 
+    def too_slow(self, figures: Mapping[str, float]) -> bool:
+        return self.latency is not None and figures["latency"] > self.latency
+
     def values(self, figures: Mapping[str, float]) -> tuple[float, ...]:
         """One number an objective, each in its own sense (see SENSE).
 
@@ -54,7 +58,7 @@ class Goals:
     def _value(self, name: Name, figures: Mapping[str, float]) -> float:
         if SENSE[name] < 0:
             return figures[name]
-        if self.latency is not None and figures["latency"] > self.latency:
+        if self.latency is not None and self.too_slow(figures):
             return -figures["latency"] / self.latency
         lost = max(0.0, figures["zero_shot_loss"]) if self.penalty else 0.0
         return figures[name] - self.penalty * lost
@@ -70,19 +74,14 @@ def figures_of(rows: Sequence[Row], zero_shot: Row) -> dict[str, float]:
     """
     learned = len(rows)
     tasks = range(len(rows[0]))
-    found = {"last": _mean(rows[-1][:learned]), "average": _mean([value for row in rows for value in row])}
+    found = {"last": mean(rows[-1][:learned]), "average": mean([value for row in rows for value in row])}
     losses: list[float | None] = []
     for task in tasks[1:]:
-        before = _mean([row[task] for row in rows[:task]])
+        before = mean([row[task] for row in rows[:task]])
         base = zero_shot[task]
         losses.append(None if before is None or base is None else base - before)
-    found["zero_shot_loss"] = _mean(losses) if losses else 0.0
+    found["zero_shot_loss"] = mean(losses) if losses else 0.0
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def dominates(one: Sequence[float], other: Sequence[float], names: Sequence[str]) -> bool:

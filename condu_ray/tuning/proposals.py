@@ -41,24 +41,26 @@ def distribution(entry: Entry) -> BaseDistribution:
 
 
 class Proposals:
-    """Proposes configurations of a sweep. Numbers count from 0, in the order proposed.
+    """Proposes configurations of a sweep. New ones count on from the highest number on record, 0 where there is none.
 
-    replayed: configurations of an earlier run that are to be proposed again first, in their order. known: those that
-    are told as they ended, and not proposed again.
+    replayed: trials of an earlier run that are to be proposed again first, in their order. known: those that are told
+    as they ended, and not proposed again.
     """
 
-    def __init__(self, sweep: Sweep, replayed: Sequence[Settings] = (), known: Sequence[Record] = ()) -> None:
+    def __init__(self, sweep: Sweep, replayed: Sequence[Record] = (), known: Sequence[Record] = ()) -> None:
         self._space = {name: distribution(entry) for name, entry in sweep.space.items()}
         self._left = sweep.most - len(known)
         self._names = sweep.goals.names
         points = grid(sweep.space) if sweep.search == "grid" else ()  # type: ignore[arg-type]  # checked by Sweep
         self._draws = sweep.search != "grid"
-        self._replayed = list(replayed)
+        self._replayed = [record.settings for record in replayed]
         self._given = {configuration_key(record.settings) for record in known}
-        again = self._given | {configuration_key(settings) for settings in replayed}
+        again = self._given | {configuration_key(settings) for settings in self._replayed}
         self._grid = [point for point in itertools.islice(points, sweep.most) if configuration_key(point) not in again]
         self._asked: dict[int, optuna.Trial] = {}
-        self._number = max((record.number + 1 for record in known), default=0)
+        self._number = 0
+        # Not their count: a run may be killed while a trial of a lower number has nothing on record yet.
+        self._first_new = max((record.number + 1 for record in (*known, *replayed)), default=0)
         # Moved on by what is known, or a run that goes on would draw the first run's numbers again.
         self._sampler = _sampler(sweep.search, sweep.config.seed + len(replayed) + len(known))
         self._study = self._remembering([self._frozen(record.settings, record.values) for record in known])
@@ -70,10 +72,12 @@ class Proposals:
         for _ in range(TRIES):
             if self._replayed:
                 self._study.enqueue_trial(self._replayed.pop(0))
-            elif self._grid:
-                self._study.enqueue_trial(self._grid.pop(0))
-            elif not self._draws:
-                return None
+            else:
+                self._number = max(self._number, self._first_new)
+                if self._grid:
+                    self._study.enqueue_trial(self._grid.pop(0))
+                elif not self._draws:
+                    return None
             trial = self._study.ask(self._space)
             settings = dict(trial.params)
             if configuration_key(settings) not in self._given:
@@ -111,8 +115,7 @@ class Proposals:
         """A study of these; of many, a quarter of the memory goes to the best and the rest to the newest."""
         study = study_of(self._names, self._sampler)
         if len(trials) > MEMORY:
-            sense = SENSE[self._names[0]]
-            ranked = sorted(trials, key=lambda trial: -sense * trial.values[0] if trial.values else float("inf"))
+            ranked = sorted(trials, key=lambda trial: -trial.values[0] if trial.values else float("inf"))
             best = ranked[: MEMORY // 4]
             kept = {id(trial) for trial in best}
             newest = [trial for trial in trials if id(trial) not in kept][-(MEMORY - len(best)) :]
@@ -148,19 +151,17 @@ def _sampler(search: str, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def importances(sweep: Sweep, records: Sequence[Record]) -> dict[str, float]:
-    """How much of what the first objective does each setting explains (PED-ANOVA), sum 1; {} where nothing differs."""
-    done = [record for record in records if record.values is not None]
-    if len(done) < 2 or len({record.values[0] for record in done if record.values}) < 2:
+    """How much of what trials reached each setting explains (PED-ANOVA), sum 1; {} where nothing differs."""
+    done = [(record.settings, record.reached) for record in records if record.reached is not None]
+    # Places, not values: those of trials that were stopped early are of another kind. Only their order counts.
+    places = {reached: float(place) for place, reached in enumerate(sorted({reached for _, reached in done}))}
+    if len(places) < 2:
         return {}
     space = {name: distribution(entry) for name, entry in sweep.space.items()}
-    study = study_of(sweep.goals.names)
-    study.add_trials([frozen(space, record.settings, record.values) for record in done])
-    sense = SENSE[sweep.goals.names[0]]
+    study = study_of(sweep.goals.names[:1])
+    study.add_trials([frozen(space, settings, [places[reached]]) for settings, reached in done])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is experimental, and that small targets are taken for good
-        found = optuna.importance.get_param_importances(
-            study,
-            evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-            target=lambda trial: -sense * trial.values[0],
-        )
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {name: float(value) for name, value in found.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,12 @@ class Record:
         return self.reports[-1].values if self.reports and self.state != "failed" else None
 
     @property
+    def reached(self) -> tuple[int, float] | None:
+        """What trials are ranked by, (budget, first objective): one that was stopped early was measured half trained,
+        and counts as less than any that went further. None as for `values`."""
+        return None if self.values is None else (self.reports[-1].budget, self.values[0])
+
+    @property
     def figures(self) -> dict[str, float]:
         return self.reports[-1].figures if self.reports else {}
 
@@ -59,6 +65,11 @@ class Record:
     def from_json(cls, found: Mapping[str, Any]) -> Record:
         reports = tuple(Report(**{**each, "values": tuple(each["values"])}) for each in found["reports"])
         return cls(**{**found, "reports": reports})
+
+
+def finished(records: Sequence[Record]) -> list[Record]:
+    """Those that ran to their end: what the others reached is no figure of a whole trial."""
+    return [record for record in records if record.state == "finished" and record.values is not None]
 
 
 @dataclass

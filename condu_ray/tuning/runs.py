@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # records.py writes what is kept
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Tune's takes the first Ctrl-C for the end of the search
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a banner on standard output, whatever `verbose`
 
 from ray import tune
@@ -26,7 +28,6 @@ from condu_ray.data import TaskData
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.placement import places
 from condu_ray.errors import ConduError, TrainingError
-from condu_ray.tuning.objectives import SENSE
 from condu_ray.tuning.proposals import Proposals
 from condu_ray.tuning.records import Record, Report, State, Trials
 from condu_ray.tuning.settings import Sweep
@@ -71,26 +72,35 @@ def search(sweep: Sweep, tasks: list[TaskData], folder: Path, cluster: Cluster, 
     trials = Trials(folder)
     needs, most = resources(sweep.config, cluster)
     assignment = assignment_of(sweep, tasks, folder, needs)
-    replayed = [record.settings for record in trials.all()]
-    name = f"tune-{uuid.uuid4().hex[:12]}"
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, assignment=assignment), tune.PlacementGroupFactory([needs])),
-        tune_config=tune.TuneConfig(
-            search_alg=_Search(Proposals(sweep, replayed)),
-            scheduler=_scheduler(sweep, assignment),
-            num_samples=sweep.most,
-            max_concurrent_trials=most,
-            reuse_actors=True,  # a process's start costs more than many a trial, and than all that is told again
-        ),
-        run_config=tune.RunConfig(
-            name=name, storage_path=str(folder / "tune"), callbacks=[_Watch(trials, table)], verbose=0
-        ),
-    )
-    try:
+    with workplace(folder) as place:
+        trainable = tune.with_parameters(_trial, assignment=assignment)
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, tune.PlacementGroupFactory([needs])),
+            tune_config=tune.TuneConfig(
+                search_alg=_Search(Proposals(sweep, replayed=trials.all())),
+                scheduler=_scheduler(sweep, assignment),
+                num_samples=sweep.most,
+                max_concurrent_trials=most,
+                reuse_actors=True,  # a process's start costs more than many a trial, and than all that is told again
+            ),
+            run_config=tune.RunConfig(
+                name=place.name, storage_path=str(place.parent), callbacks=[_Watch(trials, table)], verbose=0
+            ),
+        )
         tuner.fit()
-    finally:
-        shutil.rmtree(folder / "tune", ignore_errors=True)
     return trials.all()
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """Where Tune keeps what nothing here reads; removed afterwards, but not what another run has beside it."""
+    place = folder / "tune" / uuid.uuid4().hex[:12]
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):  # there is none, or it is not empty
+            place.parent.rmdir()
 
 
 def _trial(config: Mapping[str, Any], assignment: Assignment) -> None:
@@ -112,12 +122,11 @@ def _reason(error: Exception) -> str:
 
 
 def _metrics(report: Report, assignment: Assignment) -> dict[str, Any]:
-    """score: the first objective, more is better; what the scheduler compares. The table reads the rest."""
-    score = SENSE[assignment.goals.names[0]] * report.values[0]
+    """score: the first objective, an accuracy, which the scheduler compares. The table reads the rest."""
     return {
         "budget": report.budget,
         "spent": assignment.spent(report.budget),
-        "score": score,
+        "score": report.values[0],
         "values": list(report.values),
         "whole": report.budget == assignment.budget,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from condu_ray.config import SessionConfig
 from condu_ray.engine.keys import HOW, PLACEMENT
-from condu_ray.errors import ConfigError, nearest
+from condu_ray.errors import ConfigError, nearest, without_credentials
 from condu_ray.methods import registry
 from condu_ray.sources import flatten, nest, read_yaml, resolve
 from condu_ray.tuning.objectives import SENSE, Goals, Name
@@ -27,7 +28,7 @@ class Sweep(BaseModel):
 
     session: dict[str, Any] = Field(description="settings that stay, as in a file for `learn --config`")
     space: dict[str, Entry] = Field(min_length=1, description="setting -> values to try")
-    trials: int = Field(default=16, ge=1, le=MOST_TRIALS, description="most configurations to try")
+    trials: int = Field(default=16, ge=1, le=MOST_TRIALS, description="most configurations to try; grid: unset, all")
     search: Literal["optuna", "random", "grid"] = Field(
         default="optuna", description="optuna: tree-structured Parzen estimator; grid: each combination in turn"
     )
@@ -96,9 +97,8 @@ class Sweep(BaseModel):
     @cached_property
     def config(self) -> SessionConfig:
         """The settings that stay, checked; the environment stands above the file, as for `learn`."""
-        given = flatten(self.session)
-        _, origin = resolve({})
-        return resolve({name: value for name, value in given.items() if origin.get(name) != "environment"})[0]
+        given, above = flatten(self.session), _from_environment()
+        return resolve({name: value for name, value in given.items() if name not in above})[0]
 
     @property
     def goals(self) -> Goals:
@@ -125,8 +125,9 @@ class Sweep(BaseModel):
 
     @property
     def most(self) -> int:
-        """How many configurations are tried at most: no more than there are."""
-        return int(min(self.trials, size(self.space)))
+        """How many configurations are tried at most: no more than there are; of a grid all, unless told otherwise."""
+        asked = MOST_TRIALS if self.search == "grid" and "trials" not in self.model_fields_set else self.trials
+        return int(min(asked, size(self.space)))
 
     def terms(self) -> dict[str, Any]:
         """What must stay the same for as long as a sweep's folder is used: all but how many trials."""
@@ -135,6 +136,19 @@ class Sweep(BaseModel):
             "session": _lasting(self.config),
             "order": list(self.config.tasks),
         }
+
+
+def with_defaults(terms: dict[str, Any]) -> dict[str, Any]:
+    """`terms` as they were written, and the defaults of what was no entry or setting then."""
+    entries = {name: field.default for name, field in Sweep.model_fields.items() if not field.is_required()}
+    known = {name: value for name, value in entries.items() if name != "trials"}
+    found = {**json.loads(json.dumps(known)), **terms}
+    return {**found, "session": {**_lasting(SessionConfig()), **found["session"]}}
+
+
+def _from_environment() -> set[str]:
+    """Dotted names of the settings that the environment gives."""
+    return {name for name, origin in resolve({})[1].items() if origin == "environment"}
 
 
 def _lasting(config: SessionConfig) -> dict[str, Any]:
@@ -177,6 +191,8 @@ def _check(sweep: Sweep, path: Path) -> None:
         )
     if "accuracy" in goals.names and (len(config.tasks) > 1 or len(goals.names) > 1):
         faults.append("objective accuracy is of a single task, before it is fused: use last or average")
+    elif "accuracy" in goals.names and sweep.asked != "task":
+        faults.append(f"labels {sweep.asked} asks what was fused, and objective accuracy what was trained: use last")
     elif "accuracy" in goals.names and sweep.learner:
         faults.append(f"objective accuracy looks into a training, and {sweep.learner} trains in its own way: use last")
     try:
@@ -199,5 +215,13 @@ def _faults(error: ValidationError) -> list[str]:
 
 
 def best_session(sweep: Sweep, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `learn --config` takes: the settings that stay, as they were given, and those that were found."""
-    return nest({**flatten(sweep.session), **settings})
+    """What `learn --config` takes: the settings that stay, as they were given or as the environment had them, and those
+    that were found. A `tracking` that names a password is left out: the file is kept where others may read it."""
+    told = flatten(sweep.config.model_dump(mode="json"))
+    environment = {name: told[name] for name in _from_environment() if name == "tasks" or name not in PLACEMENT}
+    given = {name: value for name, value in flatten(sweep.session).items() if not _secret(name, value)}
+    return nest({**given, **environment, **settings})
+
+
+def _secret(name: str, value: Any) -> bool:
+    return name == "tracking" and isinstance(value, str) and value != without_credentials(value)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from condu_ray.tuning.objectives import SENSE, front
+from condu_ray.tuning.objectives import front
 from condu_ray.tuning.proposals import importances
-from condu_ray.tuning.records import Record
+from condu_ray.tuning.records import Record, finished
 from condu_ray.tuning.settings import Sweep
 from condu_ray.tuning.space import Choice, Log, size
 
@@ -24,7 +24,7 @@ def best_of(sweep: Sweep, records: Sequence[Record]) -> list[Record]:
 
     Of a search that stops early only those that ran to the end: the others were measured half trained.
     """
-    done = [record for record in records if record.values is not None and record.state == "finished"]
+    done = finished(records)
     values = [record.values for record in done if record.values is not None]
     return [done[place] for place in front(values, sweep.goals.names)]
 
@@ -39,11 +39,28 @@ def advice(sweep: Sweep, records: Sequence[Record], best: Record) -> dict[str, A
         tries.append(f"search again for {', '.join(matters)} alone, around the best, and leave the others as they are")
     if failed := sum(record.state == "failed" for record in records):
         tries.append(f"look at the reasons of the {failed} trials that failed, and narrow the space")
-    if len(records) < size(sweep.space) and _still_rising(sweep, records):
+    if len(records) < size(sweep.space) and _still_rising(records):
         tries.append(
-            "more trials (raise `trials`, the same command goes on): the last quarter of them still found better"
+            "more trials (raise `trials`, the same command goes on): of those that finished, the last quarter "
+            "still found better"
         )
     return {"importance": importance, "matters": matters, "hardly": hardly, "try": tries}
+
+
+def cautions(sweep: Sweep, best: Record) -> list[str]:
+    """What the best should not be taken for, in sentences."""
+    found = []
+    if sweep.goals.too_slow(best.figures):
+        found.append(
+            f"no configuration answers within latency_ms {sweep.latency_ms:g}: the best is the fastest, at "
+            f"{best.figures['latency']:.3g} ms a picture. Raise latency_ms, or search smaller vote.k."
+        )
+    if sweep.search == "grid" and sweep.most < (there := size(sweep.space)):
+        found.append(
+            f"the grid was tried in part, {sweep.most:,} of {there:,.0f} combinations: raise `trials`, and the same "
+            "command goes on."
+        )
+    return found
 
 
 def _edge(sweep: Sweep, name: str, best: Record) -> str | None:
@@ -61,8 +78,7 @@ def _edge(sweep: Sweep, name: str, best: Record) -> str | None:
     return f"a {size_of} {name}: {value:.3g} is at the end of its range ({low:g} to {high:g})"
 
 
-def _still_rising(sweep: Sweep, records: Sequence[Record]) -> bool:
-    sense = SENSE[sweep.goals.names[0]]
-    values = [sense * record.values[0] for record in records if record.values is not None]
+def _still_rising(records: Sequence[Record]) -> bool:
+    values = [record.values[0] for record in finished(records) if record.values is not None]
     part = len(values) // 4
     return part > 0 and max(values[-part:]) > max(values[:-part])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table as Drawn
 
-from condu_ray.tuning.objectives import SENSE, UNITS
+from condu_ray.tuning.objectives import UNITS
 from condu_ray.tuning.records import Record
 from condu_ray.tuning.settings import Sweep
 from condu_ray.tuning.space import Scalar
@@ -56,10 +56,10 @@ class Table:
         return drawn
 
     def _shown(self) -> list[Record]:
-        sense = SENSE[self._sweep.goals.names[0]]
         best = sorted(
             (record for record in self._records.values() if record.ended),
-            key=lambda record: -sense * record.values[0] if record.values else float("inf"),
+            key=lambda record: record.reached or (0, 0.0),
+            reverse=True,
         )
         return [*(record for record in self._records.values() if not record.ended), *best][:ROWS]
 

@@ -37,16 +37,6 @@ LOSSES = {"pets": [(step, 2.0 / (step + 1)) for step in range(5)]}
 SETTINGS = {"train": {"steps": 5, "rate": 0.001}, "tasks": ["pets"], "note": "long " * 200}
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: its tables take seconds to make, so it is copied."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return create_store(tmp_path / "store", StoreHeader(method="condu", model={}, model_sha256="", layout={}))
@@ -228,6 +218,31 @@ def test_an_older_version_recorded_late_is_not_the_newest(
     assert {alias: tags["condu.version"] for alias, tags in tagged.items()} == {"newest": "2", version_alias(1): "1"}
 
 
+def test_a_model_that_somebody_registered_by_hand_is_left_alone(
+    tracking: Tracking, client: Any, commit: Callable[[int], Manifest], store: Store
+) -> None:
+    name = model_name(store.header.id)
+    client.create_registered_model(name)
+    client.create_model_version(name, "file:///somewhere/else")
+    assert record(tracking, commit(1)) is None
+    assert client.get_model_version_by_alias(name, "newest").tags["condu.version"] == "1"
+
+
+def test_a_server_that_many_share_is_asked_for_the_experiment_of_the_store(
+    tracking: Tracking, client: Any, commit: Callable[[int], Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert record(tracking, commit(1)) is None
+    for number in range(3):
+        client.create_experiment(f"another {number}")
+    whole = type(client).search_experiments
+
+    def short(self: Any, *given: Any, **others: Any) -> Any:
+        return whole(self, *given, **{**others, "max_results": 2})  # a page, which has room for a thousand
+
+    monkeypatch.setattr(type(client), "search_experiments", short)
+    assert tracking.recorded() == {1}
+
+
 def test_a_store_that_moved_keeps_its_files_with_it(
     tracking: Tracking, commit: Callable[[int], Manifest], store: Store, tmp_path: Path
 ) -> None:
@@ -344,6 +359,25 @@ class TestCheck:
     def test_a_plain_folder_is_refused(self, store: Store, uri: str) -> None:
         with pytest.raises(ConfigError, match="plain folder .*sqlite:////FOLDER/mlflow.db or http://HOST:PORT"):
             open_tracking(uri, store.url).check()
+
+    @pytest.mark.parametrize(
+        "uri", ["localhost:5000", "127.0.0.1:5000", "bob:secret@localhost:5000", "my_host:5000/ml"]
+    )
+    def test_a_server_without_http_is_refused_with_what_to_write(self, store: Store, uri: str) -> None:
+        address = uri.removeprefix("bob:secret@")
+        with pytest.raises(ConfigError) as caught:
+            open_tracking(uri, store.url)
+        assert f"'{address}' does not begin with http:// or https://: give http://{address}." in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize("uri", ["sqlite:mlflow.db", "sqlite://mlflow.db", "databricks:profile"])
+    def test_what_is_no_uri_of_its_kind_is_refused(self, store: Store, uri: str) -> None:
+        with pytest.raises(ConfigError, match="none that MLflow takes: give sqlite:////FOLDER/mlflow.db"):
+            open_tracking(uri, store.url)
+
+    @pytest.mark.parametrize("uri", ["postgresql+psycopg2://host/db", "databricks://profile", "HTTP://host:5000"])
+    def test_other_kinds_of_uri_are_mlflow_s_to_judge(self, store: Store, uri: str) -> None:
+        assert open_tracking(uri, store.url).uri == uri
 
     def test_a_database_in_no_folder_is_refused(self, store: Store, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="has no folder .*nowhere"):

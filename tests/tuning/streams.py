@@ -24,6 +24,6 @@ class Stream:
     cached: Cached
 
 
-def ended(number: int, settings: dict[str, Any], *values: float, state: Any = "finished") -> Record:
-    """A trial that has ended with these values."""
-    return Record(number, settings, (Report(1, values, {}, 3, 0.0),), state)
+def ended(number: int, settings: dict[str, Any], *values: float, state: Any = "finished", budget: int = 3) -> Record:
+    """A trial that has ended with these values; budget: how far it went."""
+    return Record(number, settings, (Report(budget, values, {}, 3, 0.0),), state)

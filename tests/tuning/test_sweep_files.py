@@ -40,6 +40,7 @@ Written = Callable[..., tuple[Path, Sweep]]
         (1, LR, {"latency_ms": 5}, "latency follows from the vote"),
         (1, LR, {"objectives": ["average"]}, "need two tasks"),
         (2, LR, {"objectives": ["accuracy"]}, "of a single task"),
+        (1, LR, {"labels": "union"}, "labels union asks what was fused"),
         (
             1,
             {"method": {"choice": ["condu", "dmc"]}},
@@ -127,3 +128,33 @@ def test_the_best_is_a_file_of_settings_that_says_where_it_comes_from(written: W
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert all(word in " ".join(comments) for word in (str(file), "trial 4 of 16", "87.50", "34 %"))
     assert set(yaml.safe_load(path.read_text())) == {"tasks", "model", "train", "tracking", "fusion"}
+
+
+def best(sweep: Sweep, folder: Path, **settings: Any) -> Path:
+    path = folder / "best.yaml"
+    write_best(sweep, Record(0, settings, (Report(3, (87.5,), {}, 9, 1.0),), "finished"), path, "sweep.yaml", 1)
+    return path
+
+
+def test_a_password_is_not_in_the_best(written: Written, tmp_path: Path) -> None:
+    _, sweep = written(["colours"], LR, session={"tracking": "http://bob:secret@host:5000"})
+    said = best(sweep, tmp_path).read_text()
+    assert "secret" not in said
+    assert "give it by --tracking or CONDU_TRACKING" in said
+    _, sweep = written(["colours"], LR, session={"tracking": "http://host:5000"})
+    assert resolve({}, best(sweep, tmp_path))[0].tracking == "http://host:5000"
+
+
+def test_the_best_holds_what_the_environment_had(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where it ran; what was searched for stands as it was found."""
+    given = {"CONDU_TRAIN__STEPS": "7", "CONDU_SEED": "5", "CONDU_WORKERS": "1", "CONDU_TRAIN__LR": "0.5"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    _, sweep = written(["colours"], LR)
+    path = best(sweep, tmp_path, **{"train.lr": 0.0025})
+    for name in given:
+        monkeypatch.delenv(name)
+    config, _ = resolve({}, path)
+    assert (config.train.steps, config.seed, config.train.lr, config.workers) == (7, 5, 0.0025, None)

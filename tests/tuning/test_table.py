@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from streams import ended
 
 from condu_ray import reports
 from condu_ray.tuning.records import Record, Trials
-from condu_ray.tuning.runs import _Watch
+from condu_ray.tuning.runs import _Watch, workplace
 from condu_ray.tuning.settings import Sweep
 from condu_ray.tuning.table import Table
 
@@ -49,13 +50,36 @@ def test_a_terminal_shows_what_runs_and_the_best_and_can_be_left_behind(written:
         table = Table(sweep, live)
         for number in range(20):
             table.show(ended(number, settings(0.001 + number / 10_000), float(number)))
+        table.show(ended(21, settings(0.0098), 99.0, state="stopped", budget=1))
         table.show(Record(20, settings(0.0099)))
         live.refresh()
         pickle.dumps(_Watch(Trials(tmp_path), table))  # as Tune does with its callbacks
     last = screen.getvalue()
-    assert "20 of 40 trials" in last
+    assert "21 of 40 trials" in last
     shown = [row[0] for row in zip(*(column.cells for column in table.drawn().columns), strict=True)]
     assert shown == ["20", *(str(number) for number in range(19, 8, -1))]
+
+
+def test_a_run_that_ends_leaves_what_another_one_needs(tmp_path: Path) -> None:
+    with workplace(tmp_path) as one:
+        one.mkdir(parents=True)
+        with workplace(tmp_path) as other:
+            other.mkdir(parents=True)
+        assert (one.is_dir(), other.exists()) == (True, False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_command_and_not_the_search_alone() -> None:
+    """With Tune's own handler the first Ctrl-C makes a sweep under way look like one that is finished."""
+    from ray.tune.tune import _setup_signal_catching
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        _setup_signal_catching()
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_the_summary_says_what_matters_and_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,7 @@ def open_pictures(paths: Sequence[str | Path], on_skipped: Callable[[Skipped], N
             on_skipped(Skipped(picture.path, one))
         else:
             raise DataError(f"{picture.path} cannot be used ({one})", "give a JPEG, PNG, WebP, GIF, BMP or TIFF file")
-    if not kept:
+    if found and not kept:
         raise DataError(f"none of the {len(found)} files there can be used", "give pictures that open elsewhere")
     return kept
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from condu_ray.errors import ConfigError
+
 
 def as_path(given: str | Path) -> Path:
     """The path with ~ as the home folder, or as it stands where there is no such user."""
@@ -15,5 +17,10 @@ def as_path(given: str | Path) -> Path:
 
 
 def cache_root() -> Path:
-    """CONDU_CACHE, else ~/.cache/condu-ray."""
-    return as_path(os.environ.get("CONDU_CACHE") or "~/.cache/condu-ray")
+    """CONDU_CACHE, else ~/.cache/condu-ray. Raises ConfigError where there is no home folder."""
+    if given := os.environ.get("CONDU_CACHE"):
+        return as_path(given)
+    try:
+        return Path.home() / ".cache" / "condu-ray"
+    except RuntimeError:
+        raise ConfigError("this user has no home folder for the cache", "set CONDU_CACHE to a folder") from None

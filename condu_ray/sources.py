@@ -114,12 +114,11 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_whole_mapping
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in _pairs(read_yaml(path, "write settings as 'name: value' lines")):
-        if name in found:
-            raise ConfigError(f"{path}: {name} is given twice, nested and with dots", "leave one of them out")
-        found[name] = value
-    return found
+    found = read_yaml(path, "write settings as 'name: value' lines")
+    try:
+        return flatten(found)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", error.mend) from None
 
 
 def read_yaml(path: Path, form: str) -> dict[str, Any]:
@@ -147,8 +146,16 @@ def read_yaml(path: Path, form: str) -> dict[str, Any]:
 
 
 def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns nested settings into dotted names; `tasks` stays one value, a section without content gives nothing."""
-    return dict(_pairs(nested))
+    """Turns nested settings into dotted names; `tasks` stays one value, a section without content gives nothing.
+
+    Raises ConfigError for a name that is there in both forms.
+    """
+    found: dict[str, Any] = {}
+    for name, value in _pairs(nested):
+        if name in found:
+            raise ConfigError(f"{name} is given twice, nested and with dots", "leave one of them out")
+        found[name] = value
+    return found
 
 
 def _pairs(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

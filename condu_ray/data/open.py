@@ -24,6 +24,7 @@ from condu_ray.data.walk import pictures
 from condu_ray.errors import DataError, nearest
 from condu_ray.paths import as_path
 
+PICTURE_KINDS = "give a JPEG, PNG, WebP, GIF, BMP or TIFF file"
 SKIP_LIMIT = 0.05  # the largest share of pictures that may be left out because they cannot be read
 
 
@@ -111,16 +112,18 @@ def open_pictures(paths: Sequence[str | Path], on_skipped: Callable[[Skipped], N
             raise DataError(f"the folder {path} holds no pictures", "give picture files, or a folder that has some")
         found.extend(Picture(str(file)) for file in files)
         in_folder += [path.is_dir()] * len(files)
-    kept = []
+    kept, reasons = [], list[str]()
     for picture, one, may_be_skipped in zip(found, scan(found), in_folder, strict=True):
         if not isinstance(one, str):
             kept.append(picture)
         elif on_skipped is not None and may_be_skipped:
+            reasons.append(one)
             on_skipped(Skipped(picture.path, one))
         else:
-            raise DataError(f"{picture.path} cannot be used ({one})", "give a JPEG, PNG, WebP, GIF, BMP or TIFF file")
+            raise DataError(f"{picture.path} cannot be used ({one})", PICTURE_KINDS)
     if found and not kept:
-        raise DataError(f"none of the {len(found)} files there can be used", "give pictures that open elsewhere")
+        first = f"{found[0].path}: {reasons[0]}"
+        raise DataError(f"none of the {len(found)} files there can be used ({first})", PICTURE_KINDS)
     return kept
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 from typing import IO
 
 import numpy as np
@@ -110,11 +111,14 @@ def open_image(body: bytes, most: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
+_SVG = re.compile(rb"\s*(<\?xml[^>]*>|<!--.*?-->|<!doctype svg[^>]*>|\s)*<svg\b", re.DOTALL | re.IGNORECASE)
+
+
 def _unknown(body: bytes) -> str:
     """Why a body that PIL does not know is none, naming the formats that people take for pictures all the same."""
     if body[4:8] == b"ftyp" and body[8:12] in _HEIC:
         return "HEIC, which is not read: convert it to JPEG"
-    if b"<svg" in body[:1000].lower():
+    if _SVG.match(body[:2000]):
         return "SVG, which is not read: convert it to PNG"
     return "not a picture"
 

@@ -64,10 +64,12 @@ def _refuse_others(root: Path, train: Path) -> None:
     """
     splits = {folder for marked in _marked(root).values() for each in marked.values() for folder in each}
     for child in subfolders(root):
-        if child not in splits and holds_pictures(child):
+        unlabelled = child in splits and not subfolders(child)
+        if child != train and not unlabelled and holds_pictures(child):
             raise DataError(
                 f"{root} has {train.name}/ with folders in it, no test split, and pictures in {child.name}/",
-                f"give {train} itself, or, if it is a class, take its pictures out of their folders",
+                f"call the other split test/ or val/, give {train} itself, or, if it is a class, take its pictures out "
+                "of their folders",
             )
 
 
@@ -82,7 +84,7 @@ def refuse_splits(root: Path) -> None:
             named = " and ".join(sorted(f"{folder.name}/" for folder in folders)[:3])
             raise DataError(
                 f"{root} has {named}, by name {'splits' if len(folders) > 1 else 'a split'} and no class",
-                "sort the pictures as train/CLASS/PICTURE and test/CLASS/PICTURE, or give a folder of class folders",
+                "sort the pictures as train/CLASS/PICTURE and test/CLASS/PICTURE, or, if they are classes, rename them",
             )
 
 
@@ -90,7 +92,9 @@ def _marked(root: Path) -> dict[str, dict[SplitName, list[Path]]]:
     """Folders whose names hold one word for a split, by what is around it and by the split."""
     found: dict[str, dict[SplitName, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for child in subfolders(root):
-        words = re.split(r"[\W_]+", child.name.casefold())
+        # train2017 and TrainingSet are two words each.
+        parted = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=\D)(?=\d)|(?<=\d)(?=\D)", " ", child.name)
+        words = re.split(r"[\W_]+", parted.casefold())
         splits = [SPLITS[word] for word in words if word in SPLITS]
         if len(splits) == 1:
             around = " ".join("*" if word in SPLITS else word for word in words)

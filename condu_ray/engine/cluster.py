@@ -25,6 +25,8 @@ PRIVATE = {
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
 }
 """What Ray Train reads from the environment in a cluster of this process's own."""
+_TOKEN = secrets.token_hex(32)
+"""Of all clusters that this process starts: Ray reads it once."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def connect() -> Cluster:
                 # Ray's ports are open to the network, and who reaches them can run code. Unless told otherwise it asks
                 # for a token: one of this process's own, so that none is written into the home folder.
                 if "RAY_AUTH_MODE" not in os.environ:
-                    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+                    os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
                 os.environ |= PRIVATE
                 ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as error:
@@ -99,9 +101,23 @@ def connected(given: Cluster | None = None) -> Iterator[Cluster]:
     if given is not None:
         yield given
         return
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _restored("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", *PRIVATE):
         cluster = connect()
         try:
             yield cluster
         finally:
             disconnect(cluster)
+
+
+@contextlib.contextmanager
+def _restored(*names: str) -> Iterator[None]:
+    """Puts variables of the environment back at the end: what comes after may belong to another cluster."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -109,7 +109,7 @@ def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> 
 def _difference(card: TaskCard, config: SessionConfig, task: TaskData) -> str | None:
     """What a task of that name was learned with instead, if anything."""
     others = _other_settings(card, config, task)
-    splits_otherwise = any(each.startswith(("seed ", "test_share ")) for each in others)
+    splits_otherwise = task.split_made and any(each.startswith(("seed ", "test_share ")) for each in others)
     if card.fingerprint != task.fingerprint and not splits_otherwise:
         return f"from other pictures, labels or templates ({card.source})"
     return f"with other settings ({'; '.join(others)})" if others else None
@@ -117,7 +117,9 @@ def _difference(card: TaskCard, config: SessionConfig, task: TaskData) -> str | 
 
 def _other_settings(card: TaskCard, config: SessionConfig, task: TaskData) -> list[str]:
     """What differs from the settings a task was learned with; one that is younger than the task had its default."""
-    split = {"test_share": config.test_share} if task.split_made and "test_share" in card.settings else {}
+    # Another share may make the same split of a few pictures.
+    other_split = task.split_made and card.fingerprint != task.fingerprint and "test_share" in card.settings
+    split = {"test_share": config.test_share} if other_split else {}
     asked, learned = (flatten(each) for each in ({**training_settings(config), **split}, card.settings))
     usual = flatten(training_settings(SessionConfig(method=config.method)))
     learned = {**usual, **learned}

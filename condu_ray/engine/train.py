@@ -183,7 +183,7 @@ def take_part(given: Given) -> None:
     torch.set_num_threads(group.cpus_each)
     device = get_device()
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # which Ray does for workers that are connected alone
+        torch.cuda.set_device(device)  # which Ray does only for workers that it connects
     mine = list(given.jobs) if group.shared else deal(given.jobs, size, config)[rank]
     together = group.shared and size > 1
     place = Place(rank, size, _distribute, _barrier, _agree) if together else Place()

@@ -236,8 +236,9 @@ def _kind_of(uri: str) -> str:
 
 def _check_form(uri: str) -> None:
     """Raises ConfigError for localhost:5000, whose host would pass for a kind of URI that MLflow may know."""
-    kind, address = _kind_of(uri), uri.rpartition("@")[2]  # what stands before may be a password
-    if "://" not in uri and re.fullmatch(r"[^/]+:\d+(/.*)?", address):
+    # What stands before the host, and after a question mark, may be a password.
+    kind, address = _kind_of(uri), uri.rpartition("@")[2].partition("?")[0]
+    if kind != "file" and "://" not in uri and re.fullmatch(r"[^/]+:\d+(/.*)?", address):
         raise ConfigError(
             f"the tracking URI {address!r} does not begin with http:// or https://", f"give http://{address}"
         )

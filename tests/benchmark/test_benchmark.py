@@ -285,8 +285,13 @@ def test_other_pictures_need_another_folder(done: Any, picture_tasks: dict[str, 
     data = dict(benchmark.stream.tasks) | {"places": str(shutil.copytree(picture_tasks["places"], tmp_path / "places"))}
     again = Benchmark(**{**vars(benchmark), "work": tmp_path / "work", "stream": Stream(data)})
     shutil.copy(tmp_path / "places" / "train" / "edge" / "03.png", tmp_path / "places" / "train" / "edge" / "04.png")
-    with pytest.raises(DataError, match=r"task places has other pictures now than zero-shot learned it from.*--work"):
-        measure(again, nobody, silent)
+    for seeds in ((0,), (0, 1)):
+        asked = Benchmark(**{**vars(again), "seeds": seeds})
+        with pytest.raises(DataError, match=r"task places has other pictures now than zero-shot learned.*--work"):
+            measure(asked, nobody, silent)
+    other = Benchmark(**{**vars(again), "seeds": (0, 1), "methods": ("zero-shot",)})
+    with pytest.raises(DataError, match="task places has other pictures now"):  # the first seed is done
+        measure(other, nobody, silent)
 
 
 def test_a_setting_that_is_younger_than_the_folder_had_its_default(done: Any, tmp_path: Path) -> None:

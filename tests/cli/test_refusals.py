@@ -264,7 +264,9 @@ def test_other_classes_to_evaluate_on(copy: Path, picture_tasks: dict[str, Path]
 def test_a_file_that_is_no_picture(copy: Path, tmp_path: Path) -> None:
     assert "not a picture" in refused(copy, "predict", rubbish(tmp_path / "in", "note.jpg") / "note.jpg")
     for command in (["predict", tmp_path / "in"], ["drift", "--data", tmp_path / "in"]):
-        assert "none of the 1 files there can be used" in refused(copy, *command)
+        said = refused(copy, *command)
+        assert "none of the 1 files there can be used" in said
+        assert "note.jpg: not a picture): give a JPEG" in said
 
 
 def test_a_folder_for_pictures_that_cannot_be_made(copy: Path, picture: Path, tmp_path: Path) -> None:

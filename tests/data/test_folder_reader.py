@@ -72,7 +72,13 @@ def test_a_class_may_be_called_train(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("train", "test"),
-    [("training_set", "test_set"), ("seg_train/seg_train", "seg_test/seg_test"), ("Train Images", "Valid Images")],
+    [
+        ("training_set", "test_set"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("Train Images", "Valid Images"),
+        ("train2017", "val2017"),
+        ("TrainingSet", "TestSet"),
+    ],
 )
 def test_splits_under_longer_names(make, tmp_path, train, test):
     make.image_folder(tmp_path / "d" / train, ["cats", "dogs"], count=3)
@@ -225,6 +231,11 @@ def build_train_is_a_class(make, root):
     make.image_folder(root / "train", ["diesel", "steam"], first=50)
 
 
+def build_test_by_another_name(make, root):
+    make.image_folder(root / "train", ["a", "b"])
+    make.image_folder(root / "test_set", ["a", "b"], first=50)
+
+
 def build_too_few(make, root):
     make.image_folder(root, ["a", "b"])
     make.write(root / "c" / "x.png", make.picture_bytes(77))
@@ -283,7 +294,8 @@ REFUSED = {
     build_unlabelled_test: "has letters_test/ and letters_train/, by name splits",
     build_two_sets: "has a_test/ and a_train/, by name splits",
     build_strange_test: "has train_set/, by name a split and no class",
-    build_train_is_a_class: "has train/ with folders in it, no test split, and pictures in bus/: give .*train itself",
+    build_train_is_a_class: "has train/ with folders in it, no test split, and pictures in bus/: .*give .*train itself",
+    build_test_by_another_name: "no test split, and pictures in test_set/: call the other split test/ or val/",
     build_too_few: "class 'c' has only one picture, too few",
     build_equal_only: "class 'c' has only 3 equal pictures, too few",
     build_short_list: r"has 2 lines for 3 class folders: .*no folder: dgo.*no line: dog, emu",

@@ -153,6 +153,7 @@ def test_a_cut_off_picture_is_found(make, kind):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), "HEIC, which is not read: convert it to JPEG"),
         (b'<?xml version="1.0"?>\n<svg width="8" height="8"/>', "SVG, which is not read: convert it to PNG"),
+        (b'<!DOCTYPE html>\n<html><body>Not found <svg width="8"/></body></html>', "not a picture"),
     ],
 )
 def test_what_is_no_picture_says_so(body, said):

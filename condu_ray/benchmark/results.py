@@ -18,7 +18,7 @@ from condu_ray.methods import registry
 from condu_ray.store import Manifest, TaskCard, open_store
 from condu_ray.store.documents import read
 from condu_ray.tracking.history import accuracy_matrix
-from condu_ray.tracking.matrix import AccuracyMatrix
+from condu_ray.tracking.matrix import AccuracyMatrix, mean
 
 STEPS = ("train", "rescale", "fuse")
 """Steps of a session that make a task's expert; the others measure, or see the pictures for it (`on_features`)."""
@@ -125,7 +125,7 @@ def report(benchmark: Benchmark, results: Mapping[tuple[str, int], Result]) -> d
 def _incremental(matrix: AccuracyMatrix, pictures: Sequence[int], labels: str) -> dict[str, float | None]:
     """The field's class-incremental figures, where all learned classes compete."""
     row = matrix.incremental_row(pictures) if labels == "union" else [None]
-    return {"incremental_average": _mean(row), "incremental_last": row[-1]}
+    return {"incremental_average": mean(row), "incremental_last": row[-1]}
 
 
 def bounds_of(benchmark: Benchmark, seed: int) -> tuple[float | None, float | None]:
@@ -135,9 +135,9 @@ def bounds_of(benchmark: Benchmark, seed: int) -> tuple[float | None, float | No
     """
     zero_shot = individual = None
     for system, cards in _cards(benchmark, seed):
-        zero_shot = _mean([card.figures.get("zero_shot") for card in cards])
+        zero_shot = mean([card.figures.get("zero_shot") for card in cards])
         if system.fine_tunes_all:
-            individual = _mean([card.figures.get("own") for card in cards])
+            individual = mean([card.figures.get("own") for card in cards])
     return zero_shot, individual
 
 
@@ -189,8 +189,3 @@ def _spent(versions: Sequence[Manifest], system: System) -> Iterator[float]:
     steps = (*STEPS, "features") if registry.info(system.method).on_features else STEPS
     for manifest in versions:
         yield from (manifest.seconds.get(step, 0.0) for step in steps)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None

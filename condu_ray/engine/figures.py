@@ -22,7 +22,7 @@ from condu_ray.engine.progress import Update
 from condu_ray.engine.scoring import By, Question, Snapshot
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard
 
-DIGEST_BYTES = 16
+_DIGEST_BYTES = 16
 _READERS = 8
 
 
@@ -64,17 +64,17 @@ def unpack_pictures(arrays: Mapping[str, NDArray[Any]]) -> Split | None:
 
 
 def _digests(pictures: Sequence[Picture]) -> NDArray[np.uint8]:
-    """u8[n, DIGEST_BYTES]: blake2b of each picture's bytes, zeros for one that cannot be read."""
+    """u8[n, 16]: blake2b of each picture's bytes, zeros for one that cannot be read."""
 
     def digest(picture: Picture) -> bytes:
         try:
-            return hashlib.blake2b(read_bytes(picture), digest_size=DIGEST_BYTES).digest()
+            return hashlib.blake2b(read_bytes(picture), digest_size=_DIGEST_BYTES).digest()
         except (OSError, Unreadable):
-            return bytes(DIGEST_BYTES)
+            return bytes(_DIGEST_BYTES)
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="condu-digest") as pool:
         found = b"".join(pool.map(digest, pictures))
-    return np.frombuffer(found, np.uint8).reshape(-1, DIGEST_BYTES)
+    return np.frombuffer(found, np.uint8).reshape(-1, _DIGEST_BYTES)
 
 
 def ask(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,40 +22,21 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from condu_ray.catalogue import (
+    AdapterBasis,
+    Calibration,
+    Choices,
+    MemoryCalibration,
+    MethodInfo,
+    MethodName,
+    Shrinkage,
+    Triggers,
+    info,
+)
 from condu_ray.paths import as_path
 
-MethodName = Literal[
-    "condu",
-    "condu-sign",
-    "condu-lora",
-    "zero-shot",
-    "finetune",
-    "sequential",
-    "wise-ft",
-    "rapf",
-    "calfuse",
-    "dmc",
-    "dmc-ot",
-]
 Granularity = Literal["l1", "tensor_mean", "tensor", "row"]
-Triggers = Literal["mask", "sign"]
-AdapterBasis = Literal["qr", "svd", "identity", "none"]
-Calibration = Literal["none", "fixed", "schedule", "learnable", "search"]
-Shrinkage = Literal["rapf", "convex", "none"]
-MemoryCalibration = Literal["none", "mean", "sdc", "ot", "linear", "auto"]
-ONE_MODEL = ("sequential", "wise-ft")
-"""Methods that fine-tune one model on task after task."""
-FUSED = ("condu", "condu-sign", "condu-lora")
-"""Methods whose tasks share one vector (but for exact LoRA)."""
-DMC = ("dmc", "dmc-ot")
-REMEMBER = ("rapf", "calfuse", *DMC)
-"""Methods that keep class Gaussians."""
 DEFAULT_MODEL = "default"
-
-# Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
-SMALL_MODEL_PARAMETERS = 50_000_000
-
-PROMPT_LENGTH = 16  # CoOp's (arXiv 2109.01134)
 
 DomainFeatures = Literal["means", "distributions"]
 """means: of every tower, as older releases did; distributions: means of convolutions, deviations of transformers."""
@@ -418,7 +400,7 @@ class SessionConfig(_Section):
 
     @model_validator(mode="after")
     def _rescalers(self) -> SessionConfig:
-        if self.fusion.tune_rescalers and triggers_of(self) == "mask":
+        if self.fusion.tune_rescalers and self.choices.triggers == "mask":
             raise ValueError(
                 f"fusion.tune_rescalers = {self.fusion.tune_rescalers} needs sign triggers (--method condu-sign or "
                 "--fusion.triggers sign), since the rescalers of masks follow from the norms of deltas"
@@ -427,7 +409,7 @@ class SessionConfig(_Section):
 
     @model_validator(mode="after")
     def _one_model(self) -> SessionConfig:
-        if self.method in ONE_MODEL and self.train.batch_norm == "updated":
+        if self.system.ordered and self.system.reads == ("train",) and self.train.batch_norm == "updated":
             raise ValueError(
                 f"train.batch_norm = updated keeps statistics of each task, and {self.method} has one model for all"
             )
@@ -435,13 +417,34 @@ class SessionConfig(_Section):
 
     @model_validator(mode="after")
     def _prompted(self) -> SessionConfig:
-        if self.method in DMC and not any(prompt_lengths(self, most=1)):
+        if "dmc" in self.system.reads and not any(prompt_lengths(self, most=1)):
             raise ValueError("dmc.shared_prompt and dmc.task_prompt are both 0, so there is no prompt to learn")
         return self
 
     @property
     def model_spec(self) -> ModelSpec:
         return ModelSpec(name=self.model, pretrained=self.pretrained)
+
+    @property
+    def system(self) -> MethodInfo:
+        """What the method is."""
+        return info(self.method)
+
+    @property
+    def choices(self) -> Choices:
+        """As set, or what the method stands for."""
+        asked: dict[str, Any] = {
+            "triggers": self.fusion.triggers,
+            "basis": self.adapter.basis,
+            "calibration": self.adapter.calibration,
+            "distillation": self.adapter.distillation,
+            "shrinkage": self.memory.shrinkage,
+            "discriminant": self.memory.discriminant,
+            "shared_prompt": self.dmc.shared_prompt,
+            "task_prompt": self.dmc.task_prompt,
+            "memory_calibration": self.dmc.memory_calibration,
+        }
+        return replace(self.system.choices, **{name: value for name, value in asked.items() if value is not None})
 
 
 class ServeConfig(_Section):
@@ -524,68 +527,27 @@ def check_task_name(name: str) -> str:
 
 def fields(section: type[BaseModel] = SessionConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yields (dotted name, field) for every setting that is not a section."""
-    for name, info in section.model_fields.items():
-        inner = info.annotation
+    for name, field in section.model_fields.items():
+        inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from fields(inner, f"{prefix}{name}.")
         else:
-            yield prefix + name, info
-
-
-def triggers_of(config: SessionConfig) -> Triggers:
-    """What a task's bits say: as set, or what the method stands for."""
-    return config.fusion.triggers or ("sign" if config.method == "condu-sign" else "mask")
+            yield prefix + name, field
 
 
 def fuses(config: SessionConfig) -> bool:
     """Whether tasks share one vector; the other methods, and exact LoRA, keep each delta apart or none."""
     exact = config.method == "condu-lora" and config.lora.mode == "exact"
-    return config.method in FUSED and not exact
+    return "fusion" in config.system.reads and not exact
 
 
 ADAPTER_FIXED = {"basis", "weights", "mix_bias", "calibration", "mix"}
 
 
-class AdapterRule(NamedTuple):
-    """What the settings leave to the method."""
-
-    basis: AdapterBasis
-    calibration: Calibration
-    distillation: float
-
-
-ADAPTER_RULES = {
-    "rapf": AdapterRule("svd", "none", 0.0),
-    "calfuse": AdapterRule("qr", "search", 1.0),
-}
-
-
-def adapts(config: SessionConfig) -> bool:
-    """Whether what learns is an adapter on θ⁰'s features."""
-    return config.method in ADAPTER_RULES
-
-
-def adapter_rule(config: SessionConfig) -> AdapterRule:
-    """As set, or what the method stands for."""
-    chosen = {name: getattr(config.adapter, name) for name in AdapterRule._fields}
-    return ADAPTER_RULES[config.method]._replace(**{name: each for name, each in chosen.items() if each is not None})
-
-
-def shrinkage_of(config: SessionConfig) -> Shrinkage:
-    """As set, or what the method stands for."""
-    return config.memory.shrinkage or ("none" if config.method == "rapf" else "convex")
-
-
-def gaussians_answer(config: SessionConfig) -> bool:
-    """As set, or what the method stands for."""
-    asked = config.memory.discriminant
-    return config.method != "rapf" if asked is None else asked
-
-
 def rescaler_steps(config: SessionConfig, trained: int) -> int:
     """Steps that train the rescalers of a task once it is fused: as set, or a share of the `trained` ones of the task
     itself; 0 where its triggers are masks."""
-    if not fuses(config) or triggers_of(config) == "mask":
+    if not fuses(config) or config.choices.triggers == "mask":
         return 0
     steps = config.fusion.tune_rescalers
     return math.ceil(RESCALER_SHARE * trained) if steps is None else steps
@@ -599,29 +561,27 @@ def rescales(config: SessionConfig) -> bool:
 def prompt_lengths(config: SessionConfig, most: int) -> tuple[int, int]:
     """(vectors of the prompt that tasks share, vectors of each task's own): as set, or what the method stands for, at
     most `most`."""
-    usual = min(PROMPT_LENGTH, most)
-    shared, own = (0, usual) if config.method == "dmc-ot" else (usual, 0)
-    given = config.dmc.shared_prompt, config.dmc.task_prompt
-    return shared if given[0] is None else given[0], own if given[1] is None else given[1]
-
-
-def memory_calibration(config: SessionConfig) -> MemoryCalibration:
-    """As set, or what the method stands for."""
-    return config.dmc.memory_calibration or ("ot" if config.method == "dmc-ot" else "none")
+    usual, asked = config.system.choices, config.dmc
+    shared, own = min(usual.shared_prompt, most), min(usual.task_prompt, most)
+    return (
+        shared if asked.shared_prompt is None else asked.shared_prompt,
+        own if asked.task_prompt is None else asked.task_prompt,
+    )
 
 
 def fixed_by_store(config: SessionConfig) -> dict[str, Any]:
     """The settings (dotted names) that a store fixes when it is created: those that its method reads."""
+    reads = config.system.reads
     return {
         "method": config.method,
         "model": config.model,
         "pretrained": config.pretrained,
         "train.towers": config.train.towers,
-        **(_section("lora", config.lora) if config.method == "condu-lora" else {}),
-        **(_section("fusion", config.fusion, exclude={"shards"}) if config.method in FUSED else {}),
-        **(_section("adapter", config.adapter, include=ADAPTER_FIXED) if adapts(config) else {}),
-        **(_memory_fixed(config) if config.method in REMEMBER else {}),
-        **(_section("dmc", config.dmc) | {"lora.seed": config.lora.seed} if config.method in DMC else {}),
+        **(_section("lora", config.lora) if "lora" in reads else {}),
+        **(_section("fusion", config.fusion, exclude={"shards"}) if "fusion" in reads else {}),
+        **(_section("adapter", config.adapter, include=ADAPTER_FIXED) if "adapter" in reads else {}),
+        **(_memory_fixed(config) if "memory" in reads else {}),
+        **(_section("dmc", config.dmc) | {"lora.seed": config.lora.seed} if "dmc" in reads else {}),
     }
 
 
@@ -633,7 +593,7 @@ def _memory_fixed(config: SessionConfig) -> dict[str, Any]:
     """What the Gaussians of all sessions, which are joined, and the answers that are made of them have in common."""
     return {
         "memory.covariance": config.memory.covariance,
-        "memory.shrinkage": shrinkage_of(config),
+        "memory.shrinkage": config.choices.shrinkage,
         "memory.gamma": config.memory.gamma,
-        "memory.discriminant": gaussians_answer(config),
+        "memory.discriminant": config.choices.discriminant,
     }

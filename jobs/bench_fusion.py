@@ -29,7 +29,7 @@ import numpy as np
 from ending import job
 from numpy.typing import NDArray
 
-from condu_ray.config import Triggers
+from condu_ray.catalogue import Triggers
 from condu_ray.fusion import kernels, reference, signs, threads, triggers
 from condu_ray.fusion.groups import group_count
 from condu_ray.fusion.layout import Layout

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from condu_ray.catalogue import MethodName
 from condu_ray.config import (
     SECTIONS,
-    MethodName,
     SessionConfig,
     check_task_name,
     fields,

@@ -15,9 +15,9 @@ import yaml
 from command_line import process
 from pydantic import BaseModel
 
+from condu_ray.catalogue import METHODS, MethodName
 from condu_ray.cli import app
-from condu_ray.config import MethodName, ServeConfig, SessionConfig, fields
-from condu_ray.methods.registry import METHODS
+from condu_ray.config import ServeConfig, SessionConfig, fields
 from condu_ray.sources import resolve, resolve_serving
 
 ROOT = Path(__file__).parents[1]

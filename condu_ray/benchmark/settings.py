@@ -10,7 +10,8 @@ from typing import Any
 
 from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import LORA_BANK, System, plane_rank
-from condu_ray.config import DMC, SessionConfig
+from condu_ray.catalogue import info
+from condu_ray.config import SessionConfig
 from condu_ray.engine.keys import HOW, PLACEMENT
 from condu_ray.sources import flatten, resolve
 from condu_ray.store.header import fixed_settings
@@ -86,7 +87,7 @@ def kept_settings(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _own(stream: Stream, system: System, task: str) -> Mapping[str, Any]:
-    if system.method in DMC:
+    if "dmc" in info(system.method).reads:
         return {}  # a stream's rates are of full fine-tuning, and these train adapters
     return (stream.lora if system.method == "condu-lora" else stream.full).get(task, {})
 

@@ -9,19 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from condu_ray.config import (
-    DMC,
-    REMEMBER,
-    SessionConfig,
-    adapter_rule,
-    adapts,
-    fields,
-    fixed_by_store,
-    fuses,
-    shrinkage_of,
-)
+from condu_ray.config import SessionConfig, fields, fixed_by_store, fuses
 from condu_ray.data import TaskData
-from condu_ray.methods import registry
 from condu_ray.store import Manifest, StoreHeader
 
 FEATURES = "features"
@@ -49,19 +38,9 @@ HOW = {"train.checkpoint_seconds", "train.loader_processes", "fusion.shards"}
 
 def unread(config: SessionConfig) -> set[str]:
     """Settings (dotted names) that change nothing of what the method gives."""
-    method = registry.info(config.method)
-    dmc = config.method in DMC
-    reads = {
-        "train": method.trains and not method.on_features,
-        "lora": config.method == "condu-lora",
-        "fusion": fuses(config),
-        "adapter": adapts(config),
-        "memory": config.method in REMEMBER,
-        "dmc": dmc,
-        "vote": not method.single,
-    }
-    idle = {name for name, _ in fields() if "." in name and not reads[name.partition(".")[0]]}
-    if dmc:  # which draws its adapters by that seed, tunes the image tower alone, and has a replay of its own
+    reads = {section for section in config.system.reads if section != "fusion" or fuses(config)}
+    idle = {name for name, _ in fields() if "." in name and name.partition(".")[0] not in reads}
+    if "dmc" in reads:  # draws its adapters by that seed, tunes the image tower alone, has a replay of its own
         idle = idle - {"lora.seed"} | {"train.towers", "train.batch_norm", "memory.per_epoch"}
     return idle - HOW
 
@@ -80,18 +59,19 @@ def training_settings(config: SessionConfig) -> dict[str, Any]:
     """The settings that decide what training gives."""
     train = {name: value for name, value in config.train.model_dump().items() if f"train.{name}" not in HOW}
     # Whether Gaussians answer changes nothing that is trained.
-    memory = {**config.memory.model_dump(exclude={"discriminant"}), "shrinkage": shrinkage_of(config)}
-    if config.method in DMC:
+    memory = {**config.memory.model_dump(exclude={"discriminant"}), "shrinkage": config.choices.shrinkage}
+    if "dmc" in config.system.reads:
         return {"train": train, "dmc": config.dmc.model_dump(), "memory": memory, "seed": config.seed}
-    if not adapts(config):
+    if not config.system.on_features:
         return {"train": train, "seed": config.seed}
-    adapter = {**config.adapter.model_dump(), **adapter_rule(config)._asdict()}
+    chosen = {name: getattr(config.choices, name) for name in ("basis", "calibration", "distillation")}
+    adapter = {**config.adapter.model_dump(), **chosen}
     return {"adapter": adapter, "memory": memory, "seed": config.seed}
 
 
 def train_key(model_sha256: str, config: SessionConfig, task: TaskData, start: str) -> str:
     """Names a task's delta. start: what training starts from, 'base' for θ⁰."""
-    lora = config.lora.model_dump() if config.method in ("condu-lora", *DMC) else None
+    lora = config.lora.model_dump() if {"lora", "dmc"} & set(config.system.reads) else None
     return _key("train", model_sha256, training_settings(config), lora, task.name, task.fingerprint, start)
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from condu_ray.config import SessionConfig
 from condu_ray.errors import TrainingError
-from condu_ray.methods import registry
 
 if TYPE_CHECKING:
     from condu_ray.engine.cluster import Cluster
@@ -62,7 +61,7 @@ def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster
 
 def check_workers(config: SessionConfig, jobs: int, cluster: Cluster) -> None:
     """Raises TrainingError where the cluster is too small for the workers that are asked for."""
-    info = registry.info(config.method)
+    info = config.system
     if info.trains:
         plan_group(config, jobs, info.ordered, cluster)
 

@@ -82,7 +82,7 @@ def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence
         fusion=(12 * fused + total * 2 * plane) if fused_together else 8 * fused,
         scorer=4 * max(parameters + (1 + asked) * fused, (2 * parameters + 3 * fused) if rescales(config) else 0),
         version=(4 * fused + 2 * plane) if fused_together else 4 * fused,
-        passing=4 * fused * len(tasks) if registry.info(config.method).trains else 0,
+        passing=4 * fused * len(tasks) if config.system.trains else 0,
     )
 
 
@@ -100,7 +100,7 @@ def plan(config: SessionConfig, tasks: Sequence[TaskData]) -> dict[str, Any]:
             {
                 "name": task.name,
                 "action": "already learned" if task.name in learned else "learn",
-                "steps": all_steps_for(len(task.train), config) if registry.info(config.method).trains else 0,
+                "steps": all_steps_for(len(task.train), config) if config.system.trains else 0,
                 "learning_rate": learning_rate_for(parameters, config),
             }
             for task in tasks

@@ -26,7 +26,6 @@ from condu_ray.engine.replies import TRIES, answer_of, result_of
 from condu_ray.engine.scoring import Question, Seen, Sent, Snapshot
 from condu_ray.engine.train import train
 from condu_ray.engine.work import Job
-from condu_ray.methods import registry
 from condu_ray.methods.rescaling import steps_of
 from condu_ray.methods.step import Step
 from condu_ray.methods.training import all_steps_for
@@ -61,7 +60,7 @@ class RayCrew:
         )
 
     def train(self, jobs: Sequence[Job], update: Update) -> None:
-        if not registry.info(self._config.method).on_features:
+        if not self._config.system.on_features:
             train(self._store, self._config, jobs, self._cluster, update)
             return
         steps = sum(all_steps_for(len(job.data.train), self._config) for job in jobs)

@@ -34,7 +34,6 @@ from condu_ray.engine.progress import Stage, Update
 from condu_ray.engine.scoring import Snapshot
 from condu_ray.engine.work import BASE, Job
 from condu_ray.errors import DataError, StoreError
-from condu_ray.methods import registry
 from condu_ray.methods.rescaling import steps_of
 from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.methods.training import buffers_in
@@ -133,7 +132,7 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
         return []
     clock = _Clock()
     jobs = _jobs(store, config, todo)
-    info = registry.info(config.method)
+    info = config.system
     if info.on_features:
         for job in jobs:
             with clock("features"), stage(f"features of {job.data.name}") as update:
@@ -169,7 +168,7 @@ def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: 
 
 
 def _jobs(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> list[Job]:
-    info, manifest = registry.info(config.method), newest(store)
+    info, manifest = config.system, newest(store)
     if not info.trains:
         return [Job("", task) for task in tasks]
     origin, jobs = _origin(manifest) if info.ordered else BASE, list[Job]()
@@ -194,7 +193,7 @@ def _features(
     """Where the task's prototypes and its domain are. Systems that learn on features find them beside."""
     key = features_key(store.header, config, task)
     prototypes, domain = store.find(key, "prototypes"), store.find(key, "domain")
-    lacks = registry.info(config.method).on_features and store.find(key, FEATURES) is None
+    lacks = config.system.on_features and store.find(key, FEATURES) is None
     if prototypes is None or domain is None or lacks:
         features, domains, lengths = crew.features(task.train, update)
         if lacks:
@@ -275,7 +274,7 @@ def _tidy(store: Store, config: SessionConfig, one: _Known, rescaling: str) -> N
     """Removes what is left of a task's training: it is in the version. What cannot be removed now is left to gc."""
     done = {
         (one.job.key, "delta"): one.delta is not None,
-        (features_key(store.header, config, one.job.data), FEATURES): registry.info(config.method).on_features,
+        (features_key(store.header, config, one.job.data), FEATURES): config.system.on_features,
         (rescaling, RESCALERS): rescales(config),
     }
     for (key, name), is_there in done.items():
@@ -286,7 +285,7 @@ def _tidy(store: Store, config: SessionConfig, one: _Known, rescaling: str) -> N
 
 def _check_start(config: SessionConfig, parent: Manifest | None, one: _Known) -> None:
     """The delta must still be there, and, for systems that go on from task to task, start where the model is now."""
-    info = registry.info(config.method)
+    info = config.system
     moved = info.ordered and _origin(parent) != one.job.origin
     if moved or (info.trains and one.delta is None):
         raise StoreError(

@@ -32,7 +32,6 @@ from condu_ray.engine.progress import Update
 from condu_ray.engine.work import Job, work_through
 from condu_ray.engine.worker_group import Apart, work
 from condu_ray.errors import ConduError, StoreError, TrainingError
-from condu_ray.methods import registry
 from condu_ray.methods.step import Step
 from condu_ray.methods.training import Place, all_steps_for
 from condu_ray.store import Store, object_path, open_store
@@ -45,7 +44,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     pending = [job for job in jobs if store.find(job.key, "delta") is None]
     if not pending:
         return
-    ordered = registry.info(config.method).ordered
+    ordered = config.system.ordered
     group = plan_group(config, len(jobs), ordered, cluster)
     board = post()
     name = f"ray-train-{uuid.uuid4().hex[:12]}"  # its own: a name used before would go on where that run ended

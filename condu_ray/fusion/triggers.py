@@ -27,7 +27,8 @@ from condu_ray.fusion.unify import joined as joined_masks
 from condu_ray.fusion.unify import unify as unify_masks
 
 if TYPE_CHECKING:
-    from condu_ray.config import Granularity, Triggers
+    from condu_ray.catalogue import Triggers
+    from condu_ray.config import Granularity
 
 State = FusionState | SignState
 Part = MaskPart | signs.Part

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from condu_ray.config import SessionConfig, adapter_rule
+from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.adapter import fuse
@@ -59,7 +59,7 @@ def moved(before: Vector | None, trained: Vector, layout: Layout, config: Sessio
     if before is None:
         return trained
     old, new = adapter_of(layout, before), adapter_of(layout, trained)
-    rule = adapter_rule(config)
+    rule = config.choices
     fused = fuse(old.weight, new.weight, config.adapter.mix_bias, rule.basis, config.adapter.weights)
     share = new.share
     if rule.calibration == "learnable":

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from condu_ray.config import SessionConfig, adapter_rule, shrinkage_of
+from condu_ray.config import SessionConfig
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.adapter import fuse
 from condu_ray.memory.gaussians import Gaussians, Sampler
@@ -109,7 +109,7 @@ class _Past:
     @cached_property
     def _sampler(self) -> Sampler:
         gaussians = Gaussians.joined([Gaussians.from_arrays(each) for each in self._old])
-        return Sampler(gaussians, shrinkage_of(self._config), self._config.memory.gamma)
+        return Sampler(gaussians, self._config.choices.shrinkage, self._config.memory.gamma)
 
 
 class _Fitting:
@@ -125,7 +125,7 @@ class _Fitting:
         device: str,
     ) -> None:
         self._task, self._past, self._scale, self._config = task, past, scale, config
-        self._rule, self._own = adapter_rule(config), config.adapter
+        self._rule, self._own = config.choices, config.adapter
         self._raw = torch.tensor(features.raw[rest], device=device)
         self._labels = torch.tensor(features.labels[rest] + past.classes, device=device)
         texts = past.texts_with(features.texts)
@@ -245,7 +245,7 @@ def _first(width: int, config: SessionConfig) -> NDArray[np.float32]:
 
 def _share(config: SessionConfig, session: int, start: Adapter | None) -> float:
     """β while the adapter is fitted (one that is learned: at the start of it)."""
-    own, calibration = config.adapter, adapter_rule(config).calibration
+    own, calibration = config.adapter, config.choices.calibration
     if calibration == "fixed":
         return own.share
     if calibration == "schedule":
@@ -258,7 +258,7 @@ def _share(config: SessionConfig, session: int, start: Adapter | None) -> float:
 
 def _held_out(labels: NDArray[np.int64], config: SessionConfig, session: int) -> NDArray[np.int64]:
     """A tenth of each class, at least one picture of two, where β is searched for; else nothing."""
-    if adapter_rule(config).calibration != "search":
+    if config.choices.calibration != "search":
         return np.empty(0, np.int64)
     random = np.random.default_rng([config.seed, session, 3])
     chosen = []
@@ -277,7 +277,7 @@ def _searched(
     config: SessionConfig,
 ) -> float:
     """The β of the grid with the highest balanced accuracy of the fused adapter; the smallest of equal ones."""
-    own, basis = config.adapter, adapter_rule(config).basis
+    own, basis = config.adapter, config.choices.basis
     weight = trained.weight
     if start is not None:
         weight = fuse(start.weight, weight, own.mix_bias, basis, own.weights).weight.astype(np.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from condu_ray.config import SessionConfig, triggers_of
+from condu_ray.config import SessionConfig
 from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.full import adapter, expert, head, layout, prepare
@@ -19,7 +19,7 @@ __all__ = ["adapter", "empty", "expert", "head", "layout", "load", "prepare"]
 
 
 def empty(layout: Layout, config: SessionConfig) -> FusedState:
-    return FusedState(triggers.empty(layout, config.fusion.granularity, triggers_of(config)))
+    return FusedState(triggers.empty(layout, config.fusion.granularity, config.choices.triggers))
 
 
 def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> FusedState:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from condu_ray.config import LoraConfig, SessionConfig, triggers_of
+from condu_ray.config import LoraConfig, SessionConfig
 from condu_ray.fusion import triggers
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.protocol import Memory, Stored, TaskState, Vector
@@ -67,7 +67,7 @@ def layout(clip: Clip, config: SessionConfig) -> Layout:
 def empty(layout: Layout, config: SessionConfig) -> TaskState:
     if config.lora.mode == "exact":
         return SeparateState(layout, half=True)
-    return FusedState(triggers.empty(layout, config.fusion.granularity, triggers_of(config)))
+    return FusedState(triggers.empty(layout, config.fusion.granularity, config.choices.triggers))
 
 
 def load(layout: Layout, config: SessionConfig, meta: Mapping[str, Any], objects: Stored) -> TaskState:

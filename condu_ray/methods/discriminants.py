@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from condu_ray.config import SessionConfig, gaussians_answer, shrinkage_of
+from condu_ray.config import SessionConfig
 from condu_ray.memory.discriminant import discriminant
 from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods.protocol import Memory
@@ -26,11 +26,11 @@ def discriminants(
 ) -> Mapping[str, tuple[Tensor, Tensor]]:
     """`Head.discriminants` of all tasks together; empty where the settings have none. seen: features as the head gives
     them, from raw ones."""
-    if not memory or not gaussians_answer(config):
+    if not memory or not config.choices.discriminant:
         return {}
     parts = [Gaussians.from_arrays(kept) for kept in memory.values()]
     every = Gaussians.joined(parts)
-    sampler = Sampler(every, shrinkage_of(config), config.memory.gamma)
+    sampler = Sampler(every, config.choices.shrinkage, config.memory.gamma)
     weights, bias = discriminant(every, sampler, lambda drawn: seen(torch.from_numpy(drawn)).numpy())
     edges = np.cumsum([0, *(len(part.counts) for part in parts)])
     return {

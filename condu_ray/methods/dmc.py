@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from condu_ray.config import SessionConfig, memory_calibration, prompt_lengths, shrinkage_of
+from condu_ray.config import SessionConfig, prompt_lengths
 from condu_ray.data import TaskData
 from condu_ray.data.loading import PictureSet, in_batches
 from condu_ray.fusion.layout import Layout
@@ -169,7 +169,7 @@ def learn(
         after.shared,
         seen / np.maximum(np.linalg.norm(seen, axis=1, keepdims=True), 1e-12),
         task.train.labels,
-        Sampler(old_classes, shrinkage_of(config), config.memory.gamma) if old_classes else None,
+        Sampler(old_classes, config.choices.shrinkage, config.memory.gamma) if old_classes else None,
         config,
         second,
         stages.second(vision),
@@ -199,7 +199,7 @@ def _follow(
     settings = config.dmc
     shrinkage, kind = settings.shrinkage, settings.compared
     drift = measure(seen_before, seen, labels, config.seed, shrinkage=shrinkage, kind=kind)
-    asked = memory_calibration(config)
+    asked = config.choices.memory_calibration
     mode = best_mode(drift) if asked == "auto" else asked
     calibration = fit(
         mode,

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from condu_ray.config import SessionConfig
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.protocol import NO_MEMORY, Memory, Method, TaskState, Vector
-from condu_ray.methods.registry import info
 from condu_ray.models.clip import Clip, Expert, Headed, Overrides, halved
 from condu_ray.models.head import Head
 
@@ -41,7 +40,7 @@ class Experts:
         if delta is None:
             return None
         own = self.buffers.get(task, {})
-        return self._made(delta, own) if own or not info(self.config.method).single else self._single
+        return self._made(delta, own) if own or not self.config.system.single else self._single
 
     @cached_property
     def _single(self) -> Expert | None:

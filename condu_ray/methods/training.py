@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from condu_ray.config import DMC, SMALL_MODEL_PARAMETERS, SessionConfig, adapts
+from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
@@ -45,6 +45,8 @@ __all__ = [
     "train_task",
 ]
 
+# Below this many parameters the published rate (1e-5, for ViT-B/16) hardly moves a model; see docs/decisions.md.
+SMALL_MODEL_PARAMETERS = 50_000_000
 EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 100, 1000
 ADAPTER_EPOCHS, LEAST_ADAPTER_STEPS = 15, 750
 MEMORY, BUFFER = "memory", "buffer"
@@ -101,7 +103,7 @@ def buffers_in(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 def steps_for(pictures: int, config: SessionConfig) -> int:
     """Optimiser steps: as set, or ten epochs within 100 and 1,000; of an adapter its epochs."""
-    if adapts(config):
+    if config.system.on_features:
         return adapter_epochs(pictures, config) * math.ceil(pictures / config.adapter.batch_size)
     if config.train.steps is not None:
         return config.train.steps
@@ -117,7 +119,7 @@ def adapter_epochs(pictures: int, config: SessionConfig) -> int:
 
 def prompt_steps_for(pictures: int, config: SessionConfig) -> int:
     """Optimiser steps of the prompts, which DMC learns after the image tower: as set, or as many as that took."""
-    if config.method not in DMC:
+    if "dmc" not in config.system.reads:
         return 0
     return config.dmc.prompt_steps or steps_for(pictures, config)
 
@@ -129,16 +131,12 @@ def all_steps_for(pictures: int, config: SessionConfig) -> int:
 
 def learning_rate_for(parameters: int, config: SessionConfig) -> float:
     """Peak rate: as set, or the published one for large models and a measured one for small (docs/decisions.md)."""
-    if adapts(config):
+    if config.system.on_features:
         return config.adapter.lr
     if config.train.lr is not None:
         return config.train.lr
-    if config.method in DMC:
-        return 1e-3
-    small = parameters < SMALL_MODEL_PARAMETERS
-    if config.method == "condu-lora":
-        return 1e-2 if small else 1e-3
-    return 5e-4 if small else 1e-5
+    large, small = config.system.rates
+    return small if parameters < SMALL_MODEL_PARAMETERS else large
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from condu_ray.config import REMEMBER, DomainFeatures
+from condu_ray.catalogue import METHODS
+from condu_ray.config import DomainFeatures
 from condu_ray.errors import StoreError
 
 FORMAT = 2
@@ -144,7 +145,8 @@ class StoreHeader(_Record):
     @model_validator(mode="after")
     def _as_older_releases_meant_it(self) -> StoreHeader:
         """Where they left it open, or did not know, whether Gaussians answer, those of dmc-ot do and no others."""
-        if self.method in REMEMBER and self.settings.get("memory.discriminant") is None:
+        known = METHODS.get(self.method)
+        if known and known.remembers and self.settings.get("memory.discriminant") is None:
             self.settings["memory.discriminant"] = self.method == "dmc-ot"
         return self
 

@@ -175,7 +175,7 @@ def read_sweep(path: Path) -> Sweep:
 def _check(sweep: Sweep, path: Path) -> None:
     """What needs the settings that stay."""
     config, goals = sweep.config, sweep.goals
-    info = registry.info(config.method)
+    info = config.system
     faults = []
     if not config.tasks:
         faults.append("session.tasks names no task")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from condu_ray.config import gaussians_answer
 from condu_ray.errors import StoreError
 from condu_ray.sources import from_dotted, resolve
 from condu_ray.store import ObjectRef, TaskCard
@@ -58,7 +57,7 @@ def test_a_store_whose_release_left_it_open_answers_as_it_did_there(make_header:
     fields = json.loads(dump(make_header(method=method)))
     fields["settings"] = {"method": method, **({"memory.discriminant": None} if known else {})}
     header = parse_header(json.dumps(fields).encode(), "store.json")
-    assert gaussians_answer(from_dotted(header.settings)) == (method == "dmc-ot")
+    assert from_dotted(header.settings).choices.discriminant == (method == "dmc-ot")
     resolve({}, fixed=header.settings)  # and is no other store to the next session
 
 

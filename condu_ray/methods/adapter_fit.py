@@ -10,7 +10,6 @@ Legend: N pictures, C classes, D width of a feature. Classes count in the order 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,9 +27,8 @@ from condu_ray.fusion.adapter import fuse
 from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods.adapter_losses import distillation, hinge, similar_pairs
 from condu_ray.methods.batches import seed_of
-from condu_ray.methods.checkpoint import Losses
 from condu_ray.methods.protocol import Features
-from condu_ray.methods.step import Step
+from condu_ray.methods.step import Log, Losses, Step
 from condu_ray.methods.training import adapter_epochs
 from condu_ray.models.head import mixed
 
@@ -150,8 +148,7 @@ class _Fitting:
         decays = [max(1, round(epochs * each)) for each in DECAYS]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, decays, DECAY)
         steps = math.ceil(len(self._labels) / own.batch_size)
-        losses: Losses = []
-        begun = time.monotonic()
+        log = Log(self._task, epochs * steps, on_step)
         for epoch in range(epochs):
             for step, batch in enumerate(self._batches(epoch)):
                 replays = self._past.classes and self._config.memory.per_epoch
@@ -165,13 +162,9 @@ class _Fitting:
                 if not math.isfinite(value):
                     mend = f"train with a smaller --adapter.lr (it was {own.lr:g})"
                     raise TrainingError(f"task {self._task}: the loss is {value} at step {place + 1}", mend)
-                if place % max(1, epochs * steps // 100) == 0 or place == epochs * steps - 1:
-                    losses.append((place + 1, value))
-                now = time.monotonic()
-                on_step(Step(self._task, place + 1, epochs * steps, value, len(batch) / max(1e-9, now - begun)))
-                begun = now
+                log.done(place + 1, value, len(batch))
             schedule.step()
-        return losses
+        return log.losses
 
     def adapter(self) -> Adapter:
         with torch.no_grad():

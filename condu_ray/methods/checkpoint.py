@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from condu_ray.methods.step import Losses
+
 Checkpoint = dict[str, NDArray[Any]]
-Losses = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from torch.nn import functional
 from condu_ray.config import SessionConfig
 from condu_ray.memory.gaussians import Sampler
 from condu_ray.methods.batches import Order, seed_of
-from condu_ray.methods.checkpoint import Losses, Resume, checkpoint_of, restore
+from condu_ray.methods.checkpoint import Resume, checkpoint_of, restore
 from condu_ray.methods.objective import BETAS, check_finite, precision
-from condu_ray.methods.step import Step
+from condu_ray.methods.step import Log, Losses, Step
 from condu_ray.methods.training import schedule
 from condu_ray.models.clip import Clip
 from condu_ray.models.prompts import PromptedClasses
@@ -84,7 +84,7 @@ def tune_prompts(
     saved_state, nothing = resume.load(), nn.Module()
     first, losses = restore(saved_state, prompts.learned, optimiser, nothing) if saved_state else (0, [])
     autocast = precision(clip, config)
-    begun = saved = time.monotonic()
+    log, saved = Log(name, steps, on_step, losses), time.monotonic()
     size = config.train.batch_size
     order = Order(len(labels), size, config.seed, range(first, steps))
     for step, batch in zip(range(first, steps), order, strict=True):
@@ -106,15 +106,11 @@ def tune_prompts(
         check_finite(name, where, float(loss.detach()), prompts.learned.values(), mend)
         nn.utils.clip_grad_norm_(prompts.learned.values(), LARGEST_GRADIENT)
         optimiser.step()
-        if step % max(1, steps // 100) == 0 or step == steps - 1:
-            losses.append((step + 1, float(loss.detach())))
-        now = time.monotonic()
-        on_step(Step(name, step + 1, steps, float(loss.detach()), size / max(1e-9, now - begun)))
-        begun = now
-        if step < steps - 1 and now - saved >= config.train.checkpoint_seconds:
-            resume.save(checkpoint_of(step + 1, losses, prompts.learned, optimiser, nothing))
+        log.done(step + 1, float(loss.detach()), size)
+        if step < steps - 1 and time.monotonic() - saved >= config.train.checkpoint_seconds:
+            resume.save(checkpoint_of(step + 1, log.losses, prompts.learned, optimiser, nothing))
             saved = time.monotonic()
-    return prompts.tuned(losses)
+    return prompts.tuned(log.losses)
 
 
 class _Prompts:

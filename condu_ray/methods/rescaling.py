@@ -8,7 +8,6 @@ here the task's own loss teaches a scale a group. Pictures and augmentation go o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +24,7 @@ from condu_ray.methods.experts import Buffers
 from condu_ray.methods.objective import BETAS, TaskLoss, backward, check_finite, precision, set_modes
 from condu_ray.methods.protocol import Method
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.step import Step
+from condu_ray.methods.step import Log, Step
 from condu_ray.methods.training import schedule, steps_for
 from condu_ray.models.clip import Clip
 
@@ -56,7 +55,7 @@ def train_rescalers(
     rescaled = _Rescaled(clip, method, state, task, config, buffers)
     optimiser = torch.optim.AdamW([rescaled.change], lr=RATE, betas=BETAS, weight_decay=0.0)
     autocast = precision(clip, config)
-    begun = time.monotonic()
+    log = Log(task.name, steps, on_step)
     rest = range(seen, seen + steps)
     for step, (pixels, labels) in enumerate(batches(task, clip, config, rest)):
         torch.manual_seed(seed_of(config.seed, "dropout", rest[step], 0))
@@ -67,9 +66,7 @@ def train_rescalers(
         mend = "use --train.precision fp32, or --fusion.tune-rescalers 0 in another --store"
         check_finite(task.name, f"step {step + 1} of {steps} of its rescalers", loss, [rescaled.change], mend)
         optimiser.step()
-        now = time.monotonic()
-        on_step(Step(task.name, step + 1, steps, loss, config.train.batch_size / max(1e-9, now - begun)))
-        begun = now
+        log.done(step + 1, loss, config.train.batch_size)
     return rescaled.rescalers().detach().cpu().numpy()
 
 

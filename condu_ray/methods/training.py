@@ -23,10 +23,10 @@ from condu_ray.data import TaskData
 from condu_ray.errors import TrainingError
 from condu_ray.fusion.layout import Layout
 from condu_ray.methods.batches import batches, seed_of
-from condu_ray.methods.checkpoint import Checkpoint, Losses, Resume, checkpoint_of, restore
+from condu_ray.methods.checkpoint import Checkpoint, Resume, checkpoint_of, restore
 from condu_ray.methods.objective import BETAS, TaskLoss, Teacher, backward, check_finite, precision, set_modes
 from condu_ray.methods.protocol import Memory, Method, Vector
-from condu_ray.methods.step import Step
+from condu_ray.methods.step import Log, Losses, Step
 from condu_ray.models.clip import Clip
 
 __all__ = [
@@ -192,7 +192,7 @@ def train_task(
     del saved_state  # parameters and both moments: they would stay in memory as long as the training goes on
     module = place.wrap(loss_of)
     autocast = precision(clip, config)
-    begun = saved = time.monotonic()
+    log, saved = Log(task.name, steps, on_step, losses), time.monotonic()
     rest = range(first, steps)
     for step, (pixels, labels) in zip(rest, batches(task, clip, config, rest, place.rank, place.size), strict=True):
         torch.manual_seed(seed_of(config.seed, "dropout", step, place.rank))
@@ -203,19 +203,16 @@ def train_task(
         mend = f"train with a smaller --train.lr (it was {peak:g}) or --train.precision fp32"
         check_finite(task.name, f"step {step + 1} of {steps}", loss, parameters.values(), mend)
         optimiser.step()
-        if step % max(1, steps // 100) == 0 or step == steps - 1:
-            losses.append((step + 1, loss))
-        now = time.monotonic()
-        on_step(Step(task.name, step + 1, steps, loss, config.train.batch_size / max(1e-9, now - begun)))
+        log.done(step + 1, loss, config.train.batch_size)
         watch(step + 1, model)
-        begun = now
-        if place.rank == 0 and step < steps - 1 and now - saved >= config.train.checkpoint_seconds:
-            resume.save(checkpoint_of(step + 1, losses, parameters, optimiser, model))
+        due = time.monotonic() - saved >= config.train.checkpoint_seconds
+        if place.rank == 0 and step < steps - 1 and due:
+            resume.save(checkpoint_of(step + 1, log.losses, parameters, optimiser, model))
             saved = time.monotonic()
     # Gradients and moments go before the start is made again to compare with: together they would be the peak.
     optimiser.state.clear()
     optimiser.zero_grad(set_to_none=True)
-    return Trained(_delta(clip, method, layout, config, parameters), _changed(model, before), losses)
+    return Trained(_delta(clip, method, layout, config, parameters), _changed(model, before), log.losses)
 
 
 def _delta(

@@ -171,3 +171,16 @@ def test_settings_come_from_environment_and_options_and_keep_the_token_to_themse
     assert "queue = 0 (from option)" in told and "token (from environment)" in told
     assert "short-secret" not in told
     assert ServeConfig().host == "127.0.0.1"
+
+
+def test_a_token_from_a_file_is_taken_without_its_line_end_and_one_that_cannot_be_sent_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONDU_SERVE__TOKEN", "a-token-of-many-letters\n")
+    token = resolve_serving({}).token
+    assert token is not None and token.get_secret_value() == "a-token-of-many-letters"
+    for wrong, said in (("fifteen-letters\n", "at least 16"), ("schlüssel-schlüssel", "can be sent with a request")):
+        monkeypatch.setenv("CONDU_SERVE__TOKEN", wrong)
+        with pytest.raises(ConfigError, match=said) as told:
+            resolve_serving({})
+        assert wrong.strip() not in str(told.value)

@@ -509,6 +509,8 @@ class ServeConfig(_Section):
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+WATCHED = ("version", "shadow_version", "shadow_share")
+"""Settings of `ServeConfig` that running replicas take up when they are changed."""
 
 SECTIONS = tuple(
     name

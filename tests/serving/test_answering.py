@@ -19,7 +19,7 @@ from condu_ray.errors import ConfigError, DataError
 from condu_ray.models.clip import Clip, halved
 from condu_ray.serving.answering import Asked, Timed, TooLate, answer_batch, pixels_of, warm
 from condu_ray.serving.messages import Question
-from condu_ray.sources import resolve_serving
+from condu_ray.sources import resolve_serving, resolve_watched
 from condu_ray.voting.answer import Answer
 from condu_ray.voting.classifier import Classifier
 from condu_ray.voting.open import load_classifier
@@ -184,3 +184,12 @@ def test_a_token_from_a_file_is_taken_without_its_line_end_and_one_that_cannot_b
         with pytest.raises(ConfigError, match=said) as told:
             resolve_serving({})
         assert wrong.strip() not in str(told.value)
+
+
+def test_settings_of_running_replicas_are_these_three_and_no_others() -> None:
+    asked = resolve_watched({"version": "3", "shadow_version": None, "shadow_share": "0.5"})
+    assert (asked.version, asked.shadow_version, asked.shadow_share) == (3, None, 0.5)
+    with pytest.raises(ConfigError) as told:
+        resolve_watched({"verison": 3, "shadow_share": 10, "replicas": 2})
+    assert "no setting 'verison' (did you mean version?)" in str(told.value)
+    assert "shadow_share = 10 (from user_config)" in str(told.value) and "no setting 'replicas'" in str(told.value)

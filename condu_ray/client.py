@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RETRY = (429, 503)
 WAIT_SECONDS, LONGEST_SECONDS = 0.2, 10.0
 
+H = TypeVar("H", httpx.Client, httpx.AsyncClient)
 Image = str | Path | bytes
 """The path of a picture file, or the bytes of one."""
 
@@ -42,6 +43,9 @@ class _Calls:
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
         self._url, self._retries = url.rstrip("/"), retries
         _check(self._url)
+        token = (token or "").strip()
+        if not (token.isascii() and token.isprintable()):
+            raise ServiceError("the token holds letters that cannot be sent with a request", "give the server's token")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._options: dict[str, Any] = {"base_url": self._url, "headers": headers, "timeout": timeout}
 
@@ -71,7 +75,7 @@ class Client(_Calls):
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
         super().__init__(url, token, timeout, retries)
-        self._http = httpx.Client(**self._options)
+        self._http = _opened(httpx.Client, self._options)
 
     def close(self) -> None:
         """Closes the connections."""
@@ -121,7 +125,7 @@ class AsyncClient(_Calls):
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
         super().__init__(url, token, timeout, retries)
-        self._http = httpx.AsyncClient(**self._options)
+        self._http = _opened(httpx.AsyncClient, self._options)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -159,6 +163,15 @@ class AsyncClient(_Calls):
             attempt += 1
 
 
+def _opened(kind: Callable[..., H], options: dict[str, Any]) -> H:
+    """Raises ServiceError for what the environment says of proxies and certificates, which httpx reads here."""
+    try:
+        return kind(**options)
+    except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+        mend = "check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
+        raise ServiceError(f"a proxy or certificates of the environment cannot be used ({error})", mend) from None
+
+
 def _check(url: str) -> None:
     """Raises ServiceError for what names no server, which httpx would say in errors of several kinds."""
     try:
@@ -179,6 +192,8 @@ def _predict(
     k: int | None = None,
     version: int | None = None,
 ) -> dict[str, Any]:
+    if not images:
+        raise DataError("no pictures were given", "give one or more")
     if task == "" or (labels is not None and not labels):  # a form would leave them out, and all classes compete
         empty = "an empty task" if task == "" else "an empty list of labels"
         raise DataError(f"{empty} was given", "leave it out to ask among all learned classes")
@@ -191,7 +206,8 @@ def _part(place: int, image: Image) -> tuple[str, bytes]:
     if isinstance(image, bytes):
         return str(place), image
     try:
-        return str(image), Path(image).read_bytes()
+        name = str(image).encode(errors="backslashreplace").decode()  # a file's name may be no text
+        return name, Path(image).read_bytes()
     except OSError as error:
         raise DataError(
             f"the picture {image} cannot be read ({error.strerror})", "give the path of a picture"

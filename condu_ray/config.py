@@ -492,6 +492,15 @@ class ServeConfig(_Section):
     labels: int = Field(default=100, ge=1, le=10_000, description="most labels that a request may give")
     origins: tuple[str, ...] = Field(default=(), description="origins whose pages may call (CORS)")
 
+    @field_validator("token", mode="before")
+    @classmethod
+    def _sendable(cls, token: Any) -> Any:
+        if isinstance(token, str):
+            token = token.strip()  # a Secret made of a file ends with a new line, which no header can hold
+            if not (token.isascii() and token.isprintable()):
+                raise ValueError("only letters of English, digits and signs can be sent with a request")
+        return token
+
     @model_validator(mode="after")
     def _guarded(self) -> ServeConfig:
         if self.token is None and self.host not in LOOPBACK:
@@ -503,6 +512,8 @@ class ServeConfig(_Section):
 
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+WATCHED = ("version", "shadow_version", "shadow_share")
+"""Settings of `ServeConfig` that running replicas take up when they are changed."""
 
 SECTIONS = tuple(
     name

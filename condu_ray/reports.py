@@ -169,10 +169,9 @@ def show_difference(found: dict[str, Any]) -> None:
 
 
 def show_answers(answers: Sequence[dict[str, Any]]) -> None:
+    versions = " and ".join(map(str, sorted({each["version"] for each in answers})))  # a server may take up a newer one
     show_table(
-        f"answers by version {answers[0]['version']}, label space {answers[0]['label_space']}"
-        if answers
-        else "no pictures",
+        f"answers by version {versions}, label space {answers[0]['label_space']}" if answers else "no pictures",
         ("image", "label", "task", "probability", "votes"),
         [
             (

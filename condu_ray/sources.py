@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
-from condu_ray.config import SECTIONS, ServeConfig, SessionConfig, fields, fixed_by_store
+from condu_ray.config import SECTIONS, WATCHED, ServeConfig, SessionConfig, fields, fixed_by_store
 from condu_ray.errors import ConfigError, nearest
 
 SERVE_PREFIX = "CONDU_SERVE__"
@@ -49,6 +49,21 @@ def resolve_serving(options: Mapping[str, Any]) -> ServeConfig:
         faults += _faults(error, origin)
     if faults:
         raise ConfigError("; ".join(faults), "see `condu-ray serve --help` for names and limits")
+    return config
+
+
+def resolve_watched(settings: Mapping[str, Any]) -> ServeConfig:
+    """Settings that running replicas take up: `user_config` in a Serve config file.
+
+    Raises ConfigError for any other, and for values that are wrong.
+    """
+    faults = [f"no setting '{name}' ({nearest(name, WATCHED)})" for name in settings if name not in WATCHED]
+    try:
+        config = ServeConfig.model_validate({name: value for name, value in settings.items() if name in WATCHED})
+    except ValidationError as error:
+        faults += _faults(error, dict.fromkeys(settings, "user_config"))
+    if faults:
+        raise ConfigError("; ".join(faults), "mend `user_config` of Replica, and deploy again")
     return config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, Protocol
@@ -170,12 +170,17 @@ def _catalogue(store: Store, backend: Backend) -> APIRouter:
         if number is None:
             raise Problem(503, "no version is loaded yet", busy=True)
         try:
+            if number != _served(backend) and number not in await run_in_threadpool(store.versions):
+                raise Problem(404, f"there is no version {number}")  # gc has removed it, and what it held
             return await run_in_threadpool(tasks_of, number)
         except NotFound:
             raise Problem(404, f"there is no version {number}") from None
 
     def history() -> dict[str, Any]:
-        manifests = [store.manifest(number) for number in store.versions()]
+        manifests = []
+        for number in store.versions():
+            with suppress(NotFound):  # gc has removed it meanwhile
+                manifests.append(store.manifest(number))
         matrix = accuracy_matrix(manifests)
         return {
             "versions": version_rows(manifests),
@@ -194,6 +199,7 @@ def _catalogue(store: Store, backend: Backend) -> APIRouter:
 def _health(backend: Backend) -> APIRouter:
     routes = APIRouter()
 
+    @routes.head("/healthz", include_in_schema=False)
     @routes.get("/healthz")
     async def healthy() -> dict[str, str]:
         """Whether this process runs."""
@@ -203,6 +209,7 @@ def _health(backend: Backend) -> APIRouter:
         known = request.scope["trusted"]  # a sentence may name paths
         return standing.fault if known or standing.fault is None else "a newer version cannot be loaded"
 
+    @routes.head("/readyz", include_in_schema=False)
     @routes.get("/readyz")
     async def ready(request: Request) -> dict[str, Any]:
         """Whether pictures are answered, and by which version on each replica; fault: why a newer does not serve."""
@@ -227,6 +234,7 @@ def _page() -> APIRouter:
     page = files("condu_ray.serving") / "page"
     content = {name: (page / name).read_bytes() for name in PAGE}  # only these, whatever is asked for
 
+    @routes.head("/", include_in_schema=False)
     @routes.get("/", include_in_schema=False)
     async def index() -> Response:
         return Response(content["index.html"], media_type="text/html")

@@ -9,20 +9,19 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from condu_ray.config import ServeConfig
+from condu_ray.config import WATCHED, ServeConfig
 from condu_ray.errors import ConfigError
 from condu_ray.serving.api import build
-from condu_ray.serving.experts import expert_replica
+from condu_ray.serving.experts import GONE, expert_replica
 from condu_ray.serving.figures import FrontFigures
 from condu_ray.serving.messages import Asking, Reply, Standing
 from condu_ray.serving.problems import Problem
@@ -47,9 +46,8 @@ def application(config: ServeConfig) -> serve.Application:
             "Ray Serve's HAProxy listens on all addresses, and no token is set",
             "set CONDU_SERVE__TOKEN, or unset RAY_SERVE_ENABLE_HA_PROXY",
         )
-    watched = {"version", "shadow_version", "shadow_share"}  # changed alone, they are taken up by running replicas
-    settings = config.model_dump(include=watched)
-    config = config.model_copy(update=ServeConfig().model_dump(include=watched))
+    settings = config.model_dump(include=set(WATCHED))
+    config = config.model_copy(update=ServeConfig().model_dump(include=set(WATCHED)))
     logs = LoggingConfig(encoding="JSON", enable_access_log=False)  # the front logs requests itself, with more
     processes = {"num_cpus": config.cpus, "num_gpus": config.gpus}
     experts = (
@@ -107,7 +105,7 @@ class Handle:
             try:
                 reply: Reply = await self._handle.answer.remote(asking, self._seconds)
                 return reply
-            except (RayActorError, DeploymentUnavailableError):
+            except (*GONE, DeploymentUnavailableError):
                 continue
             except BackPressureError:
                 raise Problem(429, "too many requests are being answered already", busy=True) from None
@@ -116,7 +114,8 @@ class Handle:
     def standings(self) -> Sequence[Standing]:
         """What each replica said last."""
         oldest = time.monotonic() - GONE_SECONDS
-        return [standing for heard, standing in self._standings.values() if heard > oldest]
+        self._standings = {name: pair for name, pair in self._standings.items() if pair[0] > oldest}
+        return [standing for _, standing in self._standings.values()]
 
     @asynccontextmanager
     async def lifespan(self, api: FastAPI) -> AsyncIterator[None]:
@@ -127,9 +126,7 @@ class Handle:
 
     async def _follow(self) -> None:
         while True:
-            try:
+            with suppress(Exception):  # told by /readyz once it is not heard of any more; the next may be well
                 standing: Standing = await self._handle.standing.remote()
                 self._standings[standing.replica] = (time.monotonic(), standing)
-            except (RayActorError, DeploymentUnavailableError, BackPressureError):
-                pass  # told by /readyz once it is not heard of any more
-            await asyncio.sleep(STANDING_SECONDS / max(1, len(self._standings)))
+            await asyncio.sleep(STANDING_SECONDS / max(1, len(self.standings())))

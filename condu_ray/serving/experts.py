@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from condu_ray.voting.open import base_of, expert_maker
 from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
 
 TRIES = 3
+GONE = (RayActorError, OutOfMemoryError)  # what Ray says of an actor that died; of one that its memory monitor killed
 
 
 def expert_replica(most: int) -> type:
@@ -88,7 +89,7 @@ class RemoteVoters:
         for _ in range(TRIES):
             try:
                 return response.result(timeout_s=self._seconds)
-            except RayActorError:  # the answer changes nothing: another process gives it
+            except GONE:  # the answer changes nothing: another process gives it
                 response = self._ask(pixels, one)
             except TimeoutError:
                 break

@@ -1,11 +1,11 @@
-"""What a server counts, for Prometheus through Ray (names start with ray_condu_)."""
+"""What a server counts, for Prometheus through Ray (names start with ray_condu_), by application and replica."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 if TYPE_CHECKING:  # a front counts without torch
     from condu_ray.serving.answering import Timed

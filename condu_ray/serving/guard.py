@@ -13,15 +13,20 @@ from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from condu_ray.config import ServeConfig
+from condu_ray.errors import StoreError
 from condu_ray.serving.problems import Problem
 
 log = logging.getLogger("ray.serve")
 
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
 """Without a token: what a load balancer asks, and the page, which holds no secret and asks for the token itself."""
+
+LEFT = 499
+"""Counted where the client has left before there was an answer; nobody is sent it."""
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -77,6 +82,16 @@ class Guard:
         except Problem as problem:
             if not started:
                 await problem.response(request_id)(scope, receive, send_guarded)
+        except StoreError as error:  # the store is away, or damaged: what answers pictures needs it no more
+            log.warning("the store cannot be read: %s", error, extra={"request": request_id})
+            if not started:
+                away = Problem(503, "the store cannot be read; the server's log has more", busy=True)
+                await away.response(request_id)(scope, receive, send_guarded)
+        except ClientDisconnect:
+            status = LEFT
+        except asyncio.CancelledError:  # Serve's proxy says so of a client that left
+            status = status if started else LEFT
+            raise
         except Exception as error:
             log.exception("a request failed", exc_info=error, extra={"request": request_id})
             if not started:
@@ -94,7 +109,9 @@ class Guard:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         refused = self._refused(scope, headers)
         scope["trusted"] = refused is None
-        if refused and not ((path in OPEN or path.startswith("/page/")) and scope["method"] in ("GET", "HEAD")):
+        if ((path or "/") in OPEN or path.startswith("/page/")) and scope["method"] in ("GET", "HEAD"):
+            return  # however full: who is told that a busy server is not well takes it away
+        if refused:
             raise refused
         if self._under_way >= self._queue:
             raise Problem(429, f"{self._queue} requests are being answered already", busy=True)

@@ -17,14 +17,16 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from condu_ray.config import ServeConfig
-from condu_ray.errors import ConduError, DataError, NotFound
+from condu_ray.errors import ConduError, ConfigError, DataError, NotFound, StoreError
 from condu_ray.serving.answering import Asked, Timed, TooLate, answer_batch, pixels_of, warm
 from condu_ray.serving.experts import RemoteVoters
 from condu_ray.serving.figures import ReplicaFigures
 from condu_ray.serving.messages import Asking, Reply, Standing
-from condu_ray.serving.shelf import Shelf, sentence_of
+from condu_ray.serving.shelf import AGAIN_SECONDS, Shelf, sentence_of
 from condu_ray.serving.threads import run_in
+from condu_ray.sources import resolve_watched
 from condu_ray.store import open_store
+from condu_ray.store.base import differing
 from condu_ray.voting.classifier import Classifier
 from condu_ray.voting.open import base_of, load_classifier
 
@@ -44,6 +46,8 @@ class Replica:
         self._base = replace(base, precision=config.precision)
         self._shelf = Shelf(self._store.versions, self._load, config.versions)
         self._shadow: tuple[int, float] | None = None
+        self._shadow_rests = 0.0  # until then, on the monotonic clock, since it could not be loaded
+        self._misread: str | None = None
         self._figures = ReplicaFigures()
         # One thread answers and one loads: a version's modules serve one thread at a time (models/clip.py).
         self._model, self._loader = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -60,15 +64,30 @@ class Replica:
     async def reconfigure(self, settings: dict[str, Any]) -> None:
         """Takes `version`, `shadow_version` and `shadow_share`; Serve calls this before the first request too.
 
-        A version that cannot be loaded is no error here: the one that serves goes on, and /readyz says so.
+        A version that cannot be loaded is no error here: the one that serves goes on, and /readyz says so. The same of
+        settings that cannot be meant, once a version serves: an error would have Serve replace a replica that answers.
         """
-        self._shelf.pin(settings.get("version"))
-        shadow = settings.get("shadow_version")
-        self._shadow = None if shadow is None else (shadow, settings.get("shadow_share", 0.1))
+        try:
+            asked, self._misread = resolve_watched(settings), None
+        except ConfigError as error:
+            if self._following is None:
+                raise
+            log.error("user_config is not taken up: %s", error)
+            self._misread = str(error)
+            return
+        self._shelf.pin(asked.version)
+        self._shelf.hold(asked.shadow_version)
+        self._shadow = None if asked.shadow_version is None else (asked.shadow_version, asked.shadow_share)
+        self._shadow_rests = 0.0
         await self._refresh()
         self._shelf.current  # noqa: B018  (raises where nothing could be loaded at all)
         if self._following is None:
             self._following = asyncio.create_task(self._follow())
+
+    async def check_health(self) -> None:
+        """Serve asks before the first request too. Where `user_config` is null it has set nothing, so all is unset."""
+        if self._following is None:
+            await self.reconfigure({})
 
     async def _follow(self) -> None:
         while True:
@@ -80,6 +99,8 @@ class Replica:
         self._figures.serves(self._shelf.current, self._shelf.fault is not None)
 
     def _load(self, version: int) -> Classifier:
+        if differing(open_store(self._config.store), self._store.header):
+            raise StoreError(f"{self._store.url} is another store than when the server started", "start it again")
         loaded = load_classifier(self._config.store, version, clip=self._base.twin(), cache=self._config.experts)
         if self._experts is not None and loaded.experts and not loaded.cached.small(loaded.experts[0].name):
             remote = RemoteVoters(loaded.voters, self._experts, version, self._config.timeout_seconds)
@@ -89,12 +110,12 @@ class Replica:
 
     async def standing(self) -> Standing:
         """What serves here; the front asks every second."""
-        fault = self._shelf.fault
+        fault = self._misread or (self._shelf.fault.reason if self._shelf.fault else None)
         return Standing(
             serve.get_replica_context().replica_id.unique_id,
             self._shelf.current.version,
             self._shelf.newest,
-            fault.reason if fault else None,
+            fault,
             self._shadow[0] if self._shadow else None,
         )
 
@@ -159,7 +180,7 @@ class Replica:
 
     def _score_in_the_shade(self, batch: Sequence[Asked], timed: Sequence[Timed]) -> None:
         """Lets the shadow version answer too, a share of the pictures and one request at a time, and counts."""
-        if self._shadow is None or batch[0].question.version is not None:
+        if self._shadow is None or batch[0].question.version is not None or time.monotonic() < self._shadow_rests:
             return
         version, share = self._shadow
         picked = [pair for pair in zip(batch, timed, strict=True) if random.random() < share]
@@ -174,6 +195,7 @@ class Replica:
             found = await run_in(self._model, answer_batch, batch)
         except ConduError as error:
             log.warning("the shadow version cannot answer: %s", sentence_of(error))
+            self._shadow_rests = time.monotonic() + AGAIN_SECONDS
             return
         for (_, served), shadow in zip(picked, found, strict=True):
             if not isinstance(shadow, Timed):  # it has no such task, say

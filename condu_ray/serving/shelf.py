@@ -42,6 +42,7 @@ class Shelf:
         self._others: OrderedDict[int, Classifier] = OrderedDict()
         self._current: Classifier | None = None
         self._pinned: int | None = None
+        self._held: int | None = None
         self._loading = Lock()
         self._tried = 0.0
         self.fault: Fault | None = None
@@ -58,14 +59,21 @@ class Shelf:
         """From the next `refresh` on this version serves, or (None) the newest."""
         self._pinned, self._tried = version, 0.0
 
+    def hold(self, version: int | None) -> None:
+        """Once loaded this version stays, besides those that `keep` counts; None: no version does."""
+        self._held = version
+
     def refresh(self) -> bool:
         """Loads what should serve, if that is another version; returns whether it changed. Never raises.
 
-        Without a version that serves yet, an older one than wanted will do.
+        Without a version that serves yet, an older one than wanted will do. Others that are no longer in the store are
+        let go: gc removes what was forgotten.
         """
         with self._loading:
             try:
                 known = self._versions()
+                for version in [each for each in self._others if each not in known]:
+                    del self._others[version]
                 self.newest = known[-1] if known else None
                 if not known or (self._pinned is not None and self._pinned not in known):
                     raise NotFound(f"version {self._pinned or 1} is not in the store", "learn a task, or pin another")
@@ -115,8 +123,9 @@ class Shelf:
     def _put_aside(self, loaded: Classifier) -> None:
         self._others[loaded.version] = loaded
         self._others.move_to_end(loaded.version)
-        while len(self._others) > self._keep:
-            self._others.popitem(last=False)
+        spare = [version for version in self._others if version != self._held]
+        for version in spare[: max(0, len(spare) - self._keep)]:
+            del self._others[version]
 
 
 def sentence_of(error: Exception) -> str:

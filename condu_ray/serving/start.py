@@ -16,6 +16,7 @@ from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.errors import ConfigError, ServiceError
 from condu_ray.serving.app import application
 from condu_ray.store import open_store
+from condu_ray.voting.open import check_pictured
 
 NAME = "condu-ray"
 
@@ -27,7 +28,9 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
     Raises ConduError before anything is started where store, version or port cannot be meant; ServiceError where no
     replica comes up.
     """
-    open_store(config.store).manifest(config.version)
+    store = open_store(config.store)
+    for version in dict.fromkeys((config.version, config.shadow_version or config.version)):
+        check_pictured(store.manifest(version))
     _check_port(config)
     config = config.model_copy(update={"store": os.path.abspath(config.store)} if os.path.isdir(config.store) else {})
     with connected(cluster) as found:
@@ -45,7 +48,7 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
                 "the logs are in /tmp/ray/session_latest/logs/serve",
             ) from error
         finally:
-            serve.shutdown()
+            _stop(found)
 
 
 def _check_free(config: ServeConfig) -> None:
@@ -57,6 +60,15 @@ def _check_free(config: ServeConfig) -> None:
             f"Ray Serve runs on this cluster already (applications: {names})",
             "use `serve deploy clusters/serve.yaml` there, or unset RAY_ADDRESS to serve on this machine",
         )
+
+
+def _stop(cluster: Cluster) -> None:
+    """Ends the application, and Serve with it unless others have brought theirs to the cluster meanwhile."""
+    there = serve.status().applications if cluster.joined else {}
+    if not set(there) - {NAME}:
+        serve.shutdown()
+    elif NAME in there:
+        serve.delete(NAME)
 
 
 def _check_room(config: ServeConfig, cluster: Cluster) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from command_line import condu, process
 
+from condu_ray import reports
+
 
 def test_the_published_object(store: Path, picture: Path) -> None:
     said = condu("predict", picture, "--store", store, "--json")
@@ -137,3 +139,10 @@ def test_commands_that_work_on_one_store_start_no_ray(copy: Path, picture: Path,
     said = process(json.dumps(commands), code=WITHOUT_RAY)
     ran = [json.loads(line) for line in said.err.splitlines() if line.startswith('["')]
     assert ran == [[command[0], 0, False] for command in commands], said.err
+
+
+def test_the_table_names_every_version_that_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    """A server may take up a newer one between two pictures."""
+    answer = {"image": "a", "label": "x", "task": None, "probability": 0.5, "votes": [], "label_space": "union"}
+    reports.show_answers([{**answer, "version": version} for version in (4, 3, 4)])
+    assert "answers by version 3 and 4, label space union" in capsys.readouterr().out

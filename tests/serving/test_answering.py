@@ -19,7 +19,7 @@ from condu_ray.errors import ConfigError, DataError
 from condu_ray.models.clip import Clip, halved
 from condu_ray.serving.answering import Asked, Timed, TooLate, answer_batch, pixels_of, warm
 from condu_ray.serving.messages import Question
-from condu_ray.sources import resolve_serving
+from condu_ray.sources import resolve_serving, resolve_watched
 from condu_ray.voting.answer import Answer
 from condu_ray.voting.classifier import Classifier
 from condu_ray.voting.open import load_classifier
@@ -171,3 +171,25 @@ def test_settings_come_from_environment_and_options_and_keep_the_token_to_themse
     assert "queue = 0 (from option)" in told and "token (from environment)" in told
     assert "short-secret" not in told
     assert ServeConfig().host == "127.0.0.1"
+
+
+def test_a_token_from_a_file_is_taken_without_its_line_end_and_one_that_cannot_be_sent_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONDU_SERVE__TOKEN", "a-token-of-many-letters\n")
+    token = resolve_serving({}).token
+    assert token is not None and token.get_secret_value() == "a-token-of-many-letters"
+    for wrong, said in (("fifteen-letters\n", "at least 16"), ("schlüssel-schlüssel", "can be sent with a request")):
+        monkeypatch.setenv("CONDU_SERVE__TOKEN", wrong)
+        with pytest.raises(ConfigError, match=said) as told:
+            resolve_serving({})
+        assert wrong.strip() not in str(told.value)
+
+
+def test_settings_of_running_replicas_are_these_three_and_no_others() -> None:
+    asked = resolve_watched({"version": "3", "shadow_version": None, "shadow_share": "0.5"})
+    assert (asked.version, asked.shadow_version, asked.shadow_share) == (3, None, 0.5)
+    with pytest.raises(ConfigError) as told:
+        resolve_watched({"verison": 3, "shadow_share": 10, "replicas": 2})
+    assert "no setting 'verison' (did you mean version?)" in str(told.value)
+    assert "shadow_share = 10 (from user_config)" in str(told.value) and "no setting 'replicas'" in str(told.value)

@@ -7,6 +7,7 @@ import base64
 import gc
 import io
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -142,7 +143,8 @@ def test_without_more_it_asks_for_everything_learned(server: Server) -> None:
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "boundary"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, ""),
         ({"files": [("picture", ("a.png", b"x"))]}, 422, "'picture': call it image"),
-        ({"files": [("image", ("a.png", b"x"))] * 18}, 400, "Too many files"),
+        ({"files": [("image", ("a.png", b"x"))] * 18}, 422, "more than 16 pictures: send 1 to 16"),
+        ({"files": [("image", ("a.png", b"x"))], "data": {"labels": ["x"] * 130}}, 422, "more than 100 labels"),
         ({"files": [("image", ("a.png", b"x"))], "data": {"k": "many"}}, 422, "k: "),
         ({"files": [("image", ("a.png", b"x"))], "data": {"k": ["1", "2"]}}, 422, "'k' is given twice"),
         ({"files": {"task": (None, "pets")}}, 422, "0 pictures: send 1 to 16"),
@@ -260,6 +262,56 @@ def test_more_requests_than_the_queue_holds_are_told_to_come_back() -> None:
     assert refused.headers["retry-after"] == "1"
 
 
+def test_a_server_that_is_full_is_well_all_the_same() -> None:
+    server = Server(queue=1)
+
+    async def run() -> list[int]:
+        server.backend.hold = asyncio.Event()
+        async with server.client() as client:
+            call = asyncio.create_task(client.post("/v1/predict", files={"image": ("a.png", png())}))
+            while not server.backend.asked:
+                await asyncio.sleep(0.01)
+            found = [(await client.get(path)).status_code for path in ("/healthz", "/readyz", "/", "/v1/tasks")]
+            server.backend.hold.set()
+            await call
+        return found
+
+    assert asyncio.run(run()) == [200, 200, 200, 429]
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz"])
+def test_who_watches_may_ask_for_the_head_alone(server: Server, path: str) -> None:
+    assert server.call("HEAD", path).status_code == 200
+
+
+def test_a_client_that_leaves_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    """Before its question is whole, which the interface is told; and while it waits: Serve then cancels the call."""
+    server = Server()
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "headers": headers}
+        await server._app({**scope, "client": ("127.0.0.1", 5), "http_version": "1.1"}, receive, send)
+        server.backend.hold = asyncio.Event()
+        async with server.client() as client:
+            call = asyncio.create_task(client.post("/v1/predict", files={"image": ("a.png", png())}))
+            while not server.backend.asked:
+                await asyncio.sleep(0.01)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    asyncio.run(run())
+    assert server.counted == [("/v1/predict", 499), ("/v1/predict", 499)]
+    assert sent == [] and "failed" not in caplog.text
+
+
 GOOD = {"authorization": f"Bearer {TOKEN}"}
 
 
@@ -295,6 +347,18 @@ def test_health_and_the_page_need_no_token_and_tell_no_paths() -> None:
         assert server.call("GET", path).status_code == 200
     assert server.call("GET", "/readyz").json()["replicas"][0]["fault"] == "a newer version cannot be loaded"
     assert server.call("GET", "/readyz", headers=GOOD).json()["replicas"][0]["fault"] == "/a/path is damaged"
+
+
+def test_the_page_is_open_where_the_application_has_a_prefix_too() -> None:
+    server = Server(token=TOKEN)
+    transport = httpx.ASGITransport(server._app, client=("127.0.0.1", 5), root_path="/birds")
+
+    async def run(path: str) -> int:
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return (await client.get(path, follow_redirects=True)).status_code
+
+    found = [asyncio.run(run(path)) for path in ("/birds", "/birds/", "/birds/readyz", "/birds/v1/tasks")]
+    assert found == [200, 200, 200, 401]
 
 
 def test_without_a_token_only_the_own_machine_is_answered(server: Server) -> None:
@@ -353,6 +417,23 @@ def test_tasks_and_versions_are_those_of_the_store(server: Server) -> None:
     versions = server.call("GET", "/v1/versions").json()
     assert [each["version"] for each in versions["versions"]] == open_store(STORE).versions()
     assert versions["serving"] == 2
+
+
+def test_a_store_that_is_away_is_no_mistake_of_the_server_and_what_gc_removed_is_gone(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(STORE, tmp_path / "store")
+    store, manifests = open_store(tmp_path / "store"), tmp_path / "store" / "versions"
+    server._app = build(server.config, store, server.backend, lambda *seen: None)
+    assert server.call("GET", "/v1/tasks?version=1").status_code == 200
+    (manifests / "00000001.json").unlink()
+    assert "no version 1" in problem(server.call("GET", "/v1/tasks?version=1"), 404)
+    assert [each["version"] for each in server.call("GET", "/v1/versions").json()["versions"]] == [2, 3, 4]
+    (manifests / "00000002.json").write_text("{")
+    response = server.call("GET", "/v1/versions")
+    assert "the store cannot be read" in problem(response, 503)
+    assert response.headers["retry-after"] == "1" and str(tmp_path) not in response.text
+    assert "00000002.json" in caplog.text
 
 
 def test_the_openapi_document_describes_both_ways_to_ask(server: Server) -> None:

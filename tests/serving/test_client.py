@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from condu_ray import client as module
@@ -147,3 +150,43 @@ def test_a_server_cannot_make_a_client_wait_for_ever(monkeypatch: pytest.MonkeyP
         waiting(url)
     assert waits[0] == module.LONGEST_SECONDS
     assert waits[1] < 1
+
+
+@BOTH
+def test_a_token_from_a_file_ends_with_a_line_that_is_not_sent(ask: Ask) -> None:
+    with server(OK) as (url, seen):
+        ask(url, token="secret-of-many-letters\n")
+    assert [headers.get("Authorization") for headers in seen] == ["Bearer secret-of-many-letters"]
+
+
+@BOTH
+@pytest.mark.parametrize("token", ["schlüssel-schlüssel", "two-lines-\nof-a-secret"])
+def test_a_token_that_no_header_can_hold_is_refused_and_not_told(ask: Ask, token: str) -> None:
+    with pytest.raises(ServiceError, match="the token holds letters that cannot be sent") as told:
+        ask("http://127.0.0.1:9", token=token)
+    assert token not in str(told.value)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:9"), ("ALL_PROXY", "socks://h:9"), ("SSL_CERT_FILE", "/nowhere/certificates")],
+)
+def test_proxies_and_certificates_that_cannot_be_used_are_one_sentence(
+    ask: Ask, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ServiceError, match=f"of the environment cannot be used .*{name}"):
+        ask("http://127.0.0.1:9")
+
+
+def test_a_picture_whose_name_is_no_text_is_sent(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    Path(os.fsdecode(path)).write_bytes(b"picture")
+    asked = httpx.Request("POST", "http://server/v1/predict", **module._predict([os.fsdecode(path)]))
+    assert b"caf\\\\udce9.png" in asked.read()  # a form doubles it
+
+
+def test_no_pictures_are_nothing_to_ask() -> None:
+    with Client("http://127.0.0.1:9") as client, pytest.raises(DataError, match="no pictures were given"):
+        client.predict([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -18,7 +19,7 @@ from ray import serve
 
 from condu_ray.config import ServeConfig
 from condu_ray.data import Picture, load_picture
-from condu_ray.errors import NotFound
+from condu_ray.errors import ConfigError, NotFound
 from condu_ray.serving import replica as replicas
 from condu_ray.serving.answering import Asked, Timed, answer_batch
 from condu_ray.serving.messages import Question
@@ -153,3 +154,58 @@ def test_a_shadow_version_answers_beside_and_what_differs_is_logged(
     for record in differ:
         assert record.served["version"] == 2  # type: ignore[attr-defined]
         assert record.shadow["version"] == 1  # type: ignore[attr-defined]
+
+
+def test_settings_that_cannot_be_meant_change_nothing_once_a_version_serves(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+
+    async def run() -> None:
+        for wrong in ({"verison": 1}, {"version": "one"}):
+            with pytest.raises(ConfigError, match="user_config"):
+                await replica.reconfigure(wrong)
+        await replica.reconfigure({"version": "1"})
+        for wrong, said in (({"verison": 2}, "verison"), ({"shadow_version": 2, "shadow_share": "half"}, "half")):
+            await replica.reconfigure(wrong)
+            standing = await replica.standing()
+            assert (standing.version, standing.shadow) == (1, None)
+            assert said in str(standing.fault)
+        await replica.reconfigure({})
+        assert (await replica.standing()).fault is None
+        replica._following.cancel()  # type: ignore[union-attr]
+
+    asyncio.run(run())
+
+
+def test_where_user_config_is_null_the_newest_serves(replica: Replica) -> None:
+    """Serve then calls no `reconfigure`."""
+
+    async def run() -> None:
+        await replica.check_health()
+        assert serving(replica) == 2
+        following = replica._following
+        await replica.check_health()
+        assert replica._following is following is not None
+        following.cancel()
+
+    asyncio.run(run())
+
+
+def test_another_store_in_the_same_place_is_not_served_by_the_model_of_the_first(
+    replica: Replica, tmp_path: Path
+) -> None:
+    header = tmp_path / "store" / "store.json"
+
+    async def run() -> None:
+        await replica.reconfigure({})
+        rollback(open_store(replica._config.store), 1)
+        other = json.loads(header.read_text())
+        header.write_text(json.dumps({**other, "model_sha256": "0" * 64}))
+        await replica.reconfigure({})
+        assert serving(replica) == 2
+        assert "is another store than when the server started" in str(replica._shelf.fault)
+        replica._following.cancel()  # type: ignore[union-attr]
+
+    asyncio.run(run())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import re
 import signal
@@ -202,9 +203,22 @@ def test_what_happens_is_counted_for_prometheus(served: Served) -> None:
     while missing and time.monotonic() < end:
         httpx.post(f"{served.url}/v1/predict", files={"image": served.pictures[0].read_bytes()}, timeout=60)
         text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30).text
-        missing = {name for name in wanted if not re.search(rf"^ray_{name}(_total|_bucket)?\{{", text, re.MULTILINE)}
+        line = r'^ray_{}(_total|_bucket)?\{{[^}}]*application="condu-ray"'
+        missing = {name for name in wanted if not re.search(line.format(name), text, re.MULTILINE)}
         time.sleep(0.5)
     assert missing == set()
+
+
+def test_clients_that_leave_are_counted_as_such(served: Served) -> None:
+    def counted() -> set[str]:
+        with contextlib.suppress(httpx.TimeoutException):
+            patience = httpx.Timeout(60, read=0.01)
+            httpx.post(f"{served.url}/v1/predict", files={"image": served.pictures[0].read_bytes()}, timeout=patience)
+        node = ray.nodes()[0]
+        text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=30).text
+        return set(re.findall(r'^ray_condu_requests_total\{[^}]*status="(\d+)"', text, re.MULTILINE))
+
+    assert "500" not in until(counted, lambda found: "499" in found)
 
 
 @pytest.mark.slow

@@ -145,3 +145,32 @@ def test_the_version_before_stays_at_hand_for_requests_under_way_and_for_going_b
     shelf.refresh()
     assert shelf.current is before
     assert stored.loads == [1, 2]
+
+
+def test_what_gc_has_removed_is_let_go_and_what_serves_goes_on() -> None:
+    stored = Stored(1, 2, 3)
+    shelf = stored.shelf(keep=2)
+    shelf.refresh()
+    assert [shelf.fetch(version).version for version in (1, 2)] == [1, 2]
+    stored.known.remove(1)
+    shelf.refresh()
+    assert (shelf.at_hand(1), shelf.at_hand(2) is None) == (None, False)
+    stored.known = [4]
+    stored.damaged.add(4)
+    shelf.refresh()
+    assert (shelf.at_hand(2), shelf.current.version) == (None, 3)
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_a_version_that_is_held_is_loaded_once_whatever_others_are_asked_for(keep: int) -> None:
+    stored = Stored(1, 2, 3, 4)
+    shelf = stored.shelf(keep)
+    shelf.hold(1)
+    shelf.refresh()
+    for version in (1, 2, 1, 3, 1):
+        assert shelf.fetch(version).version == version
+    assert stored.loads.count(1) == 1
+    assert (shelf.at_hand(2), shelf.at_hand(3) is not None) == (None, bool(keep))
+    shelf.hold(None)
+    shelf.fetch(2)
+    assert shelf.at_hand(1) is None

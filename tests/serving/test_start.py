@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from condu_ray.config import ServeConfig
 from condu_ray.engine.cluster import Cluster
 from condu_ray.errors import ConfigError
-from condu_ray.serving.start import _check_room
+from condu_ray.serving import start
+from condu_ray.serving.start import NAME, _check_room
 
 MACHINE = Cluster(((2, 1),), joined=False)
 
@@ -28,3 +31,27 @@ def test_what_fits_is_served(given: dict[str, float]) -> None:
 def test_what_does_not_fit_is_a_sentence(given: dict[str, float], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         _check_room(ServeConfig(**given), MACHINE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("joined", "there", "done"),
+    [
+        (False, [NAME], ["shutdown"]),
+        (True, [NAME], ["shutdown"]),
+        (True, [], ["shutdown"]),
+        (True, [NAME, "others"], [f"delete {NAME}"]),
+        (True, ["others"], []),
+    ],
+)
+def test_what_others_serve_on_the_cluster_meanwhile_goes_on(
+    joined: bool, there: list[str], done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    stands_for = SimpleNamespace(
+        status=lambda: SimpleNamespace(applications=dict.fromkeys(there)),
+        shutdown=lambda: said.append("shutdown"),
+        delete=lambda name: said.append(f"delete {name}"),
+    )
+    monkeypatch.setattr(start, "serve", stands_for)
+    start._stop(Cluster(((2, 0),), joined))
+    assert said == done

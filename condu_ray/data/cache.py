@@ -9,8 +9,8 @@ import hashlib
 import lzma
 import os
 import shutil
-import tempfile
 import time
+import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -61,13 +61,14 @@ def plain_tar(path: Path) -> Path:
 
 def _unpack(path: Path, stream: IO[bytes], folder: Path, key: str) -> Path:
     _sweep(folder)
+    partial = _partial(folder)
     try:
-        handle, partial = tempfile.mkstemp(prefix="partial-", dir=folder)
+        file = open(partial, "xb")  # noqa: SIM115
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
         digest = hashlib.sha256()
-        with os.fdopen(handle, "wb") as file:
+        with file:
             while chunk := _read(path, stream):
                 digest.update(chunk)
                 try:
@@ -78,7 +79,7 @@ def _unpack(path: Path, stream: IO[bytes], folder: Path, key: str) -> Path:
         os.replace(partial, whole)
         return whole
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _read(path: Path, stream: IO[bytes]) -> bytes:
@@ -93,8 +94,9 @@ def fill(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     _sweep(folder.parent)
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+    partial = _partial(folder.parent)
     try:
+        partial.mkdir()
         make(partial)
         try:
             os.rename(partial, folder)
@@ -104,6 +106,11 @@ def fill(folder: Path, make: Callable[[Path], None]) -> Path:
         return folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(folder: Path) -> Path:
+    """A new name there. Not by `tempfile`: what that makes is for this user alone, and a cache may be shared."""
+    return folder / f"partial-{uuid.uuid4().hex}"
 
 
 def _sweep(folder: Path) -> None:

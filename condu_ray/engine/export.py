@@ -68,7 +68,8 @@ def _base_of(store: Store) -> Weights:
 
 
 def _of_weights(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor]:
-    """The base's own tensors, those that are fused moved by the task's delta and rounded once to their dtype."""
+    """The base's own tensors, those that are fused moved by the task's delta and rounded once to their dtype; running
+    statistics as the task had them."""
     header, layout, base = store.header, layout_of(store.header), _base_of(store)
     if base.sha256() != header.model_sha256:
         raise ModelError(f"{base.path} has changed since the store was made", "put the base back from a copy")
@@ -76,5 +77,5 @@ def _of_weights(store: Store, manifest: Manifest, task: str) -> dict[str, Tensor
     assert isinstance(state, FusedState), "merged weights are fused"
     moved = layout.flatten({entry.name: base[entry.name] for entry in layout.entries})
     state.add_to(task, moved)
-    views = layout.views(moved)
-    return {name: torch.from_numpy(views[name]).to(base[name].dtype) if name in views else base[name] for name in base}
+    found = {**layout.views(moved), **buffers_of(store, manifest).get(task, {})}
+    return {name: torch.tensor(found[name]).to(base[name].dtype) if name in found else base[name] for name in base}

@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from condu_ray.config import SessionConfig, check_task_name, fixed_by_store
 from condu_ray.engine.fusing import Fuser
-from condu_ray.engine.keys import PLACEMENT, state_key
+from condu_ray.engine.keys import PLACEMENT, content_key, state_key
 from condu_ray.engine.progress import Stage
 from condu_ray.errors import ConfigError, DataError, FusionError, StoreError
 from condu_ray.fusion.layout import Layout, as_f32
+from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
 from condu_ray.store.history import commit_next, newest
@@ -69,9 +70,18 @@ class Weights(Mapping[str, Any]):
         return total.hexdigest()
 
     def layout(self) -> Layout:
-        """Its floating tensors that have elements."""
-        shapes = {name: self[name] for name in self}
+        """What is fused: its floating tensors that have elements, running statistics aside."""
+        shapes = {name: self[name] for name in self if not _is_statistic(name)}
         return Layout.of({name: t for name, t in shapes.items() if t.is_floating_point() and t.numel()})
+
+    def statistics(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of its running statistics, by name."""
+        return {name: tuple(self[name].shape) for name in self if _is_statistic(name)}
+
+
+def _is_statistic(name: str) -> bool:
+    """Whether a tensor is measured and not learned; a fused variance could turn negative."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def named(given: Sequence[str]) -> dict[str, Path]:
@@ -106,8 +116,9 @@ def merge(
     config, _ = resolve({"store": url, "model": f"{WEIGHTS}{base.absolute()}", "tracking": "off", **given})
     opened = {name: Weights(path) for name, path in tuned.items()}
     layout = start.layout()
+    shapes = {**{entry.name: entry.shape for entry in layout.entries}, **start.statistics()}
     for name, weights in opened.items():
-        _check_fits(layout, name, weights)
+        _check_fits(shapes, name, weights)
     store = create_store(
         url,
         StoreHeader(
@@ -140,13 +151,16 @@ def merge(
     return made
 
 
-def _check_fits(layout: Layout, name: str, weights: Weights) -> None:
-    for entry in layout.entries:
-        if entry.name not in weights:
-            raise FusionError(f"{name}: tensor {entry.name!r} of the base is missing in {weights.path}")
-        shape = tuple(weights[entry.name].shape)
-        if shape != entry.shape:
-            raise FusionError(f"{name}: tensor {entry.name!r} has shape {shape}, the base has {entry.shape}")
+def _check_fits(shapes: Mapping[str, tuple[int, ...]], name: str, weights: Weights) -> None:
+    for each, wanted in shapes.items():
+        if each not in weights:
+            raise FusionError(f"{name}: tensor {each!r} of the base is missing in {weights.path}")
+        tensor = weights[each]
+        if tuple(tensor.shape) != wanted:
+            raise FusionError(f"{name}: tensor {each!r} has shape {tuple(tensor.shape)}, the base has {wanted}")
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise FusionError(f"{name}: tensor {each!r} holds {kind}", "give weights that are not quantised")
 
 
 def _key(fingerprint: str) -> str:
@@ -169,6 +183,9 @@ def _with(
     delta = store.find(train, "delta") or store.put(train, "delta", {"delta": _delta(layout, weights, start)})
     fused = fuser.add(state_key(parent, config, name, train), parent, name, delta, None)
     old = list(parent.tasks) if parent else []
+    kept = {each: ref for each, ref in (parent.objects if parent else {}).items() if each.startswith(TASK_OBJECTS)}
+    if changed := _changed(weights, start):
+        kept[f"buffers-{version}"] = store.put(content_key("buffers", changed), "buffers", changed)
     card = TaskCard(
         name=name,
         uid=version,
@@ -186,11 +203,17 @@ def _with(
         parent=parent.version if parent else None,
         kind="learn",
         tasks=[c.model_copy(update={"figures": dict(fused.fidelity[c.name])}) for c in [*old, card]],
-        objects=fused.objects,
+        objects={**kept, **fused.objects},
         state={"method": fused.meta, "trained": train},
         settings=config.model_dump(exclude=PLACEMENT),
         message=f"merged {name}",
     )
+
+
+def _changed(weights: Weights, start: Weights) -> dict[str, Any]:
+    """Running statistics that are not the base's, f32: kept as they are, as those of a training are."""
+    pairs = {name: (as_f32(weights[name]), as_f32(start[name])) for name in start.statistics()}
+    return {name: own for name, (own, before) in pairs.items() if not np.array_equal(own, before)}
 
 
 def _delta(layout: Layout, weights: Weights, start: Weights) -> Any:

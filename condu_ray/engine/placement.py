@@ -46,7 +46,8 @@ def plan_group(config: SessionConfig, jobs: int, ordered: bool, cluster: Cluster
             f"no node has a GPU with {config.cpus_per_worker or 1} CPU core beside each worker",
             "use fewer --cpus-per-worker, or --gpu no",
         )
-    most = room if shared else min(room, 1 if ordered else jobs)
+    # Of those that share a batch each needs a picture of it.
+    most = min(room, config.train.batch_size) if shared else min(room, 1 if ordered else jobs)
     workers = config.workers or max(1, most)
     if not shared:
         workers = min(workers, 1 if ordered else jobs)

@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from condu_ray.config import SessionConfig
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.progress import Update
-from condu_ray.engine.replies import TRIES, answer_of, gone, result_of
+from condu_ray.engine.replies import TRIES, answer_of, gone
 from condu_ray.engine.scoring import Scorer, threads_of
 from condu_ray.engine.work import Job, work_through
 from condu_ray.errors import TrainingError
@@ -138,6 +138,8 @@ def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[
     """Those that found a place; the others are ended, since other work may hold some of the cluster's cores.
 
     place: what they need, for the error where none came free. needed: False where others do the work without them.
+    One that is lost while it starts, with its node or for want of memory, is as one that found no place, as long as
+    others do the work. Raises TrainingError for one that says why it cannot start.
     """
     hired = {one.__ray_ready__.remote(): one for one in actors}
     ready, late = ray.wait(list(hired), num_returns=len(hired), timeout=HIRE_SECONDS)
@@ -150,6 +152,15 @@ def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[
             f"no {place} of the cluster came free in {LONGEST_HIRE_SECONDS:.0f} s",
             "end other work on it, and run the same command again",
         )
+    alive, lost = list[Any](), list[RayActorError]()
     for ref in ready:
-        result_of(ref)  # one that could not start counts as ready, too
-    return [hired[ref] for ref in ready]
+        try:
+            answer_of(ref)  # one that could not start counts as ready, too
+            alive.append(hired[ref])
+        except RayActorError as error:
+            if error.actor_init_failed:
+                raise gone(error) from None
+            lost.append(error)
+    if lost and needed and not alive:
+        raise gone(lost[0])
+    return alive

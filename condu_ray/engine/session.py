@@ -33,7 +33,8 @@ from condu_ray.engine.keys import (
 from condu_ray.engine.progress import Stage, Update
 from condu_ray.engine.scoring import Snapshot
 from condu_ray.engine.work import BASE, Job
-from condu_ray.errors import DataError, StoreError
+from condu_ray.errors import DataError, FusionError, StoreError
+from condu_ray.fusion import signs
 from condu_ray.methods.rescaling import steps_of
 from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.methods.training import buffers_in
@@ -89,7 +90,8 @@ class _Known:
 def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> list[TaskData]:
     """Those of `tasks` that the newest version does not hold yet.
 
-    Raises DataError where a name is taken by other pictures, or was learned with other settings.
+    Raises DataError where a name is taken by other pictures, or was learned with other settings, FusionError where the
+    state would not take in so many: after the training it would be too late.
     """
     manifest = newest(store)
     missing = []
@@ -102,6 +104,13 @@ def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> 
                 f"task {task.name} was learned in version {card.learned_in} {other}",
                 f"choose another name, or `condu-ray forget {task.name}` first",
             )
+    state = manifest.state["method"] if manifest else {}
+    if missing and state.get("triggers") == "sign" and state["next_uid"] + len(missing) > signs.MOST_TASKS:
+        raise FusionError(
+            f"{store.url} has taken in {state['next_uid']} tasks, forgotten ones counted, and takes in "
+            f"{signs.MOST_TASKS} at most, not {len(missing)} more",
+            "start another store",
+        )
     return missing
 
 

@@ -95,15 +95,25 @@ def backward(
 ) -> float:
     """Adds up the gradient of the global batch's mean loss; returns the mean loss of this share.
 
-    size: how many processes share the batch and average their gradients.
+    size: how many processes share the batch and average their gradients. Raises TrainingError where a batch
+    normalisation that is updated sees a single value a channel.
     """
     batch_size = config.train.batch_size
     # As many parts in every process, whatever its share: each part's backward pass waits for the others.
     parts = min(config.train.accumulate, batch_size // size)
     total = 0.0
     for some_pixels, some_labels in zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True):
-        with autocast():
-            loss = loss_of(some_pixels, some_labels)
+        try:
+            with autocast():
+                loss = loss_of(some_pixels, some_labels)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TrainingError(
+                "batch normalisation has nothing to measure in a single picture",
+                "use a larger --train.batch-size, a smaller --train.accumulate, fewer --workers, or "
+                "--train.batch-norm frozen",
+            ) from error
         # Gradients are averaged over processes, whose shares may differ by one picture.
         (loss * (len(some_labels) * size / batch_size)).backward()
         total += float(loss.detach()) * len(some_labels) / len(labels)

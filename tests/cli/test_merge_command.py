@@ -78,6 +78,31 @@ def test_three_tasks_share_one_vector(files: Files, tmp_path: Path, triggers: st
     assert (again["made"], again["version"]) == ([], 3)
 
 
+@pytest.mark.parametrize("triggers", ["mask", "sign"])
+def test_running_statistics_are_each_tasks_own(tmp_path: Path, triggers: str) -> None:
+    """They are not fused: a variance that shares its magnitude with one that grew would turn negative."""
+
+    def drawn(seed: int) -> dict[str, Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            normed = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.BatchNorm1d(64))
+            normed[1].running_var.copy_(torch.rand(64) ** 4 + 1e-3)
+            return normed.state_dict()
+
+    for seed, name in enumerate(("base", "birds", "cars", "signs")):
+        save_file(drawn(seed), tmp_path / f"{name}.safetensors")
+    store, files = tmp_path / "merged", {name: tmp_path / f"{name}.safetensors" for name in ("birds", "cars", "signs")}
+    merged = condu("merge", tmp_path / "base.safetensors", *files.values(), "-o", store, "--triggers", triggers)
+    assert merged.code == 0, merged.err
+    assert condu("forget", "birds", "--store", store).code == 0
+    for name in ("cars", "signs"):
+        found, tuned = export(store, name, tmp_path / "out.safetensors"), load_file(files[name])
+        assert found.keys() == tuned.keys()
+        for statistic in ("1.running_mean", "1.running_var"):
+            torch.testing.assert_close(found[statistic], tuned[statistic], rtol=0, atol=0)
+        assert not torch.equal(found["0.weight"], drawn(0)["0.weight"])
+
+
 def test_shards_in_a_folder_are_one_model(files: Files, tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -139,6 +164,8 @@ def test_what_does_not_fit_is_one_sentence(files: Files, tmp_path: Path) -> None
     says("tensor 'block.bias' has shape (3,)", "merge", files["base"], wrong, "-o", store)
     save_file({"block.bias": torch.zeros(12)}, wrong)
     says("of the base is missing", "merge", files["base"], wrong, "-o", store)
+    save_file({**weights(1), "block.bias": torch.zeros(12, dtype=torch.int8)}, wrong)
+    says("tensor 'block.bias' holds int8", "merge", files["base"], wrong, "-o", store)
     wrong.write_bytes(b"no")
     says("is not a safetensors file", "merge", files["base"], wrong, "-o", store)
     says("no safetensors file there", "merge", files["base"], tmp_path / "none.safetensors", "-o", store)

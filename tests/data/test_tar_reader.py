@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from condu_ray.data import load_picture, open_task
+from condu_ray.data.cache import fill
 from condu_ray.errors import DataError
 
 CLASSES = ["zero", "one", "two"]
@@ -69,6 +70,18 @@ def test_what_killed_processes_left_in_the_cache_is_removed_after_a_week(make, t
     os.utime(cache / "tars" / "partial-folder", (time.time() - 8 * 86400,) * 2)
     open_task("t", make.tar_folder(tmp_path / "d", CLASSES, packed=True))
     assert [name for name in cached(cache) if name.startswith("partial")] == ["partial-new"]
+
+
+def test_others_may_read_the_cache_as_the_umask_says(make, tmp_path, cache):
+    """A cache on a shared disk is read by workers of other users."""
+    before = os.umask(0o027)
+    try:
+        open_task("t", make.tar_folder(tmp_path / "d", CLASSES, packed=True))
+        fill(cache / "folder", lambda partial: None)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (cache / "tars").iterdir()} == {0o640}
+    assert (cache / "folder").stat().st_mode & 0o777 == 0o750
 
 
 def test_second_opening_does_not_unpack_again(make, tmp_path, cache):

@@ -225,6 +225,24 @@ def test_a_process_that_cannot_start_is_one_sentence() -> None:
     assert "let every node see the store" in str(found.value)
 
 
+def test_one_that_is_lost_while_it_starts_ends_no_session_that_has_others() -> None:
+    class Struck:
+        def __init__(self, lost: bool) -> None:
+            if lost:
+                os._exit(1)
+
+        def answer(self) -> int:
+            return 1
+
+    lost, well = (ray.remote(num_cpus=0)(Struck).remote(each) for each in (True, False))
+    assert those_ready([lost, well], "CPU core") == [well]
+    assert ray.get(well.answer.remote()) == 1
+    lost = ray.remote(num_cpus=0)(Struck).remote(True)
+    assert those_ready([lost], "CPU core", needed=False) == []
+    with pytest.raises(TrainingError, match="a process of this session is gone"):
+        those_ready([lost], "CPU core")
+
+
 class Unlucky(RayCrew):
     """A crew that loses its fusion actor before each fuse and each need of the state, and once all of its pool.
 

@@ -35,6 +35,13 @@ def test_a_single_task_is_shared_by_all_gpus() -> None:
     assert plan(BOX, 1, gpu="no") == Group(1, 16, gpus_each=0, shared=False)
 
 
+def test_no_more_workers_share_a_task_than_a_batch_has_pictures() -> None:
+    """Or a large cluster would refuse what was asked for without any number of workers."""
+    assert plan(Cluster(((64, 0),), joined=False), 1, parallel="data") == Group(32, 2, gpus_each=0, shared=True)
+    assert plan(Cluster(((16, 8),) * 5, joined=True), 1) == Group(32, 2, gpus_each=1, shared=True)
+    assert plan(BOX, 1, train={"batch_size": 3}) == Group(3, 5, gpus_each=1, shared=True)
+
+
 def test_more_workers_than_places_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"9 workers need 9 CPU cores, the cluster has 8: use --workers 8"):
         plan(LAPTOP, 1, workers=9, parallel="data")

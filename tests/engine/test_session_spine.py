@@ -23,7 +23,8 @@ from condu_ray.engine.figures import unmeasured
 from condu_ray.engine.forget import forget
 from condu_ray.engine.fusing import Fuser
 from condu_ray.engine.keeper import Keeper
-from condu_ray.errors import DataError, NotFound, StoreError
+from condu_ray.errors import DataError, FusionError, NotFound, StoreError
+from condu_ray.fusion import signs
 from condu_ray.methods.stored import state_of
 from condu_ray.store import LocalStore, Manifest, ObjectRef, open_store
 from condu_ray.store.history import rollback
@@ -151,6 +152,17 @@ def test_a_taken_name_with_other_settings_says_which(copy: SessionConfig, pictur
     other = copy.model_copy(update={"train": copy.train.model_copy(update={"steps": 9})})
     with pytest.raises(DataError, match=r"other settings \(train\.steps 4, not 9\)"):
         learn_here(other, opened(picture_tasks, "colours"))
+
+
+def test_more_tasks_than_a_store_takes_in_are_refused_before_they_are_trained(
+    copy: SessionConfig, picture_tasks: Folders, trainings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signs, "MOST_TASKS", 2)
+    forget(open_store(copy.store), "stripes")
+    with pytest.raises(FusionError, match=r"has taken in 2 tasks, forgotten ones counted, .* 2 at most, not 1 more"):
+        learn_here(copy, opened(picture_tasks, "places"))
+    assert trainings == []
+    assert learn_here(copy, opened(picture_tasks, "colours")) == []
 
 
 def test_forgetting_leaves_the_others_bit_for_bit(copy: SessionConfig, picture_tasks: Folders) -> None:

@@ -355,6 +355,14 @@ def test_frozen_running_statistics_stay_and_normalise(conv_clip: Clip, colours: 
     assert updated.losses[0] != trained.losses[0], "frozen statistics are those that normalise, too"
 
 
+@pytest.mark.parametrize("parts", [{"train__batch_size": 1}, {"train__accumulate": 8}])
+def test_statistics_of_a_single_picture_are_refused(
+    conv_clip: Clip, colours: TaskData, settings: Settings, parts: dict[str, int]
+) -> None:
+    with pytest.raises(TrainingError, match="nothing to measure in a single picture.*batch-norm frozen"):
+        train(conv_clip, colours, settings(train__batch_norm="updated", **{"train__batch_size": 8, **parts}))
+
+
 def test_a_copy_learns_never_the_base_model(conv_clip: Clip, colours: TaskData, settings: Settings) -> None:
     modes = copy.deepcopy([module.training for module in conv_clip.model.modules()])
     for method in ("condu", "condu-lora"):

@@ -112,6 +112,22 @@ class TestUnknownOutcome:
             store.commit(make_manifest(1, {"u": ref}))
         assert dict(s3_in_memory.objects) == before
 
+    @pytest.mark.parametrize("fault", [TIMEOUT, error_of(403, "AccessDenied")])
+    def test_a_version_that_is_published_is_no_error_though_its_marks_stay(
+        self,
+        store: Store,
+        s3_in_memory: InMemoryS3,
+        make_manifest: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        fault: Exception,
+    ) -> None:
+        ref = store.put("key", "u", ARRAYS)
+        faulty(monkeypatch, s3_in_memory, "delete_object", [fault], after=False)
+        store.commit(make_manifest(1, {"u": ref}))
+        assert store.versions() == [1]
+        assert store.gc(in_use_s=0.0).objects == []
+        assert not any("/marks/" in key for key in s3_in_memory.objects)
+
     def test_a_body_that_ends_early_is_read_again(
         self, store: Store, s3_in_memory: InMemoryS3, publish: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -384,6 +400,25 @@ def test_a_store_that_another_program_copied_here_opens(
     assert again.find("key-1", "u") == ref
     assert again.put("key-1", "u", {"u": np.full(100, 1, np.float32)}) == ref
     again.commit(make_manifest(2, {"u": ref}))
+
+
+def test_a_copy_in_a_folder_lacks_the_versions_that_gc_had_removed(
+    store: Store, s3_in_memory: InMemoryS3, publish: Any, make_manifest: Any, tmp_path: Path
+) -> None:
+    """On S3 gc leaves empty manifests, which `aws s3 sync` copies."""
+    refs = [publish(store, version) for version in (1, 2, 3)]
+    store.gc(2)
+    for key, kept in s3_in_memory.objects.items():
+        file = tmp_path / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(kept.body)
+    copy = open_store(tmp_path / "store")
+    assert copy.versions() == [2, 3]
+    with pytest.raises(NotFound, match="has no version 1: the nearest is 2"):
+        copy.manifest(1)
+    copy.commit(make_manifest(4, {"u": refs[2]}))
+    assert copy.gc(2).versions == [2]
+    assert copy.versions() == [3, 4]
 
 
 def test_the_server_s_clock_counts_for_gc(store: Store, publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -11,7 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+from botocore.exceptions import (
+    ClientError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ParamValidationError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    UnauthorizedSSOTokenError,
+)
 from in_memory_s3 import InMemoryS3, error_of
 
 from condu_ray.errors import NotFound, StoreError, VersionTaken
@@ -185,6 +195,13 @@ class TestWhatABucketMustDo:
             (error_of(403, "RequestTimeTooSkewed"), "this machine's clock is wrong"),
             (error_of(500, "InternalError"), "out of order or busy"),
             (NoCredentialsError(), "there are no credentials for S3: give them as boto3 takes them"),
+            (error_of(400, "ExpiredToken"), "the credentials for S3 have expired .*sign in again"),
+            (UnauthorizedSSOTokenError(), "have expired or cannot be had .*sign in again"),
+            (CredentialRetrievalError(provider="process", error_msg="x"), "have expired or cannot be had"),
+            (ProfileNotFound(profile="x"), "boto3 cannot be set up .*check AWS_PROFILE"),
+            (ParamValidationError(report="x"), "no bucket can have that name: give s3://BUCKET/FOLDER"),
+            (error_of(400, "InvalidBucketName"), "no bucket can have that name"),
+            (error_of(301, "PermanentRedirect"), "the bucket is in another region .*AWS_DEFAULT_REGION"),
         ],
     )
     def test_errors_are_sentences_with_a_mend(self, error: Exception, says: str) -> None:
@@ -381,6 +398,19 @@ class TestCache:
         held = {path.name for path in folder.iterdir()}
         assert held == {refs[0].sha256, refs[2].sha256}
         assert [store.get(ref)["u"][0] for ref in refs] == [0, 1, 2]
+
+    def test_a_cache_of_another_user_is_read(
+        self, store: Store, s3_in_memory: InMemoryS3, publish: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only who owns a file may say when it was used."""
+        ref = publish(store, 1)
+
+        def refused(*_: Any, **__: Any) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "utime", refused)
+        monkeypatch.setattr(s3_in_memory, "get_object", None)
+        assert store.get(ref)["u"][0] == 1.0
 
     @pytest.mark.parametrize("text", ["much", "0", "-1", "nan"])
     def test_a_limit_that_is_none_is_named(self, store: Store, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

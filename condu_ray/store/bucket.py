@@ -405,7 +405,9 @@ def refusal(error: Exception, what: str, where: str) -> StoreError:
     if name in ("ProfileNotFound", "ConfigParseError", "ConfigNotFound", "MissingDependencyException"):
         return StoreError(f"cannot {what} {where}: boto3 cannot be set up ({name})", "check AWS_PROFILE and ~/.aws")
     if "Token" in name or "Credential" in name or name.startswith("Login"):
-        return StoreError(f"cannot {what} {where}: the credentials for S3 have expired or cannot be had ({name})", _RENEW)
+        return StoreError(
+            f"cannot {what} {where}: the credentials for S3 have expired or cannot be had ({name})", _RENEW
+        )
     if isinstance(error, BotoCoreError):
         mend = "check the network and AWS_ENDPOINT_URL, and run the same command again; nothing published is lost"
         return StoreError(f"cannot {what} {where}: the server cannot be reached ({name})", mend)

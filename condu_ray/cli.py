@@ -248,9 +248,11 @@ def tasks(
 def versions(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """Lists the versions of a store."""
     from condu_ray.store import open_store
+    from condu_ray.store.history import readable
 
-    opened = open_store(store)
-    manifests = [opened.manifest(number) for number in opened.versions()]
+    manifests, faults = readable(open_store(store))
+    for fault in faults.values():
+        print(f"warning: {fault}", file=sys.stderr)
     reports.emit(reports.version_rows(manifests)) if json else reports.show_versions(manifests)
 
 
@@ -267,10 +269,11 @@ def show(
     opened = open_store(store)
     manifest = opened.manifest(version)
     if pictures:
+        from condu_ray.store.history import readable
         from condu_ray.tracking.history import draw
 
         _folder(pictures)
-        draw([opened.manifest(number) for number in opened.versions() if number <= manifest.version], pictures)
+        draw([each for each in readable(opened)[0] if each.version <= manifest.version], pictures)
     if json:
         reports.emit(manifest.model_dump(mode="json"))
     else:
@@ -471,6 +474,9 @@ def gc(
 
         made = take_in(opened)
     report = opened.gc(keep, dry_run=dry_run)
+    if fold and dry_run:
+        what = "--fold makes a version first where there are flips to take in, and it counts among those that stay"
+        print(f"warning: {what}", file=sys.stderr)
     reports.emit(asdict(report)) if json else reports.show_gc(report)
     if made and not json:
         reports.say(f"version {made.version} holds the flips of all sessions in its masks{_to_record(store)}")

@@ -11,6 +11,7 @@ from typing import Any
 from condu_ray import __version__
 from condu_ray.errors import ConduError, without_credentials
 from condu_ray.store import open_store
+from condu_ray.store.history import readable
 
 PACKAGES = (
     "ray",
@@ -56,17 +57,18 @@ def _version(package: str) -> str | None:
 def _store(url: str) -> dict[str, Any]:
     try:
         store = open_store(url)
-        manifests = [store.manifest(number) for number in store.versions()]
+        manifests, unread = readable(store)
     except ConduError as error:
         return {"url": url, "fault": str(error)}
     objects = {ref.path: ref for manifest in manifests for ref in manifest.objects.values()}
-    faults = {path: fault for path, ref in objects.items() if (fault := store.fault(ref)) is not None}
+    faults = {f"version {version}": fault for version, fault in unread.items()}
+    faults |= {path: fault for path, ref in objects.items() if (fault := store.fault(ref)) is not None}
     return {
         "url": store.url,
         "id": store.header.id,
         "method": store.header.method,
         "model": store.header.model,
-        "versions": len(manifests),
+        "versions": len(manifests) + len(unread),
         "tasks": len(manifests[-1].tasks) if manifests else 0,
         "objects": len(objects),
         "bytes": sum(ref.bytes for ref in objects.values()),

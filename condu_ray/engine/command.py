@@ -18,7 +18,7 @@ from condu_ray.engine.room import room
 from condu_ray.engine.session import learn, to_learn
 from condu_ray.store import Manifest, create_store, open_store
 from condu_ray.store.header import open_existing
-from condu_ray.store.history import newest
+from condu_ray.store.history import newest, readable
 from condu_ray.tracking.history import draw
 from condu_ray.tracking.mlflow_run import Tracking, open_tracking
 from condu_ray.tracking.replay import record
@@ -95,5 +95,4 @@ def _tracking(config: SessionConfig) -> tuple[Tracking | None, str | None]:
 
 def draw_store(url: str, folder: Path) -> list[Path]:
     """Draws the pictures of a store's newest version."""
-    store = open_store(url)
-    return draw([store.manifest(version) for version in store.versions()], folder)
+    return draw(readable(open_store(url))[0], folder)

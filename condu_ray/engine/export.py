@@ -35,8 +35,13 @@ def export(store: Store, manifest: Manifest, task: str, out: Path) -> int:
     merged = str(store.header.model["name"]).startswith(WEIGHTS)
     if not out.name or out.is_dir():
         raise ConfigError(f"--output {out} is a folder", "give the path of a file")
-    if merged and any(out.resolve() == file.resolve() for file in _base_of(store).files):
-        raise ConfigError(f"--output {out} is the base that this store needs", "give the path of another file")
+    if merged:
+        base = _base_of(store)
+        if any(out.resolve() == file.resolve() for file in base.files):
+            raise ConfigError(f"--output {out} is the base that this store needs", "give the path of another file")
+        if base.path.is_dir() and out.suffix == ".safetensors" and out.resolve().parent == base.path.resolve():
+            what = f"--output {out} would be one more shard of the base that this store needs"
+            raise ConfigError(what, "give a file in another folder")
     weights = _of_weights if merged else _of_model
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights(store, manifest, task).items()}
     part = out.with_name(f"{out.name}.part")

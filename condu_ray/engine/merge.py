@@ -21,6 +21,7 @@ from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.methods.stored import TASK_OBJECTS
 from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
+from condu_ray.store.header import open_existing
 from condu_ray.store.history import commit_next, newest
 
 WEIGHTS = "weights:"
@@ -113,7 +114,10 @@ def merge(
     given = {f"fusion.{name}": value for name, value in settings.items()}
     # The method is said, or one of the environment that does not fuse would be taken.
     given |= {"method": SessionConfig().method}
-    config, _ = resolve({"store": url, "model": f"{WEIGHTS}{base.absolute()}", "tracking": "off", **given})
+    sha256, model, there = start.sha256(), f"{WEIGHTS}{base.absolute()}", open_existing(url)
+    if there and there.header.model_sha256 == sha256 and str(there.header.model["name"]).startswith(WEIGHTS):
+        model = there.header.model["name"]  # the same bytes in another place, as on another machine
+    config, _ = resolve({"store": url, "model": model, "tracking": "off", **given})
     opened = {name: Weights(path) for name, path in tuned.items()}
     layout = start.layout()
     shapes = {**{entry.name: entry.shape for entry in layout.entries}, **start.statistics()}
@@ -124,7 +128,7 @@ def merge(
         StoreHeader(
             method=config.method,
             model={"name": config.model, "pretrained": None},
-            model_sha256=start.sha256(),
+            model_sha256=sha256,
             layout=json.loads(layout.to_json()),
             settings=fixed_by_store(config),
         ),

@@ -41,6 +41,8 @@ _THREADS = 4
 _WRITER = "condu-writer"
 _SHA256 = "condu-sha256"
 _PREVENTED, _CONFLICT = 412, 409
+_STALE = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"}
+_RENEW = "sign in again (`aws sso login`, or as your site does), and run the same command again"
 
 _T = TypeVar("_T")
 
@@ -379,21 +381,37 @@ def refusal(error: Exception, what: str, where: str) -> StoreError:
         return StoreError(f"cannot {what} {where}: there are no credentials for S3", mend)
     if isinstance(error, ClientError):
         code = str(error.response.get("Error", {}).get("Code", _status(error)))
-        if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+        if code in _STALE:
+            return StoreError(f"cannot {what} {where}: the credentials for S3 have expired ({code})", _RENEW)
+        if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
             mend = "docs/store.md lists the permissions that a store needs"
             return StoreError(f"no permission to {what} {where} ({code})", mend)
         if code == "RequestTimeTooSkewed":
             return StoreError(f"cannot {what} {where}: this machine's clock is wrong", "set it, and run it again")
+        if code in ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+            mend = "set AWS_DEFAULT_REGION to that of the bucket"
+            return StoreError(f"cannot {what} {where}: the bucket is in another region ({code})", mend)
+        if code == "InvalidBucketName":
+            return StoreError(f"cannot {what} {where}: no bucket can have that name", "give s3://BUCKET/FOLDER")
         if code == "NoSuchBucket":
             return StoreError(f"cannot {what} {where}: there is no such bucket", "make it first, or check --store")
         if _status(error) >= 500 or code in ("SlowDown", "503"):
             mend = "run the same command again; nothing published is lost"
             return StoreError(f"cannot {what} {where}: the server is out of order or busy ({code})", mend)
         return StoreError(f"cannot {what} {where} ({code})")
+    name = type(error).__name__
+    if name == "ParamValidationError":
+        return StoreError(f"cannot {what} {where}: no bucket can have that name", "give s3://BUCKET/FOLDER")
+    if name in ("ProfileNotFound", "ConfigParseError", "ConfigNotFound", "MissingDependencyException"):
+        return StoreError(f"cannot {what} {where}: boto3 cannot be set up ({name})", "check AWS_PROFILE and ~/.aws")
+    if "Token" in name or "Credential" in name or name.startswith("Login"):
+        return StoreError(
+            f"cannot {what} {where}: the credentials for S3 have expired or cannot be had ({name})", _RENEW
+        )
     if isinstance(error, BotoCoreError):
         mend = "check the network and AWS_ENDPOINT_URL, and run the same command again; nothing published is lost"
-        return StoreError(f"cannot {what} {where}: the server cannot be reached ({type(error).__name__})", mend)
-    return StoreError(f"cannot {what} {where} ({type(error).__name__})")
+        return StoreError(f"cannot {what} {where}: the server cannot be reached ({name})", mend)
+    return StoreError(f"cannot {what} {where} ({name})")
 
 
 def _translating(ask: Callable[[], _T], what: str, where: str) -> _T:

@@ -35,9 +35,10 @@ class DiskCache:
             state = path.stat()
             if state.st_size != size:
                 return None
-            os.utime(path, ns=(time.time_ns(), state.st_mtime_ns))  # when it was used; its content is as old as before
         except OSError:
             return None
+        with suppress(OSError):  # of another user, or in a folder that is only read
+            os.utime(path, ns=(time.time_ns(), state.st_mtime_ns))  # when it was used; its content is as old as before
         return path
 
     @contextmanager
@@ -76,10 +77,11 @@ class DiskCache:
             if total <= self._limit:
                 break
             if path != newest:
-                path.unlink(missing_ok=True)
-                total -= size
+                with suppress(PermissionError):  # another user's, in a folder where each removes his own
+                    path.unlink(missing_ok=True)
+                    total -= size
         for path in self._tmp.iterdir():  # of processes that were killed
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, PermissionError):
                 if time.time() - path.stat().st_mtime > _ABANDONED_S:
                     path.unlink(missing_ok=True)
 

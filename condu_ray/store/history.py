@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from condu_ray.errors import VersionTaken
+from condu_ray.errors import NotFound, StoreError, VersionTaken
 from condu_ray.sources import flatten
 from condu_ray.store.base import Store
 from condu_ray.store.manifest import Manifest
@@ -16,6 +16,19 @@ _M = TypeVar("_M", Manifest, Manifest | None)
 def newest(store: Store) -> Manifest | None:
     """The newest version's manifest, None in a store without versions."""
     return store.manifest() if store.versions() else None
+
+
+def readable(store: Store) -> tuple[list[Manifest], dict[int, str]]:
+    """The manifests that can be read, oldest first; what is wrong with each of the others."""
+    manifests, faults = list[Manifest](), dict[int, str]()
+    for version in store.versions():
+        try:
+            manifests.append(store.manifest(version))
+        except NotFound:  # a gc has removed it in this moment
+            continue
+        except StoreError as error:
+            faults[version] = str(error)
+    return manifests, faults
 
 
 def commit_next(store: Store, make: Callable[[], _M]) -> _M:

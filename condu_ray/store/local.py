@@ -1,7 +1,7 @@
 """A store in a folder of this machine, or of a shared file system.
 
 store.json                          the header
-versions/00000001.json              one manifest a version
+versions/00000001.json              one manifest a version; empty, with newer ones: removed on S3, before a copy
 objects/<key>/<name>.safetensors    written once, never changed
 work/<key>/                         unfinished work of a session; no reader looks there
 tmp/                                files that are being written
@@ -116,13 +116,17 @@ class LocalStore:
         return cls(root, header)
 
     def versions(self) -> list[int]:
+        found = dict[int, Path]()
         try:
-            names = os.listdir(self.root / "versions")
+            for path in (self.root / "versions").iterdir():
+                if match := _MANIFEST.fullmatch(path.name):
+                    found[int(match[1])] = path
         except FileNotFoundError:  # a copy that left out empty folders
             return []
         except OSError as error:
             raise refusal(error, "read the versions in", self.root) from error
-        return sorted(int(match[1]) for name in names if (match := _MANIFEST.fullmatch(name)))
+        newest = max(found, default=0)  # no gc removes it: empty, it is damaged
+        return sorted(number for number, path in found.items() if number == newest or not _is_empty(path))
 
     def manifest(self, version: int | None = None) -> Manifest:
         known = self.versions() if version is None else []
@@ -131,11 +135,14 @@ class LocalStore:
         number = known[-1] if version is None else version
         path = self._manifest_path(number)
         try:
-            manifest = parse_manifest(path.read_bytes(), str(path))
+            raw = path.read_bytes()
         except FileNotFoundError:
             raise missing_version(number, self.versions(), self.url) from None
         except OSError as error:
             raise refusal(error, "read", path) from error
+        if not raw and number not in (known := self.versions()):
+            raise missing_version(number, known, self.url)
+        manifest = parse_manifest(raw, str(path))
         if manifest.version != number:
             raise StoreError(f"{path} says that it is version {manifest.version}", "put the file back from a copy")
         return manifest
@@ -328,6 +335,13 @@ class LocalStore:
                 raise damaged(self, ref, fault)
             _checked.add(known)
         return mapped
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.stat().st_size == 0
+    except OSError:  # gone in this moment, or unreadable, which who asks for it is told
+        return False
 
 
 def _root(path: str | Path) -> Path:

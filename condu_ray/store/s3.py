@@ -20,6 +20,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +173,8 @@ class S3Store:
         self._must_be_there(manifest)
         if not self._bucket.create(_manifest_path(manifest.version), dump(manifest)):
             raise taken(self, manifest)
-        self._unmark(refs)
+        with suppress(StoreError):  # it is published; gc takes old marks away
+            self._unmark(refs)
 
     def gc(self, keep: int | None = None, *, dry_run: bool = False, in_use_s: float = IN_USE_S) -> GcReport:
         if keep is not None and keep < 1:

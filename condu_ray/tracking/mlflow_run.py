@@ -40,8 +40,9 @@ VERSION_TAG = "condu.version"
 NEWEST = "newest"
 _CHECK_S = 5.0  # how long a server may take to say that it is there
 PARAMETER_LENGTH = 500  # characters that every MLflow server takes; the manifest has the rest
+SOURCE_LENGTH = 5000  # characters of a description that every database takes; a command of many tasks may be longer
 _FORMS = "give sqlite:////FOLDER/mlflow.db or http://HOST:PORT"
-_LATER = "`condu-ray track --replay` records later what is missing"
+LATER = "`condu-ray track --replay` records later what is missing"
 _BATCH = {"metrics": 1000, "params": 100}  # MLflow's limits for one request
 
 
@@ -71,16 +72,8 @@ class Tracking:
         """
         kind = _kind_of(self.uri)
         if kind in ("http", "https"):
-            parts = urlsplit(self.uri)
-            place = parts.netloc.rpartition("@")[2]  # urllib takes a user for a part of the host
-            try:
-                urllib.request.urlopen(f"{kind}://{place}{parts.path.rstrip('/')}/health", timeout=_CHECK_S).close()
-            except urllib.error.HTTPError as error:  # it answers, if only that it wants a password
-                error.close()
-            except (OSError, HTTPException, UnicodeError) as error:  # the last of a host's name that is none
-                reason = getattr(error, "reason", error)
-                return f"the tracking server {self.shown} cannot be reached ({reason}); {_LATER}."
-        elif kind == "sqlite":
+            return self.away()
+        if kind == "sqlite":
             folder = Path(self.uri.removeprefix("sqlite:///")).parent
             if self.artifacts is not None and folder != Path(self.store) and not folder.is_dir():
                 raise ConfigError(f"the tracking database {self.shown} has no folder {folder}", "make the folder first")
@@ -89,6 +82,21 @@ class Tracking:
                 f"MLflow does not keep runs in a plain folder any more (tracking URI {self.shown!r})",
                 f"{_FORMS}, or leave it out",
             )
+        return None
+
+    def away(self) -> str | None:
+        """A sentence of warning where an HTTP server does not answer within 5 s; None elsewhere."""
+        parts = urlsplit(self.uri)
+        if parts.scheme not in ("http", "https"):
+            return None
+        place = parts.netloc.rpartition("@")[2]  # urllib takes a user for a part of the host
+        try:
+            urllib.request.urlopen(f"{parts.scheme}://{place}{parts.path.rstrip('/')}/health", timeout=_CHECK_S).close()
+        except urllib.error.HTTPError as error:  # it answers, if only that it wants a password
+            error.close()
+        except (OSError, HTTPException, UnicodeError) as error:  # the last of a host's name that is none
+            reason = getattr(error, "reason", error)
+            return f"the tracking server {self.shown} cannot be reached ({reason}); {LATER}."
         return None
 
     def prepare(self) -> None:
@@ -131,17 +139,14 @@ class Tracking:
         as the command. Returns None, or, as the version is published already, a sentence of warning for the caller to
         show instead of an error. Raises StoreError if the store cannot be read any more.
         """
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
         store_id = open_store(self.store).header.id
         try:
             client = client_of(self.uri)
-            source = without_credentials(version_source)  # the command may name this very URI
+            source = without_credentials(version_source)[:SOURCE_LENGTH]  # the command may name this very URI
             self._record(client, store_id, manifest, losses, matrix, pictures, source)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
+        except Exception as error:  # files go where the server says, by that place's own library, or one that lacks
             what = f"version {manifest.version} is published, but was not recorded at {self.shown} ({reason_of(error)})"
-            return f"{what}; {_LATER}."
+            return f"{what}; {LATER}."
         return None
 
     def _record(

@@ -88,8 +88,9 @@ def draw_history(histories: Mapping[str, Sequence[tuple[int, float | None]]], pa
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, title="task")
     else:
         means = sorted((version, math.fsum(values) / len(values)) for version, values in by_version.items())
-        axes.plot(*zip(*means, strict=True), color="black", linewidth=2.4, label="mean of the tasks measured")
-        axes.legend(loc="lower left", frameon=True, framealpha=0.9)
+        if means:  # merged weights are not measured
+            axes.plot(*zip(*means, strict=True), color="black", linewidth=2.4, label="mean of the tasks measured")
+            axes.legend(loc="lower left", frameon=True, framealpha=0.9)
         _order_bar(figure, axes, [_plain(task) for task in lines])
     axes.set_ylim(-2, 102)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from condu_ray.errors import ConfigError, StoreError
-from condu_ray.store import Store, open_store
+from condu_ray.store import Manifest, Store, open_store
 from condu_ray.tracking.history import accuracy_matrix, histories
-from condu_ray.tracking.mlflow_run import Tracking, open_tracking
+from condu_ray.tracking.mlflow_run import LATER, Tracking, open_tracking
 from condu_ray.tracking.pictures import draw_history
 
 Stage = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
@@ -19,6 +19,8 @@ Stage = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
 
 def record(store: Store, tracking: Tracking, versions: Collection[int], stage: Stage, source: str) -> list[str]:
     """Tells MLflow of these versions, unless it knows, oldest first; returns sentences of warning.
+
+    A server that has gone away is not asked for the rest: each version would wait for it for minutes.
 
     source: what asked for it. Raises StoreError for one of them that cannot be read; others are left out of pictures.
     """
@@ -30,17 +32,31 @@ def record(store: Store, tracking: Tracking, versions: Collection[int], stage: S
             if version in versions:
                 raise
     wanted = [manifest for manifest in manifests if manifest.version in versions]
-    warnings = []
-    with stage("recording") as update, tempfile.TemporaryDirectory() as folder:
+    warnings = list[str]()
+    with stage("recording") as update:
         for index, manifest in enumerate(wanted):
             until = [each for each in manifests if each.version <= manifest.version]
+            warning = _record(tracking, manifest, until, source)
+            warnings += [warning] if warning else []
+            rest = wanted[index + 1 :]
+            if warning and rest and tracking.away():
+                warnings.append(f"nor was it asked for the {len(rest)} versions after it, since it is away.")
+                break
+            update(index + 1, len(wanted), "")
+    return warnings
+
+
+def _record(tracking: Tracking, manifest: Manifest, until: Sequence[Manifest], source: str) -> str | None:
+    """Tells MLflow of a version. until: those up to it, for the picture."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / f"accuracy_over_versions_{manifest.version}.png"
             draw_history(histories(until), picture)
             losses, matrix = manifest.figures.get("losses", {}), accuracy_matrix(until)
-            warning = tracking.record(manifest, losses, matrix, [picture], source)
-            warnings += [warning] if warning else []
-            update(index + 1, len(wanted), "")
-    return warnings
+            return tracking.record(manifest, losses, matrix, [picture], source)
+    except OSError as error:  # the disk of temporary files is full
+        what = f"version {manifest.version} is published, but was not recorded ({error.strerror or error})"
+        return f"{what}; {LATER}."
 
 
 def track(url: str, uri: str | None, replay: bool, stage: Stage) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,30 @@ def test_shards_in_a_folder_are_one_model(files: Files, tmp_path: Path) -> None:
     torch.testing.assert_close(found["block.weight"], tuned["block.weight"], rtol=1e-6, atol=1e-7)
 
 
+def test_no_expert_becomes_a_shard_of_the_base(files: Files, tmp_path: Path) -> None:
+    folder, store = tmp_path / "shards", tmp_path / "merged"
+    folder.mkdir()
+    files["base"].rename(folder / "model.safetensors")
+    assert condu("merge", folder, files["birds"], "-o", store).code == 0
+    said = condu("export", store, "--task", "birds", "-o", folder / "birds.safetensors")
+    assert said.code == 2
+    assert "one more shard of the base that this store needs: give a file in another folder" in said.err
+    export(store, "birds", tmp_path / "out.safetensors")
+
+
+def test_the_same_base_elsewhere_goes_on(files: Files, tmp_path: Path) -> None:
+    """As on the machine of another team."""
+    store, other = tmp_path / "merged", tmp_path / "other"
+    other.mkdir()
+    assert condu("merge", files["base"], files["birds"], "-o", store).code == 0
+    shutil.copy(files["base"], other / "theirs.safetensors")
+    said = condu("merge", other / "theirs.safetensors", files["cars"], "-o", store, "--json")
+    assert said.code == 0, said.err
+    assert (said.document["made"], open_store(store).header.model["name"]) == ([2], f"weights:{files['base']}")
+    refused = condu("merge", files["signs"], files["cars"], "-o", store)
+    assert (refused.code, "holds a store with another model" in refused.err) == (2, True), refused.err
+
+
 def test_a_merged_store_is_a_store(files: Files, tmp_path: Path) -> None:
     store = tmp_path / "merged"
     condu("merge", files["base"], files["birds"], files["cars"], files["signs"], "-o", store)
@@ -120,6 +145,8 @@ def test_a_merged_store_is_a_store(files: Files, tmp_path: Path) -> None:
     for command in (["tasks"], ["versions"], ["show"], ["diff", "1", "3"], ["doctor"]):
         assert condu(*command, "--store", store).code == 0, command
     assert condu("forget", "birds", "--store", store).code == 0
+    would = condu("gc", "--fold", "--keep", "1", "--dry-run", "--store", store)
+    assert "--fold makes a version first" in would.err
     assert condu("gc", "--fold", "--keep", "1", "--store", store, "--json").document["versions"] == [1, 2, 3, 4]
     objects = condu("show", "--store", store, "--json").document["objects"]
     assert not [name for name in objects if name.startswith("flips-")]

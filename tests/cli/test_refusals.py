@@ -15,6 +15,7 @@ from in_process_crew import learn_here, opened
 from PIL import Image
 
 from condu_ray.sources import resolve
+from condu_ray.store import open_store
 from condu_ray.store.header import fixed_settings
 
 
@@ -323,6 +324,13 @@ def damage(path: Path) -> None:
 def test_a_damaged_manifest(copy: Path) -> None:
     (copy / "versions" / "00000002.json").write_text("{")
     assert "00000002.json is not readable JSON" in refused(copy, "tasks")
+    listed = condu("versions", "--store", copy, "--json")
+    assert (listed.code, [row["version"] for row in listed.document]) == (0, [1]), listed.err
+    assert "warning:" in listed.err and "00000002.json is not readable JSON" in listed.err
+    found = condu("doctor", "--store", copy, "--json").document["store"]
+    assert (list(found["damaged"]), found["versions"], found["tasks"]) == (["version 2"], 2, 1)
+    damage(copy / open_store(copy).manifest(1).objects["probe-1"].path)
+    assert len(condu("doctor", "--store", copy, "--json").document["store"]["damaged"]) == 2
 
 
 # --- models

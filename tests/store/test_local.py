@@ -16,6 +16,7 @@ import pytest
 
 from condu_ray.errors import NotFound, StoreError, VersionTaken
 from condu_ray.store import LocalStore, Store, create_store, files, local, open_store
+from condu_ray.store.history import rollback
 
 ARRAYS = {"u": np.arange(10, dtype=np.float32)}
 
@@ -127,6 +128,18 @@ def test_damaged_json_is_named(store: Store, root: Path, publish: Any) -> None:
     (root / "store.json").write_text("[]")
     with pytest.raises(StoreError, match="store.json holds no JSON object"):
         open_store(root)
+
+
+def test_the_newest_manifest_is_damaged_if_it_is_empty(store: Store, root: Path, publish: Any) -> None:
+    """Its number is taken, and no gc empties it."""
+    publish(store, 1)
+    publish(store, 2)
+    (root / "versions" / "00000002.json").write_bytes(b"")
+    assert store.versions() == [1, 2]
+    with pytest.raises(StoreError, match=r"00000002.json is not readable JSON"):
+        store.manifest()
+    assert rollback(store, 1).version == 3
+    assert store.versions() == [1, 3]
 
 
 def test_foreign_files_are_no_versions(store: Store, root: Path, publish: Any) -> None:

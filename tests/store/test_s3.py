@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -11,7 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+from botocore.exceptions import (
+    ClientError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ParamValidationError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    UnauthorizedSSOTokenError,
+)
 from in_memory_s3 import InMemoryS3, error_of
 
 from condu_ray.errors import NotFound, StoreError, VersionTaken
@@ -112,6 +122,22 @@ class TestUnknownOutcome:
             store.commit(make_manifest(1, {"u": ref}))
         assert dict(s3_in_memory.objects) == before
 
+    @pytest.mark.parametrize("fault", [TIMEOUT, error_of(403, "AccessDenied")])
+    def test_a_version_that_is_published_is_no_error_though_its_marks_stay(
+        self,
+        store: Store,
+        s3_in_memory: InMemoryS3,
+        make_manifest: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        fault: Exception,
+    ) -> None:
+        ref = store.put("key", "u", ARRAYS)
+        faulty(monkeypatch, s3_in_memory, "delete_object", [fault], after=False)
+        store.commit(make_manifest(1, {"u": ref}))
+        assert store.versions() == [1]
+        assert store.gc(in_use_s=0.0).objects == []
+        assert not any("/marks/" in key for key in s3_in_memory.objects)
+
     def test_a_body_that_ends_early_is_read_again(
         self, store: Store, s3_in_memory: InMemoryS3, publish: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -169,6 +195,13 @@ class TestWhatABucketMustDo:
             (error_of(403, "RequestTimeTooSkewed"), "this machine's clock is wrong"),
             (error_of(500, "InternalError"), "out of order or busy"),
             (NoCredentialsError(), "there are no credentials for S3: give them as boto3 takes them"),
+            (error_of(400, "ExpiredToken"), "the credentials for S3 have expired .*sign in again"),
+            (UnauthorizedSSOTokenError(), "have expired or cannot be had .*sign in again"),
+            (CredentialRetrievalError(provider="process", error_msg="x"), "have expired or cannot be had"),
+            (ProfileNotFound(profile="x"), "boto3 cannot be set up .*check AWS_PROFILE"),
+            (ParamValidationError(report="x"), "no bucket can have that name: give s3://BUCKET/FOLDER"),
+            (error_of(400, "InvalidBucketName"), "no bucket can have that name"),
+            (error_of(301, "PermanentRedirect"), "the bucket is in another region .*AWS_DEFAULT_REGION"),
         ],
     )
     def test_errors_are_sentences_with_a_mend(self, error: Exception, says: str) -> None:
@@ -366,6 +399,19 @@ class TestCache:
         assert held == {refs[0].sha256, refs[2].sha256}
         assert [store.get(ref)["u"][0] for ref in refs] == [0, 1, 2]
 
+    def test_a_cache_of_another_user_is_read(
+        self, store: Store, s3_in_memory: InMemoryS3, publish: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only who owns a file may say when it was used."""
+        ref = publish(store, 1)
+
+        def refused(*_: Any, **__: Any) -> None:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "utime", refused)
+        monkeypatch.setattr(s3_in_memory, "get_object", None)
+        assert store.get(ref)["u"][0] == 1.0
+
     @pytest.mark.parametrize("text", ["much", "0", "-1", "nan"])
     def test_a_limit_that_is_none_is_named(self, store: Store, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CONDU_CACHE_GIB", text)
@@ -384,6 +430,25 @@ def test_a_store_that_another_program_copied_here_opens(
     assert again.find("key-1", "u") == ref
     assert again.put("key-1", "u", {"u": np.full(100, 1, np.float32)}) == ref
     again.commit(make_manifest(2, {"u": ref}))
+
+
+def test_a_copy_in_a_folder_lacks_the_versions_that_gc_had_removed(
+    store: Store, s3_in_memory: InMemoryS3, publish: Any, make_manifest: Any, tmp_path: Path
+) -> None:
+    """On S3 gc leaves empty manifests, which `aws s3 sync` copies."""
+    refs = [publish(store, version) for version in (1, 2, 3)]
+    store.gc(2)
+    for key, kept in s3_in_memory.objects.items():
+        file = tmp_path / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(kept.body)
+    copy = open_store(tmp_path / "store")
+    assert copy.versions() == [2, 3]
+    with pytest.raises(NotFound, match="has no version 1: the nearest is 2"):
+        copy.manifest(1)
+    copy.commit(make_manifest(4, {"u": refs[2]}))
+    assert copy.gc(2).versions == [2]
+    assert copy.versions() == [3, 4]
 
 
 def test_the_server_s_clock_counts_for_gc(store: Store, publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:

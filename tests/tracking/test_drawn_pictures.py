@@ -70,6 +70,7 @@ DRAW: dict[str, Callable[[Path], None]] = {
     "history of none": lambda path: pictures.draw_history({}, path),
     "history of 5": lambda path: pictures.draw_history(histories(5), path),
     "history of 100": lambda path: pictures.draw_history(histories(100), path),
+    "history of merged weights": lambda path: pictures.draw_history({f"task {n}": [] for n in range(9)}, path),
     "history with holes": lambda path: pictures.draw_history({"a": [(1, 3.0), (2, None)], "b": []}, path),
     "votes": lambda path: pictures.draw_votes(ANSWER, Image.new("L", (40, 30), 200), path),
     "comparison": lambda path: pictures.draw_comparison({"condu": matrix(5), "sequential": matrix(1)}, path),

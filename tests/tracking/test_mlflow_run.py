@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -389,6 +390,38 @@ class TestCheck:
         tracking.check()
         assert tracking.uri == f"sqlite:///{tmp_path}/store/mlflow.db"
         assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_go_nowhere_cost_a_warning(
+    store: Store,
+    commit: Callable[[int], Manifest],
+    empty_database: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server may name a place for files whose library is not installed, or does not let this user in."""
+    from mlflow import MlflowClient
+
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").create_experiment(
+        model_name(store.header.id), artifact_location="wasbs://box@account.blob.core.windows.net/runs"
+    )
+    monkeypatch.setitem(sys.modules, "azure", None)
+    tracking = replace(open_tracking(None, store.url), uri=f"sqlite:///{tmp_path}/mlflow.db", artifacts=None)
+    warning = record(tracking, commit(1))
+    assert warning is not None and warning.startswith("version 1 is published, but was not recorded at sqlite")
+    assert "azure" in warning and "condu-ray track --replay" in warning
+
+
+def test_a_long_command_is_cut(tracking: Tracking, client: Any, commit: Callable[[int], Manifest]) -> None:
+    """Databases other than SQLite refuse descriptions that are longer, for ever."""
+    command = "condu-ray learn " + " ".join(
+        f"--task task{number}=/a/place/for/pictures/{number}" for number in range(300)
+    )
+    assert tracking.record(commit(1), {}, None, [], command) is None
+    (model,) = client.search_model_versions("")
+    assert model.description == command[:5000]
+    assert runs(client)[0].data.tags["mlflow.source.name"] == command[:5000]
 
 
 def test_a_kill_while_the_database_is_made_leaves_none_that_is_half_made(store: Store, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from condu_ray.engine.progress import stage
 from condu_ray.errors import StoreError
 from condu_ray.store import open_store
 from condu_ray.store.history import rollback
+from condu_ray.tracking import replay
 from condu_ray.tracking.mlflow_run import model_name, open_tracking
 from condu_ray.tracking.replay import record, track
 
@@ -90,6 +92,25 @@ def test_versions_that_no_session_made_are_recorded_and_the_newest_is_one(stored
 
     assert (track(str(store), None, False, stage)["missing"], newest()) == ([4, 5], "3")
     assert (track(str(store), None, True, stage)["missing"], newest()) == ([], "5")
+
+
+def test_a_server_that_went_away_is_not_asked_for_every_version(
+    stored: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracking = open_tracking(f"http://127.0.0.1:{port}", stored)
+    first, rest = record(open_store(stored), tracking, [1, 2, 3], stage, "condu-ray learn")
+    assert first.startswith("version 1 is published, but was not recorded")
+    assert rest == "nor was it asked for the 2 versions after it, since it is away."
+
+
+def test_a_full_disk_for_temporary_files_costs_a_warning(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(replay, "draw_history", full)
+    said = record(open_store(stored), open_tracking(None, stored), [2], stage, "condu-ray learn")
+    assert said[0].startswith("version 2 is published, but was not recorded (No space left on device)")
 
 
 def server(port: int, folder: Path) -> subprocess.Popen[bytes]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, OwnerDiedError, RayTaskError
 
 from condu_ray.engine.fusing import Fused, Fuser, Shard
-from condu_ray.engine.replies import TRIES, cause_of
+from condu_ray.engine.replies import GONE, TRIES, cause_of
 from condu_ray.fusion.triggers import Part
 from condu_ray.store import Manifest, ObjectRef
 
@@ -33,7 +33,7 @@ class FusionActor(Fuser):
                 return [part for part in parts if part is not None]
             except RayTaskError as error:
                 raise cause_of(error) from None
-            except (ObjectLostError, OwnerDiedError, RayActorError):
+            except (ObjectLostError, OwnerDiedError, *GONE):
                 if left == 1:
                     raise
         raise AssertionError("not reached")

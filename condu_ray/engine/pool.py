@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from condu_ray.config import SessionConfig
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.progress import Update
-from condu_ray.engine.replies import TRIES, answer_of, gone
+from condu_ray.engine.replies import GONE, TRIES, answer_of, gone
 from condu_ray.engine.scoring import Scorer, threads_of
 from condu_ray.engine.work import Job, work_through
 from condu_ray.errors import TrainingError
@@ -56,7 +56,7 @@ class Pool:
                 place, actor = under_way.pop(ref)
                 try:
                     results[place] = answer_of(ref)
-                except RayActorError as error:
+                except GONE as error:
                     tries[place] -= 1
                     if not tries[place]:
                         raise gone(error) from None
@@ -73,7 +73,7 @@ class Pool:
             actor = self._hired(1)[0]
             try:
                 return ask(actor)
-            except RayActorError as error:
+            except GONE as error:
                 if not left:
                     raise gone(error) from None
                 self._instead_of(actor)
@@ -152,13 +152,13 @@ def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[
             f"no {place} of the cluster came free in {LONGEST_HIRE_SECONDS:.0f} s",
             "end other work on it, and run the same command again",
         )
-    alive, lost = list[Any](), list[RayActorError]()
+    alive, lost = list[Any](), list[RayError]()
     for ref in ready:
         try:
             answer_of(ref)  # one that could not start counts as ready, too
             alive.append(hired[ref])
-        except RayActorError as error:
-            if error.actor_init_failed:
+        except GONE as error:
+            if getattr(error, "actor_init_failed", False):
                 raise gone(error) from None
             lost.append(error)
     if lost and needed and not alive:

@@ -5,23 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from condu_ray.errors import ConduError, TrainingError
 
 TRIES = 3
+GONE = (RayActorError, OutOfMemoryError)  # what Ray says of an actor that died; of one that its memory monitor killed
 
 
 def result_of(ref: Any) -> Any:
     """What a reference stands for. Raises what was raised there, and TrainingError where the actor is gone."""
     try:
         return answer_of(ref)
-    except RayActorError as error:
+    except GONE as error:
         raise gone(error) from None
 
 
 def answer_of(ref: Any) -> Any:
-    """As `result_of`, but RayActorError where the actor is gone: another one may be asked."""
+    """As `result_of`, but one of GONE where the actor is: another one may be asked."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
@@ -34,7 +35,7 @@ def cause_of(error: RayTaskError) -> BaseException:
     return cause if isinstance(cause, ConduError) else error
 
 
-def gone(error: RayActorError) -> TrainingError:
+def gone(error: RayError) -> TrainingError:
     """Why there is no answer."""
     said = str(error).strip().splitlines()
     return TrainingError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from condu_ray.config import SessionConfig, rescales
+from condu_ray.config import SessionConfig, fuses, rescales
 from condu_ray.data import Split, TaskData
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
@@ -104,11 +104,11 @@ def to_learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> 
                 f"task {task.name} was learned in version {card.learned_in} {other}",
                 f"choose another name, or `condu-ray forget {task.name}` first",
             )
-    state = manifest.state["method"] if manifest else {}
-    if missing and state.get("triggers") == "sign" and state["next_uid"] + len(missing) > signs.MOST_TASKS:
+    taken = manifest.state["method"].get("next_uid", 0) if manifest else 0
+    if missing and fuses(config) and config.choices.triggers == "sign" and taken + len(missing) > signs.MOST_TASKS:
         raise FusionError(
-            f"{store.url} has taken in {state['next_uid']} tasks, forgotten ones counted, and takes in "
-            f"{signs.MOST_TASKS} at most, not {len(missing)} more",
+            f"{store.url} has taken in {taken} tasks, forgotten ones counted, and takes in {signs.MOST_TASKS} at most, "
+            f"not {len(missing)} more",
             "start another store",
         )
     return missing

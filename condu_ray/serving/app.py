@@ -19,9 +19,10 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from condu_ray.config import WATCHED, ServeConfig
+from condu_ray.engine.replies import GONE
 from condu_ray.errors import ConfigError
 from condu_ray.serving.api import build
-from condu_ray.serving.experts import GONE, expert_replica
+from condu_ray.serving.experts import expert_replica
 from condu_ray.serving.figures import FrontFigures
 from condu_ray.serving.messages import Asking, Reply, Standing
 from condu_ray.serving.problems import Problem

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray import serve
-from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from condu_ray.config import ServeConfig
+from condu_ray.engine.replies import GONE
 from condu_ray.serving.answering import TooLate
 from condu_ray.serving.threads import run_in
 from condu_ray.store import open_store
@@ -24,7 +24,6 @@ from condu_ray.voting.open import base_of, expert_maker
 from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
 
 TRIES = 3
-GONE = (RayActorError, OutOfMemoryError)  # what Ray says of an actor that died; of one that its memory monitor killed
 
 
 def expert_replica(most: int) -> type:

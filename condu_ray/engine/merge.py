@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from condu_ray.engine.keys import PLACEMENT, state_key
 from condu_ray.engine.progress import Stage
 from condu_ray.errors import ConfigError, DataError, FusionError, StoreError
 from condu_ray.fusion.layout import Layout, as_f32
+from condu_ray.paths import as_path
 from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
 from condu_ray.store.history import commit_next, newest
@@ -43,6 +44,9 @@ class Weights(Mapping[str, Any]):
                 opened = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise DataError(f"{file} is not a safetensors file ({error})", "convert it with safetensors") from None
+            if twice := sorted(self._where.keys() & set(opened.keys())):  # a copy in another precision, say
+                other = next(each for each in files if each != file and twice[0] in _names(each))
+                raise DataError(f"tensor {twice[0]!r} is in both {other} and {file}", "give one of the files")
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Any:
@@ -74,6 +78,11 @@ class Weights(Mapping[str, Any]):
         return Layout.of({name: t for name, t in shapes.items() if t.is_floating_point() and t.numel()})
 
 
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
 def named(given: Sequence[str]) -> dict[str, Path]:
     """'[NAME=]PATH' -> task name and path; without a name, that of the file. Raises ConfigError."""
     found = dict[str, Path]()
@@ -86,16 +95,23 @@ def named(given: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(f"{text}: {error}", "write NAME=PATH") from None
         if name in found:
             raise ConfigError(f"two files are called {name} ({found[name]}, {path})", "write NAME=PATH")
-        found[name] = Path(path)
+        found[name] = as_path(path)  # no shell has seen to the ~ of NAME=~/PATH
     return found
 
 
 def merge(
-    base: Path, tuned: Mapping[str, Path], url: str, granularity: str, triggers: str, stage: Stage
+    base: Path,
+    tuned: Mapping[str, Path],
+    url: str,
+    granularity: str,
+    triggers: str,
+    stage: Stage,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> list[Manifest]:
     """Adds each of `tuned` (task name -> weights) to the store at `url`, one version a task; returns the new ones.
 
-    What the store holds already is not added again. Raises DataError for a file that is none, FusionError for one that
+    What the store holds already is not added again. warn: told of tensors that the base lacks, which are not kept.
+    Raises DataError for a file that is none, FusionError for one that
     does not fit the base, StoreError where the store was made from another base or otherwise.
     """
     start = Weights(base)
@@ -108,6 +124,10 @@ def merge(
     layout = start.layout()
     for name, weights in opened.items():
         _check_fits(layout, name, weights)
+    for name, weights in opened.items():
+        if more := [each for each in weights if each not in start]:
+            such = more[0] if len(more) == 1 else f"{more[0]} and {len(more) - 1} more"
+            warn(f"{name} has tensors that the base lacks, and they are not kept: {such}")
     store = create_store(
         url,
         StoreHeader(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,11 +43,27 @@ PicturesOption = Annotated[Path | None, typer.Option("--pictures", help="folder 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; exits 0 when done, 2 for the user's input or surroundings, 1 for a mistake of ours."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text
     try:
-        app(args=arguments, prog_name="condu-ray")
+        try:
+            app(args=arguments, prog_name="condu-ray")
+        finally:
+            sys.stdout.flush()  # what cannot be written is said here, not by Python when it ends
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # what waits there would be tried once more when Python ends
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # whoever read has enough, as typer has it
+            sys.exit(1)
+        print(f"error: no space left to write {error.filename or 'the output'}: free some space.", file=sys.stderr)
+        sys.exit(2)
     except ConduError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -53,6 +71,17 @@ def main(arguments: list[str] | None = None) -> None:
         if left.code == INTERRUPTED:
             print("stopped; the same command goes on where this one ended", file=sys.stderr)
         raise
+
+
+def _open_streams() -> None:
+    """Puts /dev/null where a standard stream was closed (`2>&-`).
+
+    Otherwise the next file that is opened takes its number, and gets what libraries print; and Python prints what is
+    meant for the missing stream on the other.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _version(wanted: bool) -> None:
@@ -112,7 +141,7 @@ def learn(
     outcome = command.run(merged, stage, "condu-ray " + shlex.join(sys.argv[1:]))
     drawn = command.draw_store(merged.store, pictures) if pictures else []
     for warning in outcome.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        reports.warn(warning)
     if json:
         reports.emit(
             {
@@ -170,7 +199,7 @@ def sweep(
 
     found = run(file, work or (file.with_suffix("") if file.name else file), stage)
     for warning in found["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
+        reports.warn(warning)
     reports.emit(found) if json else reports.show_sweep(found)
 
 
@@ -252,7 +281,7 @@ def versions(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> No
 
     manifests, faults = readable(open_store(store))
     for fault in faults.values():
-        print(f"warning: {fault}", file=sys.stderr)
+        reports.warn(fault)
     reports.emit(reports.version_rows(manifests)) if json else reports.show_versions(manifests)
 
 
@@ -343,7 +372,7 @@ def merge(
     from condu_ray.engine.progress import stage
     from condu_ray.store import open_store
 
-    made = fuse(base, named(tuned), output, granularity, triggers, stage)
+    made = fuse(base, named(tuned), output, granularity, triggers, stage, reports.warn)
     newest = open_store(output).manifest()
     if json:
         rows = reports.task_rows(newest)
@@ -476,7 +505,7 @@ def gc(
     report = opened.gc(keep, dry_run=dry_run)
     if fold and dry_run:
         what = "--fold makes a version first where there are flips to take in, and it counts among those that stay"
-        print(f"warning: {what}", file=sys.stderr)
+        reports.warn(what)
     reports.emit(asdict(report)) if json else reports.show_gc(report)
     if made and not json:
         reports.say(f"version {made.version} holds the flips of all sessions in its masks{_to_record(store)}")

@@ -197,6 +197,9 @@ def _predict(
     if task == "" or (labels is not None and not labels):  # a form would leave them out, and all classes compete
         empty = "an empty task" if task == "" else "an empty list of labels"
         raise DataError(f"{empty} was given", "leave it out to ask among all learned classes")
+    for what, given_as in (("images", images), ("labels", labels)):
+        if isinstance(given_as, str | Path | bytes):  # or each of its letters would be one
+            raise DataError(f"{what} is a single {type(given_as).__name__}", f"give a list of {what}")
     given = {"task": task, "labels": None if labels is None else list(labels), "top_k": top_k, "k": k}
     fields = {name: value for name, value in {**given, "version": version}.items() if value is not None}
     return {"files": [("image", _part(place, image)) for place, image in enumerate(images)], "data": fields}

@@ -22,8 +22,14 @@ _AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False
 
 
 def emit(document: Any) -> None:
-    """Prints JSON on standard output."""
-    print(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False))
+    """Prints JSON on standard output; where that is not UTF-8 (an old locale), in ASCII, or it would be no JSON."""
+    coding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
+    print(json.dumps(document, indent=1, ensure_ascii=coding not in ("utf-8", "utf8"), allow_nan=False))
+
+
+def warn(text: str) -> None:
+    """Says on standard error what went another way than one may think."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def say(text: str = "") -> None:

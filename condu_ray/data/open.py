@@ -96,8 +96,10 @@ def open_pictures(paths: Sequence[str | Path], on_skipped: Callable[[Skipped], N
     """Returns the pictures of files and folders (searched to the bottom, sorted), in the order given.
 
     on_skipped: told of a file in a folder that is no picture; None: it is an error like any file that was named.
-    Raises DataError that names the first path that is missing or no picture, and a folder without any.
+    Raises DataError that names the first path that is missing or no picture, a folder without any, and a single path.
     """
+    if isinstance(paths, str | Path):  # or its letters would be the paths
+        raise DataError(f"{str(paths)!r} is one path", "give a list of paths")
     found: list[Picture] = []
     in_folder: list[bool] = []
     for given in paths:
@@ -149,8 +151,9 @@ def _list_all(source: str, tests: bool) -> Listing:
     if source in KNOWN:
         return list_torchvision(source, tests)
     mend = "give a folder of pictures, a webdataset folder, a .csv file, or a torchvision name such as CIFAR10"
+    looked = "" if as_path(source).is_absolute() else f" (looked in {Path.cwd()})"  # not beside a --config file
     raise DataError(
-        f"there is no data at {source!r}", f"{mend} ({near})" if (near := _similar(as_path(source))) else mend
+        f"there is no data at {source!r}{looked}", f"{mend} ({near})" if (near := _similar(as_path(source))) else mend
     )
 
 

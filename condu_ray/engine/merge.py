@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from condu_ray.engine.progress import Stage
 from condu_ray.errors import ConfigError, DataError, FusionError, StoreError
 from condu_ray.fusion.layout import Layout, as_f32
 from condu_ray.methods.stored import TASK_OBJECTS
+from condu_ray.paths import as_path
 from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
 from condu_ray.store.header import open_existing
@@ -45,6 +46,9 @@ class Weights(Mapping[str, Any]):
                 opened = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise DataError(f"{file} is not a safetensors file ({error})", "convert it with safetensors") from None
+            if twice := sorted(self._where.keys() & set(opened.keys())):  # a copy in another precision, say
+                other = next(each for each in files if each != file and twice[0] in _names(each))
+                raise DataError(f"tensor {twice[0]!r} is in both {other} and {file}", "give one of the files")
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Any:
@@ -85,6 +89,11 @@ def _is_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
 def named(given: Sequence[str]) -> dict[str, Path]:
     """'[NAME=]PATH' -> task name and path; without a name, that of the file. Raises ConfigError."""
     found = dict[str, Path]()
@@ -97,17 +106,24 @@ def named(given: Sequence[str]) -> dict[str, Path]:
             raise ConfigError(f"{text}: {error}", "write NAME=PATH") from None
         if name in found:
             raise ConfigError(f"two files are called {name} ({found[name]}, {path})", "write NAME=PATH")
-        found[name] = Path(path)
+        found[name] = as_path(path)  # no shell has seen to the ~ of NAME=~/PATH
     return found
 
 
 def merge(
-    base: Path, tuned: Mapping[str, Path], url: str, granularity: str, triggers: str, stage: Stage
+    base: Path,
+    tuned: Mapping[str, Path],
+    url: str,
+    granularity: str,
+    triggers: str,
+    stage: Stage,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> list[Manifest]:
     """Adds each of `tuned` (task name -> weights) to the store at `url`, one version a task; returns the new ones.
 
-    What the store holds already is not added again. Raises DataError for a file that is none, FusionError for one that
-    does not fit the base, StoreError where the store was made from another base or otherwise.
+    What the store holds already is not added again. warn: told of tensors that the base lacks, which are not kept.
+    Raises DataError for a file that is none, FusionError for one that does not fit the base, StoreError where the store
+    was made from another base or otherwise.
     """
     start = Weights(base)
     settings = {"granularity": granularity, "triggers": triggers}
@@ -123,6 +139,10 @@ def merge(
     shapes = {**{entry.name: entry.shape for entry in layout.entries}, **start.statistics()}
     for name, weights in opened.items():
         _check_fits(shapes, name, weights)
+    for name, weights in opened.items():
+        if more := [each for each in weights if each not in start]:
+            such = more[0] if len(more) == 1 else f"{more[0]} and {len(more) - 1} more"
+            warn(f"{name} has tensors that the base lacks, and they are not kept: {such}")
     store = create_store(
         url,
         StoreHeader(

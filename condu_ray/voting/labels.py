@@ -81,7 +81,9 @@ class LabelSpace:
 
     @staticmethod
     def of_candidates(names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> LabelSpace:
-        """The caller's labels. Raises DataError for none, an empty one, two that are one word, or more than 10,000."""
+        """The caller's labels. Raises DataError for a text, none, an empty one, two that are one, or over 10,000."""
+        if isinstance(names, str):  # or its letters would be the labels
+            raise DataError(f"labels are one text ({names[:100]!r})", "give a list of labels")
         names = [name.strip() for name in names]
         if not 1 <= len(names) <= MAX_CANDIDATES:
             raise DataError(f"{len(names)} labels given", f"give 1 to {MAX_CANDIDATES:,}")

@@ -159,6 +159,29 @@ def test_a_merged_store_is_a_store(files: Files, tmp_path: Path) -> None:
         assert (said.code, "Traceback" in said.err) == (2, False), said.err
 
 
+def test_tensors_that_the_base_lacks_are_said(files: Files, tmp_path: Path) -> None:
+    save_file({**load_file(files["birds"]), "head.bias": torch.zeros(3), "tail": torch.zeros(2)}, files["birds"])
+    said = condu("merge", files["base"], files["birds"], files["cars"], "-o", tmp_path / "merged", "--json")
+    assert said.document["made"] == [1, 2]
+    warned = [line for line in said.err.splitlines() if line.startswith("warning")]
+    assert warned == ["warning: birds has tensors that the base lacks, and they are not kept: head.bias and 1 more"]
+
+
+def test_a_folder_with_two_copies_of_a_model_is_refused(files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "birds"
+    folder.mkdir()
+    for name in ("model", "model.fp16"):
+        save_file({n: t.half() for n, t in load_file(files["birds"]).items()}, folder / f"{name}.safetensors")
+    said = condu("merge", files["base"], folder, "-o", tmp_path / "merged")
+    assert said.code == 2
+    assert f"is in both {folder}/model.fp16.safetensors and {folder}/model.safetensors" in said.err
+
+
+def test_the_home_folder_behind_a_name_is_found(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert condu("merge", files["base"], "owls=~/birds.safetensors", "-o", tmp_path / "merged").code == 0
+
+
 def test_a_name_stands_before_the_first_equals_sign_of_a_path(files: Files, tmp_path: Path) -> None:
     folder = tmp_path / "lr=1e-4"
     folder.mkdir()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from command_line import condu, process
+from command_line import Said, condu, process
 
 from condu_ray import reports
 from condu_ray.methods.registry import METHODS
@@ -171,3 +175,43 @@ def test_commands_that_read_manifests_import_nothing_heavy(copy: Path, tmp_path:
 def test_help_ends_in_commands_to_paste() -> None:
     assert "Try: condu-ray demo" in condu("--help").out
     assert "--train.steps" in condu("learn", "--help").out
+
+
+def shell(command: str, store: Path, **environment: str) -> Said:
+    """A line of sh in which CONDU is the command and STORE the store; Python keeps what it prints until it is much."""
+    quoted = shlex.quote(sys.executable) + ' -c "from condu_ray.cli import main; main()"'
+    line = command.replace("CONDU", quoted).replace("STORE", f"--store {shlex.quote(str(store))}")
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False, env={**kept, **environment})
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("form", ["", " --json"])
+def test_output_that_finds_no_space_is_one_sentence(store: Path, form: str) -> None:
+    said = shell(f"CONDU versions STORE{form} > /dev/full", store)
+    assert (said.code, said.err) == (2, "error: no space left to write the output: free some space.\n")
+
+
+@pytest.mark.parametrize("form", ["", " --json"])
+def test_a_reader_that_has_enough_is_no_fault(store: Path, form: str) -> None:
+    assert shell(f"{{ CONDU versions STORE{form}; echo $? >&2; }} | true", store).err == "1\n"
+
+
+def test_what_is_said_to_a_closed_stream_goes_nowhere(store: Path) -> None:
+    said = shell("CONDU show 9 STORE 2>&-", store)
+    assert (said.code, said.out, said.err) == (2, "", "")
+    assert shell("CONDU versions STORE >&-", store) == Said(0, "", "")
+
+
+def test_json_is_json_whatever_the_locale() -> None:
+    code = "from condu_ray.reports import emit; emit({'name': 'gr\\u00fcn \\U0001f426'})"
+    for coding in ("ascii", "latin-1", "utf-8", "UTF8"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": coding},
+            check=True,
+        )
+        assert json.loads(done.stdout) == {"name": "gr\u00fcn \U0001f426"}
+        assert (b"\\u00fc" in done.stdout) == (coding in ("ascii", "latin-1"))

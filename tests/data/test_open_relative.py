@@ -35,3 +35,19 @@ def test_a_path_that_begins_like_a_user_nobody_knows_is_taken_as_it_stands(
             open_task("birds", source)
     with pytest.raises(DataError, match="there is no class order ~nobody knows"):
         ordered(["a", "b"], "~nobody knows")
+
+
+def test_a_relative_folder_that_is_not_there_says_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"^there is no data at './birds' \(looked in {tmp_path}\): give"):
+        open_task("birds", "./birds")
+    with pytest.raises(DataError, match="^there is no data at '/no/birds': give"):
+        open_task("birds", "/no/birds")
+
+
+def test_a_single_path_is_not_taken_for_a_list_of_letters(tmp_path: Path) -> None:
+    for path in (tmp_path, str(tmp_path)):
+        with pytest.raises(DataError, match="is one path: give a list of paths"):
+            open_pictures(path)  # type: ignore[arg-type]

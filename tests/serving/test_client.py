@@ -128,6 +128,21 @@ def test_what_a_form_cannot_say_is_not_left_out_in_silence(asked: dict[str, Any]
         assert seen == []
 
 
+@pytest.mark.parametrize(
+    ("images", "asked", "said"),
+    [
+        ("a.jpg", {}, "images is a single str: give a list of images"),
+        (b"picture", {}, "images is a single bytes"),
+        ([b"picture"], {"labels": "cat,dog"}, "labels is a single str: give a list of labels"),
+    ],
+)
+def test_a_single_text_is_not_taken_for_a_list_of_letters(images: Any, asked: dict[str, Any], said: str) -> None:
+    with server(OK) as (url, seen):
+        with Client(url) as client, pytest.raises(DataError, match=said):
+            client.predict(images, **asked)
+        assert seen == []
+
+
 @BOTH
 @pytest.mark.parametrize("body", [b"<html>", b"[1]", b"\xff"])
 def test_another_kind_of_server_is_told_from_ours(ask: Ask, body: bytes) -> None:

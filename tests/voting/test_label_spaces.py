@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -97,8 +98,9 @@ def test_each_task_has_its_part_of_words_that_are_all_learned() -> None:
         (["b", "Give way", "give_way"], "labels 'Give way' and 'give_way' cannot be told apart: give each label once"),
         (["caf\u00e9", "cafe\u0301"], "labels 'caf\u00e9' and 'cafe\u0301' cannot be told apart"),
         ([str(i) for i in range(10_001)], "10001 labels given"),
+        ("cat,dog", "labels are one text \\('cat,dog'\\): give a list of labels"),
     ],
 )
-def test_labels_that_cannot_be_answered_are_refused(names: list[str], message: str) -> None:
+def test_labels_that_cannot_be_answered_are_refused(names: Sequence[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         LabelSpace.of_candidates(names)

@@ -18,7 +18,7 @@ from condu_ray import __version__, reports
 from condu_ray.config import ServeConfig, SessionConfig
 from condu_ray.errors import ConduError, ConfigError, without_credentials
 from condu_ray.options import with_settings
-from condu_ray.sources import flatten, resolve
+from condu_ray.sources import flatten
 
 if TYPE_CHECKING:
     from condu_ray.data import Skipped
@@ -116,7 +116,9 @@ def learn(
     """Learns one task, or several at once, and publishes a version for each."""
     tasks = _tasks(name, data, task)
     settings = dict(settings or {}) | ({"tasks": tasks} if tasks else {})
-    merged, origin = _merge(settings, config)
+    from condu_ray.store.header import session_settings
+
+    merged, origin = session_settings(settings, config)
     from condu_ray.engine import command
     from condu_ray.engine.keys import unread
     from condu_ray.engine.progress import stage
@@ -175,14 +177,6 @@ def _tasks(name: str | None, data: str | None, tasks: list[str] | None) -> list[
         missing = "--data PATH" if data is None else "the task's NAME"
         raise ConfigError(f"{missing} is missing", "give both: condu-ray learn NAME --data PATH, or --task NAME=PATH")
     return ([f"{name}={data}"] if name else []) + (tasks or [])
-
-
-def _merge(settings: dict[str, Any], file: Path | None) -> tuple[SessionConfig, dict[str, str]]:
-    """Settings with those that an existing store has fixed."""
-    from condu_ray.store.header import fixed_settings
-
-    first, _ = resolve(settings, file)
-    return resolve(settings, file, fixed_settings(first.store))
 
 
 @app.command(epilog="Try: condu-ray sweep sweep.yaml, then condu-ray learn --config sweep/best.yaml")

@@ -150,8 +150,8 @@ def test_the_commands_run(
     assert (answer["label_space"], answer["version"]) == ("candidates", 3)
     assert {each["label"] for each in answer["labels"]} == {"a lighthouse", "a bridge", "a castle"}
 
-    (code,) = blocks(ROOT / "docs" / "store.md", "python")
-    exec(compile(code, "docs/store.md", "exec"), {})
+    (code,) = blocks(ROOT / "docs" / "python.md", "python")
+    exec(compile(code, "docs/python.md", "exec"), {})
 
 
 def test_commands_in_all_documents_are_understood() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from condu_ray.config import SessionConfig
 from condu_ray.errors import NotFound
+from condu_ray.sources import resolve
 from condu_ray.store import Store, open_store
 
 
@@ -20,3 +24,9 @@ def fixed_settings(url: str) -> dict[str, Any] | None:
     """The settings (dotted names) that the store at `url` was made with; None if there is none yet."""
     store = open_existing(url)
     return None if store is None else store.header.settings
+
+
+def session_settings(options: Mapping[str, Any], file: Path | None = None) -> tuple[SessionConfig, dict[str, str]]:
+    """`sources.resolve` with what the store that they name was made with, if there is one."""
+    first, _ = resolve(options, file)
+    return resolve(options, file, fixed_settings(first.store))

@@ -329,7 +329,7 @@ def test_a_damaged_manifest(copy: Path) -> None:
     assert "warning:" in listed.err and "00000002.json is not readable JSON" in listed.err
     found = condu("doctor", "--store", copy, "--json").document["store"]
     assert (list(found["damaged"]), found["versions"], found["tasks"]) == (["version 2"], 2, 1)
-    damage(copy / open_store(copy).manifest(1).objects["probe-1"].path)
+    damage(copy / open_store(copy).manifest(1).objects["probe-0"].path)
     assert len(condu("doctor", "--store", copy, "--json").document["store"]["damaged"]) == 2
 
 

@@ -275,7 +275,7 @@ def versions(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> No
 
     manifests, faults = readable(open_store(store))
     for fault in faults.values():
-        reports.warn(fault)
+        reports.warn(str(fault))
     reports.emit(reports.version_rows(manifests)) if json else reports.show_versions(manifests)
 
 

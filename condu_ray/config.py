@@ -409,7 +409,7 @@ class SessionConfig(_Section):
 
     @model_validator(mode="after")
     def _one_model(self) -> SessionConfig:
-        if self.system.ordered and self.system.reads == ("train",) and self.train.batch_norm == "updated":
+        if self.system.reads == ("train",) and self.train.batch_norm == "updated":
             raise ValueError(
                 f"train.batch_norm = updated keeps statistics of each task, and {self.method} has one model for all"
             )
@@ -572,11 +572,10 @@ def rescales(config: SessionConfig) -> bool:
 def prompt_lengths(config: SessionConfig, most: int) -> tuple[int, int]:
     """(vectors of the prompt that tasks share, vectors of each task's own): as set, or what the method stands for, at
     most `most`."""
-    usual, asked = config.system.choices, config.dmc
-    shared, own = min(usual.shared_prompt, most), min(usual.task_prompt, most)
+    shared, own = config.choices.shared_prompt, config.choices.task_prompt
     return (
-        shared if asked.shared_prompt is None else asked.shared_prompt,
-        own if asked.task_prompt is None else asked.task_prompt,
+        min(shared, most) if config.dmc.shared_prompt is None else shared,
+        min(own, most) if config.dmc.task_prompt is None else own,
     )
 
 

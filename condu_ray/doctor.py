@@ -61,7 +61,7 @@ def _store(url: str) -> dict[str, Any]:
     except ConduError as error:
         return {"url": url, "fault": str(error)}
     objects = {ref.path: ref for manifest in manifests for ref in manifest.objects.values()}
-    faults = {f"version {version}": fault for version, fault in unread.items()}
+    faults = {f"version {version}": str(fault) for version, fault in unread.items()}
     faults |= {path: fault for path, ref in objects.items() if (fault := store.fault(ref)) is not None}
     return {
         "url": store.url,

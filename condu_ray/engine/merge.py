@@ -41,14 +41,16 @@ class Weights(Mapping[str, Any]):
             raise DataError(f"{path}: no safetensors file there", "give a .safetensors file, or a folder of shards")
         self._files, self._stack = files, ExitStack()
         self._where: dict[str, Any] = {}
+        owners = dict[str, Path]()
         for file in files:
             try:
                 opened = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise DataError(f"{file} is not a safetensors file ({error})", "convert it with safetensors") from None
-            if twice := sorted(self._where.keys() & set(opened.keys())):  # a copy in another precision, say
-                other = next(each for each in files if each != file and twice[0] in _names(each))
-                raise DataError(f"tensor {twice[0]!r} is in both {other} and {file}", "give one of the files")
+            if twice := sorted(owners.keys() & set(opened.keys())):  # a copy in another precision, say
+                where = f"{owners[twice[0]]} and {file}"
+                raise DataError(f"tensor {twice[0]!r} is in both {where}", "give one of the files")
+            owners |= dict.fromkeys(opened.keys(), file)
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def __getitem__(self, name: str) -> Any:
@@ -87,11 +89,6 @@ class Weights(Mapping[str, Any]):
 def _is_statistic(name: str) -> bool:
     """Whether a tensor is measured and not learned; a fused variance could turn negative."""
     return name.rpartition(".")[2] in ("running_mean", "running_var")
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
 
 
 def named(given: Sequence[str]) -> dict[str, Path]:

@@ -52,9 +52,8 @@ async def read(request: Request, config: ServeConfig) -> Asking:
             form = await request.form(max_files=config.pictures + 1, max_fields=config.labels + 8)
         except HTTPException as error:
             told = str(error.detail)
-            for kind, most in (("files", config.pictures), ("fields", config.labels)):
+            for kind, name, most in (("files", "pictures", config.pictures), ("fields", "labels", config.labels)):
                 if told.startswith(f"Too many {kind}"):
-                    name = "pictures" if kind == "files" else "labels"
                     raise Problem(422, f"more than {most} {name}: send 1 to {most}") from None
             raise Problem(400, told) from None
         except (KeyError, ValueError, UnicodeError) as error:

@@ -18,16 +18,16 @@ def newest(store: Store) -> Manifest | None:
     return store.manifest() if store.versions() else None
 
 
-def readable(store: Store) -> tuple[list[Manifest], dict[int, str]]:
+def readable(store: Store) -> tuple[list[Manifest], dict[int, StoreError]]:
     """The manifests that can be read, oldest first; what is wrong with each of the others."""
-    manifests, faults = list[Manifest](), dict[int, str]()
+    manifests, faults = list[Manifest](), dict[int, StoreError]()
     for version in store.versions():
         try:
             manifests.append(store.manifest(version))
         except NotFound:  # a gc has removed it in this moment
             continue
         except StoreError as error:
-            faults[version] = str(error)
+            faults[version] = error
     return manifests, faults
 
 

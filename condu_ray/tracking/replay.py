@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from condu_ray.errors import ConfigError, StoreError
+from condu_ray.errors import ConfigError
 from condu_ray.store import Manifest, Store, open_store
+from condu_ray.store.history import readable
 from condu_ray.tracking.history import accuracy_matrix, histories
 from condu_ray.tracking.mlflow_run import LATER, Tracking, open_tracking
 from condu_ray.tracking.pictures import draw_history
@@ -24,13 +25,9 @@ def record(store: Store, tracking: Tracking, versions: Collection[int], stage: S
 
     source: what asked for it. Raises StoreError for one of them that cannot be read; others are left out of pictures.
     """
-    manifests = []
-    for version in store.versions():
-        try:
-            manifests.append(store.manifest(version))
-        except StoreError:
-            if version in versions:
-                raise
+    manifests, faults = readable(store)
+    for version in faults.keys() & set(versions):
+        raise faults[version]
     wanted = [manifest for manifest in manifests if manifest.version in versions]
     warnings = list[str]()
     with stage("recording") as update:

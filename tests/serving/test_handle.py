@@ -70,5 +70,5 @@ def test_replicas_that_are_gone_are_not_asked_for_any_more(monkeypatch: pytest.M
     monkeypatch.setattr(app, "STANDING_SECONDS", 0.1)
     monkeypatch.setattr(app, "GONE_SECONDS", 0.1)
     known, calls = follow(lambda call: Standing(f"restart-{min(call, 50)}", 1, 1, None, None), 2.0)
-    assert known == ["restart-50"] or len(known) <= 3
+    assert len(known) <= 3
     assert calls < 150  # each second one a replica that is there, not one for every replica that ever was

@@ -19,18 +19,21 @@ import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
+from captioned_world import WORDS
 from ending import job
-from pretraining import Order, Place, pretrain
+from pretraining import Order, Place, pretrain, read_targets
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from safetensors import SafetensorError
 
 from condu_ray.engine.cluster import connected
 from condu_ray.errors import ConfigError
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_cfg": {
         "embed_dim": 256,
         "vision_cfg": {
@@ -77,6 +80,29 @@ def train(order: Order, workers: int, gpu: bool) -> None:
         trainer.fit()
 
 
+def configuration(path: Path) -> dict[str, Any]:
+    """What open_clip builds a model from. Raises ConfigError where the file does not hold it."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read as JSON ({error})", "give open_clip's JSON") from error
+    if not isinstance(found, dict) or "model_cfg" not in found:
+        mend = "give what open_clip writes as open_clip_config.json: model_cfg, and preprocess_cfg beside it"
+        raise ConfigError(f"--config {path} holds no model_cfg", mend)
+    return found
+
+
+def check_targets(folder: Path) -> None:
+    """Raises ConfigError where a folder of text targets is none, or lacks words of the generated world."""
+    mend = "make it with jobs/pretrain_sources.py"
+    try:
+        known = read_targets(folder).names
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"--text-targets {folder} holds no targets ({error})", mend) from error
+    if missing := sorted(set(WORDS) - set(known)):
+        raise ConfigError(f"--text-targets {folder} lacks words of the generated world, as {missing[0]!r}", mend)
+
+
 @job
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,10 +123,12 @@ def main() -> None:
         path = getattr(options, name)
         if path is not None and not path.exists():
             raise ConfigError(f"--{name.replace('_', '-')} {path}: there is nothing", "give a path that exists")
+    config = configuration(options.config) if options.config else CONFIG
+    check_targets(options.text_targets)
     folder = options.work.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     order = Order(
-        config=json.loads(options.config.read_text()) if options.config else CONFIG,
+        config=config,
         images=str(options.images.resolve()),
         trunk=str(options.trunk.resolve()) if options.trunk else None,
         text_targets=str(options.text_targets.resolve()),

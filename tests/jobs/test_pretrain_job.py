@@ -10,7 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from pretrain_default import check_targets, configuration
 from pretraining import Order
+
+from condu_ray.errors import ConfigError
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 # Workers find what stands beside the script that is run, so it is told where the job's modules are.
@@ -31,3 +34,26 @@ def test_two_workers_train_one_model(order: Order, tmp_path: Path) -> None:
     subprocess.run([sys.executable, script, json.dumps(asdict(order))], check=True, timeout=280, env=environment)
     assert (Path(order.out) / "open_clip_model.safetensors").exists()
     assert not list(Path(order.work).glob("*-of-*.npy")), "the workers' parts were put together"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [('{"embed_dim": 32}', "holds no model_cfg"), ("[]", "holds no model_cfg"), ("{", "JSON")]
+)
+def test_a_configuration_that_open_clip_cannot_build_is_refused(text: str, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        configuration(path)
+
+
+def test_targets_that_lack_words_of_the_generated_world_are_refused_before_training(order: Order) -> None:
+    folder = Path(order.text_targets)
+    check_targets(folder)
+    names = json.loads((folder / "names.json").read_text())
+    names["vocab_target256"][-1] = "else"
+    (folder / "names.json").write_text(json.dumps(names))
+    with pytest.raises(ConfigError, match=r"lacks words.*pretrain_sources"):
+        check_targets(folder)
+    (folder / "text_targets.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="holds no targets"):
+        check_targets(folder)

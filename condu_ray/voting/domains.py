@@ -27,6 +27,7 @@ FLOOR = 1e-5  # variance of channels that never moved, in medians of the others
 
 PRIOR = 0.05  # share of pictures that are expected to be of no task, where nothing else is known
 KNOWN_QUANTILE = 0.01
+FARTHEST = 2.0  # deviations below that quantile: how far away a strange picture counts as, at most
 TEMPERATURES = np.geomspace(2.0, 2000.0, 31)
 EVIDENCE = 0.5  # power of the discriminant's probabilities: the expert looks at the same picture
 STEPS, RIDGE = 50, 1e-3  # of the logistic regression
@@ -232,7 +233,8 @@ def calibrate(domains: Sequence[Domain]) -> Calibration | None:
     """From every task's held-out pictures: known ones to all tasks, and strange ones to the tasks without their own.
 
     temperature, within: the likeliest of a fixed list. middle, slope: logistic regression, a PRIOR share of pictures
-    being strange; of a single task, for which nothing is strange, the middle is the 1 % quantile of its own.
+    being strange; of a single task, for which nothing is strange, the middle is the 1 % quantile of its own. A strange
+    picture that is far away says where its own task is, not where the others end, so it counts as less far (FARTHEST).
     None where nothing was held out.
     """
     whole = Discriminant(domains)
@@ -260,9 +262,10 @@ def calibrate(domains: Sequence[Domain]) -> Calibration | None:
     scale = float(inside.std()) or 1.0
     temperature = float(TEMPERATURES[int(np.argmax(likelihoods))])
     inner = None if within is None else float(TEMPERATURES[int(np.argmax(within))])
+    end = float(np.quantile(inside, KNOWN_QUANTILE))
     if not strange:
-        return Calibration(temperature, float(np.quantile(inside, KNOWN_QUANTILE)), 4 / scale, inner)
-    middle, slope = _logistic(inside, np.concatenate(strange), scale)
+        return Calibration(temperature, end, 4 / scale, inner)
+    middle, slope = _logistic(inside, np.maximum(np.concatenate(strange), end - FARTHEST * scale), scale)
     return Calibration(temperature, middle + _logit(PRIOR) / slope, slope, inner)
 
 

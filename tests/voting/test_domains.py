@@ -166,6 +166,22 @@ def test_a_channel_that_one_task_alone_moves_calibrates_like_the_others() -> Non
     assert np.isfinite(whole.tasks).all()
 
 
+@pytest.mark.parametrize("far", [(), (6.0,), (0.0, 3.0, 6.0)], ids=["none", "one", "each"])
+def test_domains_far_from_each_other_hide_nothing_strange_nearby(far: tuple[float, ...]) -> None:
+    """One that moves a channel which is still in all others is hundreds of times as strange to them as they are."""
+    domains = []
+    for place in (0.0, 3.0, 6.0):
+        (seen, labels), (held, own) = pictures(place, 120, 0), pictures(place, 40, 1000)
+        for values in (seen, held):
+            values[:, 5] = place in far and (place - 4) * (9 + np.random.default_rng(1).normal(size=len(values)))
+        domains.append(make_domain(seen, labels, CLASSES, held, own))
+    calibration, whole = known(domains), Discriminant(domains)
+    usual = np.concatenate([whole.distances(each.held_out).relative for each in domains])
+    assert strangeness(usual, calibration).mean() < 0.05
+    beyond = float(usual.mean() - 6 * usual.std())
+    assert strangeness(np.array([beyond, 10 * beyond, 1e6 * beyond]), calibration).min() > 0.5
+
+
 def test_evidence_is_half_of_what_the_discriminant_says_of_classes() -> None:
     calibration = known(NEAR_AND_FAR)
     asked, labels = pictures(3.0, 60, 21)

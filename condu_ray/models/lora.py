@@ -267,7 +267,7 @@ def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]
         if name in expert.merged:
             return _apply(layer, values, expert.merged[name], bias)
         a, b = expert.factors[name]
-        added: Tensor = plain(values) + _apply(layer, _apply(layer, values, a, None), b, None)
+        added: Tensor = plain(values) + _again(layer, _apply(layer, values, a, None), b)
         return added
 
     def forward(values: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]
         inner = _apply(layer, values, pairs[0][0], None)
         sizes = [len(part) for part in parts]
         for own, into, (_, b) in zip(torch.split(inner, sizes), torch.split(output, sizes), pairs, strict=True):
-            into += _apply(layer, own, b, None)
+            into += _again(layer, own, b)
         return output
 
     return forward
@@ -289,5 +289,12 @@ def _forward(layer: nn.Module, name: str, segments: Sequence[tuple[LowRank, int]
 
 def _apply(layer: nn.Module, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(layer, nn.Conv2d):
-        return functional.conv2d(values, weight.reshape(*weight.shape[:2], 1, 1), bias, layer.stride)
+        return functional.conv2d(values, weight.reshape(*weight.shape[:2], 1, 1), bias, layer.stride, layer.padding)
     return functional.linear(values, weight, bias)
+
+
+def _again(layer: nn.Module, inner: Tensor, b: Tensor) -> Tensor:
+    """B on what A made of the layer's input: A took the layer's steps over places already."""
+    if isinstance(layer, nn.Conv2d):
+        return functional.conv2d(inner, b.reshape(*b.shape, 1, 1))
+    return functional.linear(inner, b)

@@ -19,6 +19,7 @@ from condu_ray.models.lora import (
     Adapters,
     Factors,
     can_run_in_rows,
+    in_rows,
     inject,
     low_rank,
     merged_weights,
@@ -249,6 +250,30 @@ def test_experts_in_one_pass_answer_as_one_at_a_time(clip: Clip, pixels: Tensor,
             texts, clip.texts(TEXTS, merged_weights(clip.model, adapters, every[0])), atol=1e-5, rtol=0
         )
     assert weights_sha256(clip.model) == clip.sha256
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_convolution_that_takes_steps_takes_them_once(shared: bool) -> None:
+    """As the shortcuts of residual networks do."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"visual": nn.Sequential(nn.Conv2d(8, 12, 1, stride=2, padding=1), nn.Conv2d(12, 6, 1))})
+    adapters, random = plan_adapters(model, 2, "linear", seed=0), np.random.default_rng(0)
+    every = [
+        {
+            name: start if shared and name.endswith("A") else random.normal(0, 0.3, start.shape).astype(np.float32)
+            for name, start in adapters.start.items()
+        }
+        for _ in range(2)
+    ]
+    kept = [low_rank(model, adapters, factors) for factors in every]
+    assert all(len(expert.factors) == 2 for expert in kept), "nothing is merged"
+    rows, tower = torch.randn(4, 8, 7, 7), model["visual"]
+    with torch.no_grad(), in_rows(model, [(kept[0], 1), (kept[1], 3)]):
+        found = tower(rows)
+    for own, part, here in zip(every, rows.split([1, 3]), found.split([1, 3]), strict=True):
+        merged = merged_weights(model, adapters, own)
+        expected = torch.func.functional_call(tower, {n.removeprefix("visual."): w for n, w in merged.items()}, part)
+        torch.testing.assert_close(here, expected, atol=1e-5, rtol=0)
 
 
 def test_the_base_model_is_itself_again_after_an_expert_that_fails(tiny_clip: Clip, pixels: Tensor) -> None:

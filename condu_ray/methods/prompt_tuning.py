@@ -152,8 +152,9 @@ class _Prompts:
 class _Replay:
     """Which old classes compete in a step, and features drawn from them.
 
-    As many draws a class as a current class has pictures in a batch, times `dmc.replay`. limited: every class has to be
-    encoded, so that a step takes as many old ones as `dmc.classes_per_step` leaves room for.
+    As many draws a class as a current class has pictures in a batch, times `dmc.replay`; where that is less than one,
+    one draw of that share of the old classes, in each step of others. limited: every class has to be encoded, so that a
+    step takes as many old ones as `dmc.classes_per_step` leaves room for.
     """
 
     def __init__(
@@ -161,8 +162,8 @@ class _Replay:
     ) -> None:
         self._sampler, self._seed, self._session = sampler, config.seed, len(tasks)
         self._old, current = sum(len(task.tokens) for task in tasks[:-1]), len(tasks[-1].tokens)
-        replay = config.dmc.replay
-        self._each = max(1, round(replay * config.train.batch_size / current)) if replay else 0
+        share = config.dmc.replay * config.train.batch_size / current
+        self._each, self._share = max(1, round(share)), min(1.0, share)
         self._most = max(1, config.dmc.classes_per_step - current) if limited else self._old
         self._none = np.empty((0, width), np.float32)
 
@@ -172,8 +173,17 @@ class _Replay:
         if self._old > self._most:
             random = np.random.default_rng(seed_of(self._seed, "old classes", self._session, step))
             old = np.sort(random.choice(old, self._most, replace=False))
-        if self._sampler is None or not self._each:
+        places = self._drawn(len(old), step)
+        if self._sampler is None or not len(places):
             return old, self._none, np.empty(0, np.int64)
         key = (self._seed, self._session, step)
-        drawn = [self._sampler.draw(int(label), self._each, key) for label in old]
-        return old, np.concatenate(drawn), np.repeat(np.arange(len(old)), self._each)
+        drawn = [self._sampler.draw(int(label), self._each, key) for label in old[places]]
+        return old, np.concatenate(drawn), np.repeat(places, self._each)
+
+    def _drawn(self, count: int, step: int) -> NDArray[np.int64]:
+        """Which of the old classes that compete in a step are drawn from, by place."""
+        if self._share == 1:
+            return np.arange(count)
+        random = np.random.default_rng(seed_of(self._seed, "drawn classes", self._session, step))
+        some = min(count, int(self._share * self._old + random.random()))  # right on average over steps
+        return np.sort(random.choice(count, some, replace=False))

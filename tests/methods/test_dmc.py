@@ -27,11 +27,12 @@ from condu_ray.memory.discriminant import discriminant
 from condu_ray.memory.gaussians import Gaussians, Sampler
 from condu_ray.methods import dmc
 from condu_ray.methods.checkpoint import Checkpoint, Resume
+from condu_ray.methods.prompt_tuning import PromptedTask, _Replay
 from condu_ray.methods.remembered import Remembered
 from condu_ray.methods.stored import layout_of, state_of
 from condu_ray.methods.training import Place, Trained
 from condu_ray.models.clip import Clip, class_embeddings
-from condu_ray.sources import resolve
+from condu_ray.sources import from_dotted, resolve
 from condu_ray.store import open_store
 from condu_ray.voting.open import expert_maker, load_classifier
 
@@ -327,3 +328,34 @@ def test_a_store_keeps_the_calibration_it_was_made_with(learned: Made, tiny_mode
     fixed = open_store(config.store).header.settings
     with pytest.raises(ConfigError, match="dmc.memory_calibration is linear"):
         resolve({"store": config.store, "dmc.memory_calibration": "linear"}, fixed=fixed)
+
+
+@pytest.mark.parametrize(
+    ("replay", "new", "limited", "expected"),
+    [
+        (1.0, 3, False, 3.0),  # to a whole number
+        (1.0, 32, False, 0.25),
+        (0.2, 4, False, 0.4),
+        (1.0, 32, True, 0.25),
+        (0.0, 4, False, 0.0),
+    ],
+)
+def test_an_old_class_is_drawn_as_often_as_a_new_one_has_pictures(
+    replay: float, new: int, limited: bool, expected: float
+) -> None:
+    """Also where a batch holds fewer pictures than the task has classes; else old classes would outweigh new ones."""
+    old, steps = 40, 400
+    asked = {"method": "dmc", "train.batch_size": 8, "dmc.replay": replay, "dmc.classes_per_step": new + 20}
+    tasks = [PromptedTask(torch.zeros(classes, 1), torch.zeros(0, 1)) for classes in (old, new)]
+    sampler = Sampler(Gaussians.fit(np.zeros((old, 1)), np.arange(old), old), "convex", 0.1)
+    replayed = _Replay(sampler, tasks, 1, from_dotted(asked), limited)
+    drawn = np.zeros(old)
+    for step in range(steps):
+        classes, features, places = replayed.draws(step)
+        assert len(classes) == (20 if limited else old)
+        assert len(features) == len(places)
+        np.add.at(drawn, classes[places], 1)
+    assert drawn.mean() / steps == pytest.approx(expected, rel=0.02)
+    assert drawn.std() < 0.1 * max(1.0, drawn.mean())
+    again = replayed.draws(7)
+    assert all(np.array_equal(one, other) for one, other in zip(replayed.draws(7), again, strict=True))

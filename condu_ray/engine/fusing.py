@@ -17,7 +17,7 @@ from condu_ray.fusion.triggers import Part, fuse
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import TaskState
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.stored import config_of, layout_of, state_of
+from condu_ray.methods.stored import config_of, layout_of, put_state, state_of
 from condu_ray.methods.training import memory_in
 from condu_ray.store import Manifest, ObjectRef, Store, open_store
 
@@ -98,11 +98,7 @@ class Fuser:
         if rescalers is not None:
             assert isinstance(state, FusedState), "only fused tasks have rescalers"
             state = state.rescaled(task, self._store.get(rescalers)["rescalers"])
-        old = parent.objects if parent else {}
-        objects = {
-            name: old[name] if name in old else self._store.put(key, name, arrays)
-            for name, arrays in state.objects().items()
-        }
+        objects = put_state(self._store, key, state, parent)
         self.state = state
         self._done = Fused(key, objects, state.meta(), _fidelities(state))
         return self._done

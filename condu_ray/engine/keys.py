@@ -30,10 +30,10 @@ PLACEMENT = {
     "parallel",
     "gpu",
 }
-"""Settings that say where a session runs, not what it does: no version remembers them."""
+"""Settings that say where a session runs, not what it does: no version keeps them."""
 
-HOW = {"train.checkpoint_seconds", "train.loader_processes", "fusion.shards"}
-"""Settings that change how work is done, and nothing that it gives."""
+EXECUTION = {"train.checkpoint_seconds", "train.loader_processes", "fusion.shards"}
+"""Settings that change how the work of a session is done, not its result."""
 
 
 def unread(config: SessionConfig) -> set[str]:
@@ -42,7 +42,7 @@ def unread(config: SessionConfig) -> set[str]:
     idle = {name for name, _ in fields() if "." in name and name.partition(".")[0] not in reads}
     if "dmc" in reads:  # draws its adapters by that seed, tunes the image tower alone, has a replay of its own
         idle = idle - {"lora.seed"} | {"train.towers", "train.batch_norm", "memory.per_epoch"}
-    return idle - HOW
+    return idle - EXECUTION
 
 
 def forgotten(trained: str, task: str) -> str:
@@ -57,7 +57,7 @@ def _key(kind: str, *parts: Any) -> str:
 
 def training_settings(config: SessionConfig) -> dict[str, Any]:
     """The settings that decide what training gives."""
-    train = {name: value for name, value in config.train.model_dump().items() if f"train.{name}" not in HOW}
+    train = {name: value for name, value in config.train.model_dump().items() if f"train.{name}" not in EXECUTION}
     # Whether Gaussians answer changes nothing that is trained.
     memory = {**config.memory.model_dump(exclude={"discriminant"}), "shrinkage": config.choices.shrinkage}
     if "dmc" in config.system.reads:

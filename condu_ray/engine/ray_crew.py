@@ -21,7 +21,7 @@ from condu_ray.engine.crew import chunks
 from condu_ray.engine.fusing import Fused
 from condu_ray.engine.fusion_actor import FusionActor
 from condu_ray.engine.pool import Pool
-from condu_ray.engine.progress import Update, unseen
+from condu_ray.engine.progress import Update, no_update
 from condu_ray.engine.replies import TRIES, answer_of, result_of
 from condu_ray.engine.scoring import Question, Seen, Sent, Snapshot
 from condu_ray.engine.train import train
@@ -76,7 +76,7 @@ class RayCrew:
         return Seen.joined(self._pool.spread([("features", (chunk,)) for chunk in chunks(pictures)], update))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
-        found = self._pool.spread([("text_means", (tuple(classes), tuple(templates)))], unseen)
+        found = self._pool.spread([("text_means", (tuple(classes), tuple(templates)))], no_update)
         return np.asarray(found[0])
 
     def hold(self, version: Manifest | None) -> None:

@@ -41,7 +41,7 @@ from condu_ray.methods.discriminants import discriminants
 from condu_ray.methods.objective import Teacher
 from condu_ray.methods.prompt_tuning import PromptedTask, tune_prompts
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
-from condu_ray.methods.remembered import Found, Remembered, fingerprint
+from condu_ray.methods.remembered import Remembered, SessionDrift, fingerprint
 from condu_ray.methods.states import LatestState
 from condu_ray.methods.step import Step
 from condu_ray.methods.training import Place, Trained, prompt_steps_for, steps_for, train_task
@@ -157,9 +157,9 @@ def learn(
         stages.keep(vision)
     after = model.with_vision(vision.delta)
     seen = after.seen(task)
-    found = None
+    drift = None
     if seen_before is not None:
-        kept, found = _follow(kept, model.encoder, after.encoder, seen_before, seen, task.train.labels, config)
+        kept, drift = _follow(kept, model.encoder, after.encoder, seen_before, seen, task.train.labels, config)
     prompts = after.prompts(task, kept)
     old_classes = Gaussians.joined([each.gaussians for each in kept.values()]) if kept else None
     tuned = tune_prompts(
@@ -176,7 +176,7 @@ def learn(
         lambda step: on_step(replace(step, step=first + step.step, steps=first + second)),
     )
     gaussians = Gaussians.fit(seen, task.train.labels, len(task.classes), config.memory.covariance)
-    new = Remembered(after.encoder, gaussians, prompts[-1].tokens, tuned.own, tuned.texts[-1], found)
+    new = Remembered(after.encoder, gaussians, prompts[-1].tokens, tuned.own, tuned.texts[-1], drift)
     old = {name: replace(each, texts=texts) for (name, each), texts in zip(kept.items(), tuned.texts[:-1], strict=True)}
     return Trained(
         after.with_shared(tuned.shared).delta,
@@ -194,7 +194,7 @@ def _follow(
     seen: NDArray[np.float32],
     labels: NDArray[np.int64],
     config: SessionConfig,
-) -> tuple[dict[str, Remembered], Found]:
+) -> tuple[dict[str, Remembered], SessionDrift]:
     """Old statistics under the encoder `after`, told from pictures that both saw, f32[N, D] each."""
     settings = config.dmc
     shrinkage, kind = settings.shrinkage, settings.compared
@@ -212,7 +212,7 @@ def _follow(
         diagonal=config.memory.covariance == "diagonal",
     )
     moved = {name: each.calibrated(calibration, before, after, name) for name, each in kept.items()}
-    return moved, Found(mode, drift, distances(calibration, seen_before, seen))
+    return moved, SessionDrift(mode, drift, distances(calibration, seen_before, seen))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from condu_ray.config import SessionConfig
-from condu_ray.engine.keys import HOW, PLACEMENT
+from condu_ray.engine.keys import EXECUTION, PLACEMENT
 from condu_ray.errors import ConfigError, nearest, without_credentials
 from condu_ray.methods import registry
 from condu_ray.sources import flatten, nest, read_yaml, resolve
@@ -154,7 +154,7 @@ def _from_environment() -> set[str]:
 def _lasting(config: SessionConfig) -> dict[str, Any]:
     """The session's settings by dotted name, but for where and how it runs."""
     settings = flatten(config.model_dump(mode="json")).items()
-    return {name: value for name, value in settings if name == "tasks" or name not in PLACEMENT | HOW}
+    return {name: value for name, value in settings if name == "tasks" or name not in PLACEMENT | EXECUTION}
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -465,7 +465,7 @@ def track(
 @app.command()
 def methods(json: JsonOption = False) -> None:
     """Lists the systems that can learn."""
-    from condu_ray.methods.registry import METHODS
+    from condu_ray.catalogue import METHODS
 
     rows = [{"name": m.name, "summary": m.summary, "source": m.source} for m in METHODS.values()]
     if json:

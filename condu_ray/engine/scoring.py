@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from condu_ray.catalogue import info
 from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
 from condu_ray.data.loading import PictureSet, in_batches
@@ -201,7 +202,7 @@ class Scorer:
                     snapshot.calibrated,
                     version=0,
                     cache=self._vote.k,  # what a picture asks: each may be as large as a model
-                    single=registry.info(self._store.header.method).single,
+                    single=info(self._store.header.method).single,
                 ),
             )
         return self._newest[1]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from condu_ray.catalogue import info
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.keys import FEATURES, features_key
@@ -56,8 +57,8 @@ def work_through(
     header = store.header
     clip = load(config.model_spec, device, header.model_sha256)
     method, learner, layout = registry.get(header.method), registry.learner(header.method), layout_of(header)
-    info = registry.info(header.method)
-    state = _state_before(store, jobs[0]) if info.ordered else None
+    kind = info(header.method)
+    state = _state_before(store, jobs[0]) if kind.ordered else None
     for job in jobs:
         if not _is_trained(store, job, place):
             resume = checkpoints(store, job.key, place)
@@ -65,7 +66,7 @@ def work_through(
                 trained = train_task(clip, method, layout, job.data, config, _start(state), place, resume, report)
             else:
                 before = state or method.empty(layout, config_of(header))
-                seen = _features(store, config, job.data) if info.on_features else None
+                seen = _features(store, config, job.data) if kind.on_features else None
                 trained = learner.learn(clip, layout, job.data, config, before, seen, place, resume, report)
             if place.rank == 0:
                 put_first(store, job.key, "delta", trained.arrays())

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from condu_ray.catalogue import info
 from condu_ray.config import ModelSpec, VoteConfig
 from condu_ray.errors import NotFound
 from condu_ray.methods import registry
@@ -51,7 +52,7 @@ def load_classifier(
         calibrated,
         manifest.version,
         cache,
-        registry.info(store.header.method).single,
+        info(store.header.method).single,
     )
 
 

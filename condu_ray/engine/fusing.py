@@ -37,11 +37,11 @@ class Fused:
 
 
 Spread = Callable[[Manifest | None, str, ObjectRef], Sequence[Part]]
-"""Asks several processes for their shares (`Shard.part`), in order; arguments as those of `Fuser.propose`."""
+"""Gets the shares of several processes (`Shard.part`), in order. Arguments: as of `Fuser.propose`."""
 
 
 class Shard:
-    """Does one share of each session. It holds nothing but the store, so another one can take its place at any time."""
+    """Does one share of each pass over the vector. It keeps no state, so another process can always take its place."""
 
     def __init__(self, url: str, index: int, count: int) -> None:
         self._store, self._index, self._count = open_store(url), index, count

@@ -1,4 +1,4 @@
-"""What actors do that hold θ⁰: features of pictures, how many answers are right, rescalers. Knows no Ray."""
+"""What a process with θ⁰ does: features of pictures, counts of right answers, trained rescalers. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ By = Literal["base", "own", "expert", "named", "vote", "union"]
 
 @contextmanager
 def threads_of(count: int) -> Iterator[None]:
-    """Meanwhile torch works with so many threads."""
+    """torch computes with `count` threads while the block runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -138,7 +138,7 @@ class Scorer:
         return class_means(self._clip, [prompts(name, templates) for name in classes]).cpu().numpy()
 
     def routed(self, pictures: Split, snapshot: Snapshot) -> Sent:
-        """Asks for no state: θ⁰ routes."""
+        """Where the router sends pictures; it needs no state, since θ⁰ alone routes."""
         router = router_of(snapshot.experts, self._vote, snapshot.calibrated)
         seen = self.features(pictures)
         near, sure = router.ranked(seen.unit, seen.domains)

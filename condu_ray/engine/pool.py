@@ -22,6 +22,7 @@ from condu_ray.methods.training import Place
 from condu_ray.store import Store
 
 HIRE_SECONDS, LONGEST_HIRE_SECONDS = 60.0, 900.0
+"""Longest wait for all actors that were asked for; where none has started by then, for the first of them."""
 
 
 class Worker(Scorer):

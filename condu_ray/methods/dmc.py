@@ -53,7 +53,7 @@ from condu_ray.models.prompts import most_vectors, prompt_tokens, start_vectors
 SHARED = "prompt.shared"
 BATCH = 64
 VISION = "vision"
-"""Begins the names of what the first stage gave, in a checkpoint of the second."""
+"""Prefix of the first stage's result in a checkpoint of the second."""
 
 
 @lru_cache(maxsize=2)
@@ -81,7 +81,7 @@ def layout(clip: Clip, config: SessionConfig) -> Layout:
 
 
 def _vision(layout: Layout) -> Layout:
-    """Of the image tower alone; its vector is the beginning of the whole one."""
+    """The layout of the image tower's factors alone; its vector is the first part of the whole one."""
     own = tuple(entry for entry in layout.entries if entry.name != SHARED)
     rest = [entry.offset for entry in layout.entries if entry.name == SHARED]
     return Layout(own, rest[0] if rest else layout.total)
@@ -285,7 +285,7 @@ class _Model:
         )
 
     def prompts(self, task: TaskData, kept: Mapping[str, Remembered]) -> list[PromptedTask]:
-        """Those of old tasks, then the new one's, which starts where the newest of them is."""
+        """The prompts of old tasks, then the new task's, which starts as a copy of the newest of them."""
         shared, own = _lengths(self.clip, self.config)
         newest = list(kept.values())[-1].prompt if kept else _start(self.clip, self.config, own)
         old = [PromptedTask(each.tokens, each.prompt, each.texts) for each in kept.values()]
@@ -293,13 +293,16 @@ class _Model:
 
 
 class _Stages:
-    """Checkpoints of one training as those of its two stages. What was found is let go once a stage goes on from it."""
+    """One checkpoint, which the two stages of a training write in turn.
+
+    found: what an earlier run left; dropped once a stage has taken it, since it is as large as the model's moments.
+    """
 
     def __init__(self, resume: Resume) -> None:
         self.resume, self.found = resume, resume.load()
 
     def vision(self) -> Trained | None:
-        """What the first stage gave, where it was over."""
+        """The result of the first stage, where an earlier run finished it; else None."""
         if self.found is None or f"{VISION}/delta" not in self.found:
             return None
         losses = [(int(step), float(loss)) for step, loss in self.found[f"{VISION}/losses"]]

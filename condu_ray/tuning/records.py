@@ -41,7 +41,7 @@ class Record:
 
     @property
     def values(self) -> tuple[float, ...] | None:
-        """Of the objectives when it ended; None where it failed or has reported nothing."""
+        """The objectives' values when the trial ended; None where it failed or has reported nothing."""
         return self.reports[-1].values if self.reports and self.state != "failed" else None
 
     @property
@@ -68,7 +68,7 @@ class Record:
 
 
 def finished(records: Sequence[Record]) -> list[Record]:
-    """Those that ran to their end: what the others reached is no figure of a whole trial."""
+    """The trials that ran to their end: what the others reached is no figure of a whole trial."""
     return [record for record in records if record.state == "finished" and record.values is not None]
 
 

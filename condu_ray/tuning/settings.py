@@ -102,7 +102,7 @@ class Sweep(BaseModel):
 
     @property
     def goals(self) -> Goals:
-        """`last` where `accuracy`, which is that of parameters tuned for one task, cannot be had."""
+        """The objectives; by default the accuracy of a single task as trained, or `last` where there is none."""
         several = len(self.config.tasks) > 1 or self.kind == "inference" or self.learner is not None
         return Goals(
             self.objectives or (("last",) if several else ("accuracy",)), self.zero_shot_penalty, self.latency_ms
@@ -110,7 +110,7 @@ class Sweep(BaseModel):
 
     @property
     def learner(self) -> str | None:
-        """A system among those that trials train which has a training of its own: nobody looks into it."""
+        """A method that trials train and that has a training of its own, so that no accuracy is measured on the way."""
         searched = self.space.get("method")
         names = searched.corners() if searched else [self.config.method]
         return next((str(name) for name in names if registry.learner(str(name))), None)

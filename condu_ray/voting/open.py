@@ -77,7 +77,7 @@ def check_pictured(manifest: Manifest) -> None:
 
 
 def task_experts(store: Store, manifest: Manifest) -> list[TaskExpert]:
-    """Raises NotFound for a task that was merged from weights."""
+    """The tasks of a version as voting sees them. Raises NotFound for a task that was merged from weights."""
     check_pictured(manifest)
     return [
         TaskExpert(

@@ -29,7 +29,7 @@ from condu_ray import reports
 from condu_ray.benchmark.increments import increments
 from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import PictureSet, Split, open_task, prompts
-from condu_ray.data.loading import in_batches
+from condu_ray.data.loading import BATCH, in_batches
 from condu_ray.engine.progress import stage
 from condu_ray.engine.scoring import threads_of
 from condu_ray.fusion.layout import Layout
@@ -42,7 +42,6 @@ from condu_ray.models.load import load
 from condu_ray.sources import resolve
 from condu_ray.store.documents import read, write
 
-BATCH = 64
 SHAKEN = 1e-6  # standard deviation of that change, relative
 ROWS: dict[str, dict[str, Any]] = {
     "rapf": {"method": "rapf"},

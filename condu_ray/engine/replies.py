@@ -9,7 +9,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 
 from condu_ray.errors import ConduError, TrainingError
 
-TRIES = 3
+TRIES = 3  # of a call whose actor died; every call may be repeated, see engine/crew.py
 GONE = (RayActorError, OutOfMemoryError)  # what Ray says of an actor that died; of one that its memory monitor killed
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from condu_ray.catalogue import info
 from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
-from condu_ray.data.loading import PictureSet, in_batches
+from condu_ray.data.loading import BATCH, PictureSet, in_batches
 from condu_ray.data.templates import prompts
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Buffers, Experts, expert_of
@@ -34,8 +34,6 @@ from condu_ray.voting.open import base_of
 from condu_ray.voting.prototypes import FeatureSums, make_prototypes
 from condu_ray.voting.router import Calibrated, router_of
 from condu_ray.voting.voters import Asked
-
-BATCH = 64
 
 # A question that names the task is answered without routing.
 _UNROUTED = make_prototypes(FeatureSums.zero(1, 1), np.ones((1, 1), np.float32), np.empty((0, 1), np.float32))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from condu_ray.config import SessionConfig, prompt_lengths
 from condu_ray.data import TaskData
-from condu_ray.data.loading import PictureSet, in_batches
+from condu_ray.data.loading import BATCH, PictureSet, in_batches
 from condu_ray.fusion.layout import Layout
 from condu_ray.memory.calibration import best_mode, distances, fit, measure
 from condu_ray.memory.gaussians import Gaussians, Sampler
@@ -51,7 +51,6 @@ from condu_ray.models.lora import Adapters, inject, merged_weights, plan_adapter
 from condu_ray.models.prompts import most_vectors, prompt_tokens, start_vectors
 
 SHARED = "prompt.shared"
-BATCH = 64
 VISION = "vision"
 """Prefix of the first stage's result in a checkpoint of the second."""
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import PictureSet, Split, TaskData, prompts
-from condu_ray.data.loading import in_batches
+from condu_ray.data.loading import BATCH, in_batches
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.evaluate import BY, snapshot_of
@@ -36,8 +36,6 @@ from condu_ray.store import Store
 from condu_ray.tuning.objectives import Goals, Row, figures_of
 from condu_ray.tuning.records import Record, Report, Trials
 from condu_ray.tuning.space import Settings, applied
-
-BATCH = 64
 
 
 @dataclass(frozen=True)

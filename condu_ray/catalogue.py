@@ -1,4 +1,4 @@
-"""The methods by name: what a user reads before choosing one, which settings it reads, and what it stands for."""
+"""The methods by name: what a user reads before choosing one, which settings it reads, and its defaults for them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from condu_ray.store import open_store
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.open import task_experts
 
-MOST_PICTURES = 1000
+MOST_PICTURES = 1000  # that are looked at: a test of two distributions needs no more
 FEWEST = 8
 """Pictures on each side below which a test says nothing."""
 

@@ -1,4 +1,4 @@
-"""The methods by name: what a user reads before choosing one, which settings it reads, and what it stands for."""
+"""The methods by name: what a user reads before choosing one, which settings it reads, and its defaults for them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ PROMPT_LENGTH = 16  # CoOp's (arXiv 2109.01134)
 
 @dataclass(frozen=True)
 class Choices:
-    """What a method stands for in settings that may be left unset (config.py describes each)."""
+    """The values that a method gives to settings which are left unset (config.py describes each setting).
+
+    triggers: `fusion.triggers`. basis, calibration, distillation: of `adapter.*`. shrinkage, discriminant: of
+    `memory.*`. shared_prompt, task_prompt, memory_calibration: of `dmc.*`.
+    """
 
     triggers: Triggers = "mask"
     basis: AdapterBasis = "none"
@@ -47,8 +51,12 @@ class Choices:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """reads: the sections of the settings that change what it gives. ordered: training starts from the state before, so
-    tasks are learned one after another. rates: peak learning rate of a large model and of a small one.
+    """What is known of a method without importing it.
+
+    name: as in `--method`. module: its file in methods/, without .py. summary, source: as `condu-ray methods` prints
+    them. reads: the sections of the settings that change its results. ordered: each training starts from what the task
+    before left, so tasks are learned one after another. rates: default of `train.lr`, for base models of
+    SMALL_MODEL_PARAMETERS (methods/training.py) or more and for smaller ones. choices: defaults of its other settings.
     """
 
     name: MethodName
@@ -67,17 +75,17 @@ class MethodInfo:
 
     @property
     def on_features(self) -> bool:
-        """Whether it learns on what θ⁰ sees, which the engine computes once, and not on pictures."""
+        """Whether it is trained on θ⁰'s features of pictures, which a session computes once, not on the pictures."""
         return "adapter" in self.reads
 
     @property
     def remembers(self) -> bool:
-        """Whether it keeps class Gaussians."""
+        """Whether it keeps a Gaussian for each class, from which it draws features of old classes."""
         return "memory" in self.reads
 
     @property
     def single(self) -> bool:
-        """Whether one model answers everything, so that there is nobody to vote."""
+        """Whether one model answers for all tasks, so that there are no experts to choose from."""
         return "vote" not in self.reads
 
 

@@ -139,7 +139,7 @@ def learn(
         reports.show_plan(plan)
         reports.show_table("settings", ("name", "value", "from"), [(n, str(v), origin[n]) for n, v in values.items()])
         return
-    _folder(pictures)
+    _make_folder(pictures)
     outcome = command.run(merged, stage, "condu-ray " + shlex.join(sys.argv[1:]))
     drawn = command.draw_store(merged.store, pictures) if pictures else []
     for warning in outcome.warnings:
@@ -163,7 +163,7 @@ def learn(
     reports.say(f"next: condu-ray predict PICTURE --store {merged.store}")
 
 
-def _folder(pictures: Path | None) -> None:
+def _make_folder(pictures: Path | None) -> None:
     """Makes the folder for pictures before the work starts."""
     if pictures is not None:
         try:
@@ -218,7 +218,7 @@ def predict(
         from condu_ray.store import open_store
 
         open_store(store).manifest(version)  # a wrong place is said before a model is loaded
-        _folder(pictures)
+        _make_folder(pictures)
         from condu_ray.engine.progress import stage
         from condu_ray.voting.open import load_classifier
         from condu_ray.voting.pictures import classify_paths
@@ -226,7 +226,7 @@ def predict(
         with stage("looking at pictures") as update:
             answers = classify_paths(load_classifier(store, version), image, task, words, top, update, skipped.append)
     else:
-        _folder(pictures)
+        _make_folder(pictures)
         from condu_ray.client import predict_paths
 
         answers = predict_paths(url, image, skipped.append, task=task, labels=words, top_k=top, version=version)
@@ -295,7 +295,7 @@ def show(
         from condu_ray.store.history import readable
         from condu_ray.tracking.history import draw
 
-        _folder(pictures)
+        _make_folder(pictures)
         draw([each for each in readable(opened)[0] if each.version <= manifest.version], pictures)
     if json:
         reports.emit(manifest.model_dump(mode="json"))
@@ -465,7 +465,7 @@ def track(
 @app.command()
 def methods(json: JsonOption = False) -> None:
     """Lists the systems that can learn."""
-    from condu_ray.methods.registry import METHODS
+    from condu_ray.catalogue import METHODS
 
     rows = [{"name": m.name, "summary": m.summary, "source": m.source} for m in METHODS.values()]
     if json:

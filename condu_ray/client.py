@@ -1,10 +1,12 @@
 """Asks a server for answers: `Client` waits, `AsyncClient` is awaited. Both try again where that makes sense.
 
-from condu_ray.client import Client
+    from condu_ray.client import Client
 
-with Client("http://127.0.0.1:8000") as client:
-    for answer in client.predict(["a.jpg", "b.jpg"], labels=["cat", "dog"])["answers"]:
-        print(answer["image"], answer["label"], answer["probability"])
+    with Client("http://127.0.0.1:8000") as client:
+        for answer in client.predict(["a.jpg", "b.jpg"], labels=["cat", "dog"])["answers"]:
+            print(answer["image"], answer["label"], answer["probability"])
+
+Beside the pictures a call takes what `PredictOptions` names.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import httpx
 
@@ -33,12 +35,23 @@ Image = str | Path | bytes
 """The path of a picture file, or the bytes of one."""
 
 
-class _Calls:
-    """What both clients share: requests, and what to make of a response.
+class PredictOptions(TypedDict, total=False):
+    """What may be asked of pictures; all of it may be left out.
 
-    token: bearer token, where the server has one. timeout: seconds for one try. retries: further tries where the server
-    is busy, starts, or cannot be reached; an answer changes nothing on the server, so asking again is safe.
+    task: its expert answers, among its classes. labels: answer among these words. Without both all learned classes
+    compete. top_k: labels listed for each picture, 5. k: most experts a picture, unset the version's `vote.k`. version:
+    which one answers, unset the one that serves.
     """
+
+    task: str | None
+    labels: Sequence[str] | None
+    top_k: int
+    k: int | None
+    version: int | None
+
+
+class _Calls:
+    """What both clients share: the options of a request, and how long to wait before the next try."""
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
         self._url, self._retries = url.rstrip("/"), retries
@@ -65,7 +78,16 @@ class _Calls:
 
 
 class Client(_Calls):
-    """Raises DataError for a file that cannot be read, ServiceError where the server refuses or cannot be reached."""
+    """A server, asked by calls that wait for its answers.
+
+    token: bearer token, where the server has one. timeout: seconds for one try. retries: further tries where the server
+    is busy, starts, or cannot be reached; an answer changes nothing on the server, so asking again is safe. Calls raise
+    DataError for a file that cannot be read, ServiceError where the server refuses or cannot be reached.
+    """
+
+    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
+        super().__init__(url, token, timeout, retries)
+        self._http = _opened(httpx.Client, self._options)
 
     def __enter__(self) -> Client:
         return self
@@ -73,16 +95,12 @@ class Client(_Calls):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
-        super().__init__(url, token, timeout, retries)
-        self._http = _opened(httpx.Client, self._options)
-
     def close(self) -> None:
         """Closes the connections."""
         self._http.close()
 
-    def predict(self, images: Sequence[Image], **asked: Any) -> dict[str, Any]:
-        """Answers for pictures, all by one version; asked: task, labels, top_k, k, version, as in docs/serving.md."""
+    def predict(self, images: Sequence[Image], **asked: Unpack[PredictOptions]) -> dict[str, Any]:
+        """Answers for pictures, all by one version, as docs/serving.md describes them."""
         return self._call("POST", "/v1/predict", **_predict(images, **asked))
 
     def tasks(self, version: int | None = None) -> dict[str, Any]:
@@ -113,7 +131,11 @@ class Client(_Calls):
 
 
 class AsyncClient(_Calls):
-    """As `Client`, to be awaited."""
+    """As `Client`, with calls that are awaited."""
+
+    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
+        super().__init__(url, token, timeout, retries)
+        self._http = _opened(httpx.AsyncClient, self._options)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -123,17 +145,13 @@ class AsyncClient(_Calls):
     ) -> None:
         await self.close()
 
-    def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, retries: int = 4) -> None:
-        super().__init__(url, token, timeout, retries)
-        self._http = _opened(httpx.AsyncClient, self._options)
-
     async def close(self) -> None:
         """Closes the connections."""
         await self._http.aclose()
 
-    async def predict(self, images: Sequence[Image], **asked: Any) -> dict[str, Any]:
+    async def predict(self, images: Sequence[Image], **asked: Unpack[PredictOptions]) -> dict[str, Any]:
         """As `Client.predict`."""
-        content = await asyncio.to_thread(_predict, images, **asked)
+        content = await asyncio.to_thread(lambda: _predict(images, **asked))
         return await self._call("POST", "/v1/predict", **content)
 
     async def tasks(self, version: int | None = None) -> dict[str, Any]:
@@ -237,7 +255,10 @@ def _refusal(url: str, response: httpx.Response) -> ServiceError:
 
 
 def predict_paths(
-    url: str, paths: Sequence[str | Path], on_skipped: Callable[[Skipped], None] | None = None, **asked: Any
+    url: str,
+    paths: Sequence[str | Path],
+    on_skipped: Callable[[Skipped], None] | None = None,
+    **asked: Unpack[PredictOptions],
 ) -> list[dict[str, Any]]:
     """What `condu-ray predict` says of these files and folders, asked of a server; its token is in CONDU_SERVE__TOKEN.
 

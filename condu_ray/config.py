@@ -41,7 +41,7 @@ DEFAULT_MODEL = "default"
 DomainFeatures = Literal["means", "distributions"]
 """means: of every tower, as older releases did; distributions: means of convolutions, deviations of transformers."""
 
-RESCALER_SHARE = 0.08  # of the steps of a task's training; measured, see docs/decisions.md
+RESCALER_SHARE = 0.08  # steps that train rescalers, over those of the task's training; measured, docs/decisions.md
 
 
 class _Section(BaseModel):
@@ -141,7 +141,7 @@ class FusionConfig(_Section):
 class AdapterConfig(_Section):
     """The linear adapter of rapf and calfuse, which learns on θ⁰'s features (numbers: RAPF's public code).
 
-    What is unset is what the method stands for; docs/class_incremental.md says which part is published.
+    What is unset has the method's default; docs/class_incremental.md says which part is published.
     """
 
     basis: AdapterBasis | None = Field(
@@ -295,7 +295,7 @@ class VoteConfig(_Section):
     )
     within: Literal["both", "expert"] = Field(
         default="both",
-        description="router lda: a task's classes are told apart by its expert and the router, or by it alone",
+        description="router lda: a task's classes are told apart by its expert and the router, or by the expert alone",
     )
 
 
@@ -427,12 +427,12 @@ class SessionConfig(_Section):
 
     @property
     def system(self) -> MethodInfo:
-        """What the method is."""
+        """The catalogue's entry of the method."""
         return info(self.method)
 
     @property
     def choices(self) -> Choices:
-        """As set, or what the method stands for."""
+        """The settings that a method has defaults for: as set, or the method's own."""
         asked: dict[str, Any] = {
             "triggers": self.fusion.triggers,
             "basis": self.adapter.basis,
@@ -547,12 +547,13 @@ def fields(section: type[BaseModel] = SessionConfig, prefix: str = "") -> Iterat
 
 
 def fuses(config: SessionConfig) -> bool:
-    """Whether tasks share one vector; the other methods, and exact LoRA, keep each delta apart or none."""
+    """Whether all tasks are fused into one vector; other methods, and exact LoRA, keep each delta apart or none."""
     exact = config.method == "condu-lora" and config.lora.mode == "exact"
     return "fusion" in config.system.reads and not exact
 
 
 ADAPTER_FIXED = {"basis", "weights", "mix_bias", "calibration", "mix"}
+"""Settings of `adapter` that a store fixes: how its one adapter is fused and applied."""
 
 
 def rescaler_steps(config: SessionConfig, trained: int) -> int:
@@ -570,8 +571,8 @@ def rescales(config: SessionConfig) -> bool:
 
 
 def prompt_lengths(config: SessionConfig, most: int) -> tuple[int, int]:
-    """(vectors of the prompt that tasks share, vectors of each task's own): as set, or what the method stands for, at
-    most `most`."""
+    """(vectors of the prompt that all tasks share, vectors of each task's own prompt): as set, or the method's default,
+    which is cut to `most`."""
     shared, own = config.choices.shared_prompt, config.choices.task_prompt
     return (
         min(shared, most) if config.dmc.shared_prompt is None else shared,
@@ -600,7 +601,7 @@ def _section(name: str, section: BaseModel, **chosen: set[str]) -> dict[str, Any
 
 
 def _memory_fixed(config: SessionConfig) -> dict[str, Any]:
-    """What the Gaussians of all sessions, which are joined, and the answers that are made of them have in common."""
+    """Settings of `memory` that a store fixes: the Gaussians of all its sessions answer and are drawn from together."""
     return {
         "memory.covariance": config.memory.covariance,
         "memory.shrinkage": config.choices.shrinkage,

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from ending import job
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from condu_ray import reports
 from condu_ray.benchmark.increments import increments
 from condu_ray.config import ModelSpec, SessionConfig
-from condu_ray.data import PictureSet, Split, open_task
+from condu_ray.data import PictureSet, Split, open_task, prompts
+from condu_ray.data.loading import BATCH, in_batches
 from condu_ray.engine.progress import stage
 from condu_ray.engine.scoring import threads_of
 from condu_ray.fusion.layout import Layout
@@ -42,8 +42,7 @@ from condu_ray.models.load import load
 from condu_ray.sources import resolve
 from condu_ray.store.documents import read, write
 
-BATCH = 64
-SHAKEN = 1e-6
+SHAKEN = 1e-6  # standard deviation of that change, relative
 ROWS: dict[str, dict[str, Any]] = {
     "rapf": {"method": "rapf"},
     "rapf, its shrinkage": {"method": "rapf", "memory.shrinkage": "rapf"},
@@ -85,7 +84,7 @@ class Session:
 
 
 def sessions(clip: Clip, tasks: Mapping[str, str], work: Path) -> list[Session]:
-    """Computed once a source; kept in `work`."""
+    """The sessions of a stream; features are computed once a source and kept in `work`."""
     found = []
     for name, source in tasks.items():
         task = open_task(name, source)
@@ -93,8 +92,7 @@ def sessions(clip: Clip, tasks: Mapping[str, str], work: Path) -> list[Session]:
         if not path.exists():
             with stage(f"features of {name}"):
                 train, test = (_seen(clip, split) for split in (task.train, task.test))
-            prompts = [[template.replace("{c}", each) for template in task.templates] for each in task.classes]
-            texts = class_embeddings(clip, prompts).numpy()
+            texts = class_embeddings(clip, [prompts(each, task.templates) for each in task.classes]).numpy()
             arrays: dict[str, Any] = {"train": train[0] * train[1][:, None], "test": test[0], "texts": texts}
             labels: dict[str, Any] = {"train_labels": task.train.labels, "test_labels": task.test.labels}
             work.mkdir(parents=True, exist_ok=True)
@@ -108,9 +106,9 @@ def sessions(clip: Clip, tasks: Mapping[str, str], work: Path) -> list[Session]:
 
 
 def _seen(clip: Clip, split: Split) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    loader = DataLoader(PictureSet(split, clip.eval_transform), batch_size=BATCH)  # type: ignore[arg-type,var-annotated]
+    """(unit features f32[N, D], their lengths f32[N] before they were made unit)"""
     with torch.no_grad():
-        parts = [clip.features(pixels) for pixels, _ in loader]
+        parts = [clip.features(pixels) for pixels, _ in in_batches(PictureSet(split, clip.eval_transform), BATCH)]
     return torch.cat([each.unit for each in parts]).numpy(), torch.cat([each.lengths for each in parts]).numpy()
 
 
@@ -142,6 +140,7 @@ def answers(seen: Sequence[Session], head: Head | None) -> tuple[NDArray[np.int6
 
 
 def shaken(stream: Sequence[Session]) -> list[Session]:
+    """The same sessions with every training feature changed by one part in a million."""
     random = np.random.default_rng(0)
 
     def moved(raw: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -168,7 +167,7 @@ def measured(clip: Clip, stream: Sequence[Session], config: SessionConfig, first
 
 
 def _digest(stream: Sequence[Session]) -> str:
-    """Of all that figures follow from."""
+    """sha256 (hex) of all that the figures follow from."""
     told = hashlib.sha256()
     for each in stream:
         for array in (each.train.raw, each.train.labels, each.train.texts, each.test, each.labels):

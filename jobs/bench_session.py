@@ -37,7 +37,7 @@ from torch import nn
 from condu_ray import reports
 from condu_ray.benchmark.worlds import write_worlds
 from condu_ray.config import SessionConfig
-from condu_ray.data import TaskData
+from condu_ray.data import TaskData, prompts
 from condu_ray.engine.cluster import NAMESPACE, Cluster, connect, connected
 from condu_ray.engine.keys import train_key
 from condu_ray.engine.plan import header_of, open_data
@@ -91,7 +91,7 @@ def plain(config: SessionConfig, task: TaskData, steps: int) -> tuple[float, flo
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    words = clip.tokenizer([task.templates[0].format(c=name) for name in task.classes])
+    words = clip.tokenizer([prompts(name, task.templates)[0] for name in task.classes])
     peak = learning_rate_for(clip.parameter_count(), config)
     optimiser = torch.optim.AdamW(list(parameters.values()), lr=peak, weight_decay=config.train.weight_decay)
     pace, waited, begun = Pace(steps), 0.0, time.monotonic()

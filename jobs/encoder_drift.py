@@ -34,7 +34,7 @@ def drifts(url: str, version: int | None) -> list[dict[str, Any]]:
     for card in manifest.tasks:
         if "encoder" not in memory.get(card.name, {}):
             raise ConfigError(f"{url} holds a store of {store.header.method}", "name one of dmc or dmc-ot")
-        found = Remembered.from_arrays(memory[card.name]).found
+        found = Remembered.from_arrays(memory[card.name]).session_drift
         if found is not None:
             rows.append(
                 {

@@ -13,8 +13,8 @@ from condu_ray.benchmark.settings import Benchmark, common, figures_of, probe_of
 from condu_ray.benchmark.sharing import given_seconds
 from condu_ray.benchmark.systems import LINEAR_PROBE, SYSTEMS, System
 from condu_ray.benchmark.work import learned
+from condu_ray.catalogue import info
 from condu_ray.engine.figures import gain_kept
-from condu_ray.methods import registry
 from condu_ray.store import Manifest, TaskCard, open_store
 from condu_ray.store.documents import read
 from condu_ray.tracking.history import accuracy_matrix
@@ -60,7 +60,7 @@ def result_of(benchmark: Benchmark, method: str, seed: int) -> Result | None:
     routing = read(routing_of(benchmark, seed)) if system.votes else None
     if None in evaluations or (system.votes and routing is None):
         return None
-    store, trains = open_store(store_of(benchmark, system, seed)), registry.info(system.method).trains
+    store, trains = open_store(store_of(benchmark, system, seed)), info(system.method).trains
     header = store.header
     spent = given_seconds(shared_of(benchmark, system, seed)) + math.fsum(_spent(versions, system))
     return Result(
@@ -186,6 +186,6 @@ def _probe(benchmark: Benchmark, seed: int) -> Result | None:
 
 def _spent(versions: Sequence[Manifest], system: System) -> Iterator[float]:
     # The others see the pictures while they train.
-    steps = (*STEPS, "features") if registry.info(system.method).on_features else STEPS
+    steps = (*STEPS, "features") if info(system.method).on_features else STEPS
     for manifest in versions:
         yield from (manifest.seconds.get(step, 0.0) for step in steps)

@@ -12,12 +12,12 @@ from condu_ray.benchmark.stream import Stream
 from condu_ray.benchmark.systems import LORA_BANK, System, plane_rank
 from condu_ray.catalogue import info
 from condu_ray.config import SessionConfig
-from condu_ray.engine.keys import HOW, PLACEMENT
+from condu_ray.engine.keys import EXECUTION, PLACEMENT
 from condu_ray.sources import flatten, resolve
 from condu_ray.store.header import fixed_settings
 
 # What may differ between two runs of one benchmark: where things are, and who does the work.
-_FREE = PLACEMENT | HOW | {"method", "seed"}
+_FREE = PLACEMENT | EXECUTION | {"method", "seed"}
 
 
 @dataclass(frozen=True)

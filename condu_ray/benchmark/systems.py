@@ -1,4 +1,4 @@
-"""The rows of the table: the methods of the registry, and two baselines that are put together here."""
+"""The rows of the table: the methods of the catalogue, and two baselines that are put together here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from condu_ray.catalogue import info
 from condu_ray.config import ModelSpec
 from condu_ray.errors import ConfigError, nearest
 from condu_ray.methods import registry
@@ -20,7 +21,7 @@ LARGEST_RANK = 1024
 
 @dataclass(frozen=True)
 class System:
-    """name: in the table. method: of its stores, in the registry."""
+    """A row of the table. name: as it stands there. method: what its stores are made with, by the catalogue's name."""
 
     name: str
     method: str
@@ -28,8 +29,8 @@ class System:
     @property
     def trains_from_base(self) -> bool:
         """Whether every task starts from θ⁰, so that its training does not depend on the tasks before."""
-        info = registry.info(self.method)
-        return info.trains and not info.ordered
+        method = info(self.method)
+        return method.trains and not method.ordered
 
     @property
     def fine_tunes_all(self) -> bool:
@@ -39,13 +40,13 @@ class System:
     @property
     def continues_a_fine_tuning(self) -> bool:
         """Whether its first task is a full fine-tuning from θ⁰, and each later one goes on from there."""
-        info = registry.info(self.method)
-        return info.trains and info.ordered and registry.learner(self.method) is None
+        method = info(self.method)
+        return method.trains and method.ordered and registry.learner(self.method) is None
 
     @property
     def votes(self) -> bool:
         """Whether experts are chosen for a picture; else one model answers everything."""
-        return not registry.info(self.method).single
+        return not info(self.method).single
 
 
 SYSTEMS = {

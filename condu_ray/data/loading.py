@@ -15,6 +15,9 @@ from condu_ray.data.task import Picture, Split
 if TYPE_CHECKING:
     from torch import Tensor
 
+BATCH = 64
+"""Pictures that pass through a model together where nothing is trained; fixed, since a batch decides how sums round."""
+
 Transform = Callable[[Image.Image], Any]
 
 

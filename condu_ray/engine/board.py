@@ -34,18 +34,21 @@ class Board:
 
 
 def post() -> Any:
-    """A new board, which needs no core; the handle of its actor."""
+    """Starts a board, an actor that takes no CPU core; returns its handle."""
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
 
 
 def reporter(board: Any) -> Callable[[Step], None]:
-    """Writes steps up, not more often than somebody could read them; none is on its way once the last is written."""
+    """Returns a function that sends steps to the board, at most two a second; the last step it waits for.
+
+    board: handle from `post`.
+    """
     last = [0.0]
 
     def report(step: Step) -> None:
         now = time.monotonic()
         if step.step == step.steps:
-            ray.get(board.step.remote(step))  # a board that is taken down under way makes Ray print about it
+            ray.get(board.step.remote(step))  # or the board may be ended before, and Ray prints about a lost call
         elif now - last[0] >= REPORT_SECONDS:
             last[0] = now
             board.step.remote(step)
@@ -54,7 +57,7 @@ def reporter(board: Any) -> Callable[[Step], None]:
 
 
 def show(steps: Mapping[str, Step], total: int, update: Update) -> None:
-    """Moves a bar of `total` steps on."""
+    """Shows the steps of all tasks together as progress of `total`, with each task's loss and rate as a note."""
     note = "  ".join(
         f"{s.task} {s.step}/{s.steps} loss {s.loss:.2f} {s.pictures_per_second:.0f} pictures/s"
         for s in steps.values()

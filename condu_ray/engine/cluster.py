@@ -26,7 +26,7 @@ PRIVATE = {
 }
 """What Ray Train reads from the environment in a cluster of this process's own."""
 _TOKEN = secrets.token_hex(32)
-"""Of all clusters that this process starts: Ray reads it once."""
+"""The token of every cluster that this process starts: Ray reads its environment variable only once."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Who does the work of a session: the protocol that the spine speaks. Knows no Ray."""
+"""Crew: whoever does the heavy steps of a session, on Ray (ray_crew.py) or in this process (in_process.py)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Crew(Protocol):
         """Puts the delta of every job into the store, unless it is there."""
 
     def features(self, pictures: Split, update: Update) -> Seen:
-        """What θ⁰ sees."""
+        """Features of the pictures by θ⁰, with the evaluation transform."""
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
         """Mean text vectors of classes by θ⁰, f32[C, D]."""
 
     def hold(self, version: Manifest | None) -> None:
-        """Makes the state of a version the one that experts and votes are asked of."""
+        """Makes the state of a version (None: before the first) the one that `score` and `logits` ask."""
 
     def rescalers(
         self,
@@ -62,4 +62,5 @@ class Crew(Protocol):
 
 
 def chunks(pictures: Split) -> list[Split]:
+    """The pictures in parts of CHUNK, in order: what one call to a process is given."""
     return [pictures.take(range(start, min(start + CHUNK, len(pictures)))) for start in range(0, len(pictures), CHUNK)]

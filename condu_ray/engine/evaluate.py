@@ -89,11 +89,7 @@ def kept(store: Store, manifest: Manifest) -> list[tuple[TaskCard, Split]]:
 def _given(config: SessionConfig, manifest: Manifest, stage: Stage) -> list[tuple[TaskCard, Split]]:
     asked = []
     for name, source in config.tasks.items():
-        card = manifest.task(name)
-        if card is None:
-            raise NotFound(
-                f"no task {name} in version {manifest.version}", nearest(name, [card.name for card in manifest.tasks])
-            )
+        card = manifest.card(name)
         # With its own seed, or pictures it was trained on would be among those to test on where the split is made here.
         share = card.settings.get("test_share", manifest.settings["test_share"])  # older tasks do not name it
         made_with = {"seed": card.settings["seed"], "test_share": share}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from condu_ray.config import ModelSpec
 from condu_ray.engine.merge import WEIGHTS, Weights
-from condu_ray.errors import ConfigError, ModelError, NotFound, nearest
+from condu_ray.errors import ConfigError, ModelError
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Experts
 from condu_ray.methods.states import FusedState
@@ -29,9 +29,7 @@ def export(store: Store, manifest: Manifest, task: str, out: Path) -> int:
     open_clip loads the file as the checkpoint of the model that the store was made with. Raises NotFound for an
     unknown task, ModelError for another base, ConfigError where the file cannot be written.
     """
-    if manifest.task(task) is None:
-        known = [card.name for card in manifest.tasks]
-        raise NotFound(f"no task {task} in version {manifest.version}", nearest(task, known))
+    manifest.card(task)
     merged = str(store.header.model["name"]).startswith(WEIGHTS)
     if not out.name or out.is_dir():
         raise ConfigError(f"--output {out} is a folder", "give the path of a file")

@@ -80,6 +80,7 @@ def _digests(pictures: Sequence[Picture]) -> NDArray[np.uint8]:
 def ask(
     by: By, task: TaskData | TaskCard, pictures: Split, own: ObjectRef | None = None, buffers: ObjectRef | None = None
 ) -> Question:
+    """A question about pictures of a task; see `Question` for `by` and `own`. buffers: those that go with `own`."""
     return Question(by, task.name, tuple(task.classes), tuple(task.templates), pictures, own, buffers)
 
 
@@ -101,6 +102,7 @@ def unmeasured(manifest: Manifest) -> list[str]:
 def baseline(
     crew: Crew, task: TaskData, pictures: Split, own: ObjectRef | None, buffers: ObjectRef | None, update: Update
 ) -> Baseline:
+    """Measures a task's baseline. own: its delta as trained, None where nothing is trained; buffers: as in `ask`."""
     questions = [ask("base", task, pictures)]
     if own is not None:
         questions.append(ask("own", task, pictures, own, buffers))
@@ -115,7 +117,7 @@ def accuracies(
     unseen: Mapping[str, tuple[TaskData, Split]],
     update: Update,
 ) -> dict[str, float]:
-    """One row of the accuracy matrix: learned tasks by their expert, tasks still to come by the vote."""
+    """A row of the accuracy matrix, percent by task: learned tasks by their expert, tasks still to come by the vote."""
     questions = [ask("expert", card, pictures) for card, pictures in learned.values()]
     questions += [ask("vote", task, pictures) for task, pictures in unseen.values()]
     scores = crew.score(questions, snapshot, update)
@@ -140,5 +142,5 @@ def gain_kept(zero_shot: float | None, own: float | None, expert: float | None) 
 
 
 def fixed_figures(figures: Mapping[str, Any]) -> dict[str, float | None]:
-    """Those of a task's figures that later versions carry on unchanged."""
+    """The figures of a task that are measured once, when it is learned, and stand in every later version."""
     return {name: figures.get(name) for name in ("zero_shot", "own", "before")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from condu_ray.engine.keys import state_key
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.stored import TASK_OBJECTS, config_of, state_of
+from condu_ray.methods.stored import config_of, put_state, state_of, task_objects
 from condu_ray.store import Manifest, Store
 from condu_ray.store.history import commit_next
 
@@ -23,20 +23,9 @@ def _folded(store: Store) -> Manifest | None:
     if folded.fused is state.fused:
         return None
     key = state_key(newest, config_of(store.header), "", "fold")
-    kept = {name: ref for name, ref in newest.objects.items() if name.startswith(TASK_OBJECTS)}
-    objects = {
-        name: newest.objects[name] if name in newest.objects else store.put(key, name, arrays)
-        for name, arrays in folded.objects().items()
-    }
-    made = newest.model_copy(
-        update={
-            "version": newest.version + 1,
-            "parent": newest.version,
-            "kind": "fold",
-            "objects": {**kept, **objects},
-            "state": {**newest.state, "method": folded.meta()},
-            "message": "took the flips into the masks",
-            "seconds": {},
-        }
+    return newest.followed_by(
+        "fold",
+        "took the flips into the masks",
+        objects={**task_objects(newest), **put_state(store, key, folded, newest)},
+        state={**newest.state, "method": folded.meta()},
     )
-    return Manifest.model_validate(made.model_dump(exclude={"created"}))

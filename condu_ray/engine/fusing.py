@@ -17,7 +17,7 @@ from condu_ray.fusion.triggers import Part, fuse
 from condu_ray.methods import registry
 from condu_ray.methods.protocol import TaskState
 from condu_ray.methods.states import FusedState
-from condu_ray.methods.stored import config_of, layout_of, state_of
+from condu_ray.methods.stored import config_of, layout_of, put_state, state_of
 from condu_ray.methods.training import memory_in
 from condu_ray.store import Manifest, ObjectRef, Store, open_store
 
@@ -37,11 +37,11 @@ class Fused:
 
 
 Spread = Callable[[Manifest | None, str, ObjectRef], Sequence[Part]]
-"""Asks several processes for their shares (`Shard.part`), in order; arguments as those of `Fuser.propose`."""
+"""Gets the shares of several processes (`Shard.part`), in order. Arguments: as of `Fuser.propose`."""
 
 
 class Shard:
-    """Does one share of each session. It holds nothing but the store, so another one can take its place at any time."""
+    """Does one share of each pass over the vector. It keeps no state, so another process can always take its place."""
 
     def __init__(self, url: str, index: int, count: int) -> None:
         self._store, self._index, self._count = open_store(url), index, count
@@ -98,11 +98,7 @@ class Fuser:
         if rescalers is not None:
             assert isinstance(state, FusedState), "only fused tasks have rescalers"
             state = state.rescaled(task, self._store.get(rescalers)["rescalers"])
-        old = parent.objects if parent else {}
-        objects = {
-            name: old[name] if name in old else self._store.put(key, name, arrays)
-            for name, arrays in state.objects().items()
-        }
+        objects = put_state(self._store, key, state, parent)
         self.state = state
         self._done = Fused(key, objects, state.meta(), _fidelities(state))
         return self._done

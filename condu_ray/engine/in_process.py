@@ -1,4 +1,4 @@
-"""Does the work of a session in this process, without Ray: the same functions in the same parts."""
+"""A crew without Ray: all of a session's work in this process, by the same functions on the same parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says again and again that what a session has finished is in use, or gc would take it from one that lasts long."""
+"""Marks what a session has finished as in use, every hour: gc removes what no version names after a day."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ TOUCH_SECONDS = 3600.0
 
 
 class Keeper:
-    """Of these objects (paths as in `ObjectRef`; those that are not there are no matter) and of a place for work."""
+    """Keeps the objects at these paths (as in `ObjectRef`) from gc, and the folder of unfinished work called `work`.
+
+    Objects that are not there are passed over.
+    """
 
     def __init__(self, store: Store, paths: Sequence[str], work: str | None = None) -> None:
         self._store, self._paths, self._work = store, paths, work
         self._touched = time.monotonic()
 
     def touch(self) -> None:
-        """Does it, unless it has been done within the hour."""
+        """Marks all of it as in use, at most once an hour; cheap to call again and again."""
         if time.monotonic() - self._touched < TOUCH_SECONDS:
             return
         for path in self._paths:

@@ -14,10 +14,10 @@ from condu_ray.data import TaskData
 from condu_ray.store import Manifest, StoreHeader
 
 FEATURES = "features"
-"""Name of what θ⁰ sees of a task's pictures, where a system learns on it: kept until its session is over."""
+"""Object with θ⁰'s features of a task's pictures, where a method learns on them: kept until its session is over."""
 
 SEEN = ("prototypes", "domain", FEATURES)
-"""Names of all that θ⁰ sees of a task's pictures; the first two stay with every version."""
+"""Objects made of θ⁰'s features of a task's pictures; the first two stand in every version with the task."""
 
 PLACEMENT = {
     "store",
@@ -30,19 +30,19 @@ PLACEMENT = {
     "parallel",
     "gpu",
 }
-"""Settings that say where a session runs, not what it does: no version remembers them."""
+"""Settings that say where a session runs, not what it does: no version keeps them."""
 
-HOW = {"train.checkpoint_seconds", "train.loader_processes", "fusion.shards"}
-"""Settings that change how work is done, and nothing that it gives."""
+EXECUTION = {"train.checkpoint_seconds", "train.loader_processes", "fusion.shards"}
+"""Settings that change how the work of a session is done, not its result."""
 
 
 def unread(config: SessionConfig) -> set[str]:
-    """Settings (dotted names) that change nothing of what the method gives."""
+    """Settings (dotted names) that do not change the results of the session's method."""
     reads = {section for section in config.system.reads if section != "fusion" or fuses(config)}
     idle = {name for name, _ in fields() if "." in name and name.partition(".")[0] not in reads}
-    if "dmc" in reads:  # draws its adapters by that seed, tunes the image tower alone, has a replay of its own
+    if "dmc" in reads:  # draws its adapters by that seed, tunes the image tower alone, and replays in its own way
         idle = idle - {"lora.seed"} | {"train.towers", "train.batch_norm", "memory.per_epoch"}
-    return idle - HOW
+    return idle - EXECUTION
 
 
 def forgotten(trained: str, task: str) -> str:
@@ -56,8 +56,8 @@ def _key(kind: str, *parts: Any) -> str:
 
 
 def training_settings(config: SessionConfig) -> dict[str, Any]:
-    """The settings that decide what training gives."""
-    train = {name: value for name, value in config.train.model_dump().items() if f"train.{name}" not in HOW}
+    """The settings that the result of a training depends on."""
+    train = {name: value for name, value in config.train.model_dump().items() if f"train.{name}" not in EXECUTION}
     # Whether Gaussians answer changes nothing that is trained.
     memory = {**config.memory.model_dump(exclude={"discriminant"}), "shrinkage": config.choices.shrinkage}
     if "dmc" in config.system.reads:

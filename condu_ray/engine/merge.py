@@ -18,7 +18,7 @@ from condu_ray.engine.keys import PLACEMENT, content_key, state_key
 from condu_ray.engine.progress import Stage
 from condu_ray.errors import ConfigError, DataError, FusionError, StoreError
 from condu_ray.fusion.layout import Layout, as_f32
-from condu_ray.methods.stored import TASK_OBJECTS
+from condu_ray.methods.stored import task_objects
 from condu_ray.paths import as_path
 from condu_ray.sources import resolve
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
@@ -26,7 +26,7 @@ from condu_ray.store.header import open_existing
 from condu_ray.store.history import commit_next, newest
 
 WEIGHTS = "weights:"
-"""Before the path of the base in the header of such a store, where others have the name of a model."""
+"""Stands before the path of the base in the header of a merged store, where other stores have a model's name."""
 
 _CHUNK = 1 << 22
 
@@ -68,7 +68,7 @@ class Weights(Mapping[str, Any]):
         return list(self._files)
 
     def sha256(self) -> str:
-        """Of all bytes of its files, in the order of their names."""
+        """sha256 (hex) over the bytes of all its files, in the order of their names."""
         total = hashlib.sha256()
         for file in self._files:
             with open(file, "rb") as opened:
@@ -77,7 +77,7 @@ class Weights(Mapping[str, Any]):
         return total.hexdigest()
 
     def layout(self) -> Layout:
-        """What is fused: its floating tensors that have elements, running statistics aside."""
+        """What is fused: tensors of floating type with at least one element, but for running statistics."""
         shapes = {name: self[name] for name in self if not _is_statistic(name)}
         return Layout.of({name: t for name, t in shapes.items() if t.is_floating_point() and t.numel()})
 
@@ -87,7 +87,7 @@ class Weights(Mapping[str, Any]):
 
 
 def _is_statistic(name: str) -> bool:
-    """Whether a tensor is measured and not learned; a fused variance could turn negative."""
+    """Whether a tensor is a running mean or variance: it is measured, not learned, and fused could turn negative."""
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
@@ -125,7 +125,7 @@ def merge(
     start = Weights(base)
     settings = {"granularity": granularity, "triggers": triggers}
     given = {f"fusion.{name}": value for name, value in settings.items()}
-    # The method is said, or one of the environment that does not fuse would be taken.
+    # Given, so that a CONDU_METHOD in the environment that does not fuse is not taken.
     given |= {"method": SessionConfig().method}
     sha256, model, there = start.sha256(), f"{WEIGHTS}{base.absolute()}", open_existing(url)
     if there and there.header.model_sha256 == sha256 and str(there.header.model["name"]).startswith(WEIGHTS):
@@ -150,25 +150,12 @@ def merge(
             settings=fixed_by_store(config),
         ),
     )
-    fuser, made = Fuser(url), list[Manifest]()
+    merging, made = _Merging(store, config, start, layout), list[Manifest]()
     for name, weights in opened.items():
-        fingerprint = weights.sha256()
-
-        def with_task(name: str = name, weights: Weights = weights, fingerprint: str = fingerprint) -> Manifest | None:
-            parent = newest(store)
-            known = parent.task(name) if parent else None
-            if known is None:
-                return _with(store, config, fuser, parent, name, weights, fingerprint, start, layout)
-            if known.fingerprint == fingerprint:
-                return None
-            raise DataError(f"task {name} was merged from other weights ({known.source})", "choose another name")
-
         with stage(f"fusing {name}"):
-            manifest = commit_next(store, with_task)
+            manifest = merging.add(name, weights)
         if manifest is not None:
             made.append(manifest)
-            with suppress(StoreError):
-                store.discard(_key(fingerprint), "delta")
     return made
 
 
@@ -184,55 +171,75 @@ def _check_fits(shapes: Mapping[str, tuple[int, ...]], name: str, weights: Weigh
             raise FusionError(f"{name}: tensor {each!r} holds {kind}", "give weights that are not quantised")
 
 
+class _Merging:
+    """Adds fine-tuned weights to one store, one version a task. start: the base; layout: what of it is fused."""
+
+    def __init__(self, store: Store, config: SessionConfig, start: Weights, layout: Layout) -> None:
+        self._store, self._config, self._start, self._layout = store, config, start, layout
+        self._fuser = Fuser(store.url)
+
+    def add(self, name: str, weights: Weights) -> Manifest | None:
+        """Commits the version with this task; None where the newest one holds it.
+
+        Raises DataError for a name that other weights have.
+        """
+        fingerprint = weights.sha256()
+        manifest = commit_next(self._store, lambda: self._next(name, weights, fingerprint))
+        if manifest is not None:
+            with suppress(StoreError):  # gc takes what is left
+                self._store.discard(_key(fingerprint), "delta")
+        return manifest
+
+    def _next(self, name: str, weights: Weights, fingerprint: str) -> Manifest | None:
+        parent = newest(self._store)
+        known = parent.task(name) if parent else None
+        if known is None:
+            return self._version_after(parent, name, weights, fingerprint)
+        if known.fingerprint == fingerprint:
+            return None
+        raise DataError(f"task {name} was merged from other weights ({known.source})", "choose another name")
+
+    def _version_after(self, parent: Manifest | None, name: str, weights: Weights, fingerprint: str) -> Manifest:
+        store, config, train = self._store, self._config, _key(fingerprint)
+        version = parent.version + 1 if parent else 1
+        delta = store.find(train, "delta")
+        if delta is None:
+            delta = store.put(train, "delta", {"delta": _delta(self._layout, weights, self._start)})
+        fused = self._fuser.add(state_key(parent, config, name, train), parent, name, delta, None)
+        own = {}
+        if changed := _changed(weights, self._start):
+            own = {f"buffers-{version}": store.put(content_key("buffers", changed), "buffers", changed)}
+        card = TaskCard(
+            name=name,
+            uid=version,
+            classes=[],
+            templates=[],
+            source=str(weights.path.absolute()),
+            fingerprint=fingerprint,
+            method=config.method,
+            train_key=train,
+            learned_in=version,
+            pictures={"train": 0, "test": 0},
+        )
+        cards = [*(parent.tasks if parent else []), card]
+        return Manifest(
+            version=version,
+            parent=parent.version if parent else None,
+            kind="learn",
+            tasks=[each.model_copy(update={"figures": dict(fused.fidelity[each.name])}) for each in cards],
+            objects={**task_objects(parent), **own, **fused.objects},
+            state={"method": fused.meta, "trained": train},
+            settings=config.model_dump(exclude=PLACEMENT),
+            message=f"merged {name}",
+        )
+
+
 def _key(fingerprint: str) -> str:
     return f"merge-{fingerprint[:24]}"
 
 
-def _with(
-    store: Store,
-    config: SessionConfig,
-    fuser: Fuser,
-    parent: Manifest | None,
-    name: str,
-    weights: Weights,
-    fingerprint: str,
-    start: Weights,
-    layout: Layout,
-) -> Manifest:
-    version = parent.version + 1 if parent else 1
-    train = _key(fingerprint)
-    delta = store.find(train, "delta") or store.put(train, "delta", {"delta": _delta(layout, weights, start)})
-    fused = fuser.add(state_key(parent, config, name, train), parent, name, delta, None)
-    old = list(parent.tasks) if parent else []
-    kept = {each: ref for each, ref in (parent.objects if parent else {}).items() if each.startswith(TASK_OBJECTS)}
-    if changed := _changed(weights, start):
-        kept[f"buffers-{version}"] = store.put(content_key("buffers", changed), "buffers", changed)
-    card = TaskCard(
-        name=name,
-        uid=version,
-        classes=[],
-        templates=[],
-        source=str(weights.path.absolute()),
-        fingerprint=fingerprint,
-        method=config.method,
-        train_key=train,
-        learned_in=version,
-        pictures={"train": 0, "test": 0},
-    )
-    return Manifest(
-        version=version,
-        parent=parent.version if parent else None,
-        kind="learn",
-        tasks=[c.model_copy(update={"figures": dict(fused.fidelity[c.name])}) for c in [*old, card]],
-        objects={**kept, **fused.objects},
-        state={"method": fused.meta, "trained": train},
-        settings=config.model_dump(exclude=PLACEMENT),
-        message=f"merged {name}",
-    )
-
-
 def _changed(weights: Weights, start: Weights) -> dict[str, Any]:
-    """Running statistics that are not the base's, f32: kept as they are, as those of a training are."""
+    """Running statistics that differ from the base's, f32 by name; a version keeps them for each task, not fused."""
     pairs = {name: (as_f32(weights[name]), as_f32(start[name])) for name in start.statistics()}
     return {name: own for name, (own, before) in pairs.items() if not np.array_equal(own, before)}
 

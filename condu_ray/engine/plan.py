@@ -22,11 +22,11 @@ from condu_ray.store.header import open_existing
 
 @dataclass(frozen=True)
 class Need:
-    """Numbers of parameters, and estimates in bytes.
+    """What a session needs: numbers of parameters, and estimates in bytes of memory or disk.
 
-    worker: parameters, gradients and moments of a training process, without activations. fusion: peak of the fusion
-    actor. scorer: θ⁰ and one expert; where rescalers are trained, what that takes besides. version: what a new version
-    adds to the disk. passing: deltas that are kept until their task is committed.
+    parameters: of the base model. fused: those that are fused, without padding. worker: memory of a training process,
+    without activations. fusion: of the fusion actor at its peak. scorer: of a process that evaluates. version: what a
+    new version adds to the disk. passing: deltas, on disk until their task is committed.
     """
 
     parameters: int
@@ -70,16 +70,20 @@ def header_of(config: SessionConfig) -> tuple[StoreHeader, int]:
 
 
 def need(config: SessionConfig, layout: Layout, parameters: int, tasks: Sequence[TaskData], learned: int) -> Need:
-    """What this session needs, for `parameters` of the base model and `learned` tasks in the store."""
+    """What this session needs. parameters: of the base model. learned: how many tasks the store holds already."""
     fused, total = layout.total, learned + len(tasks)
     plane = fused // 8
     fused_together = fuses(config)
     asked = min(config.vote.k, total)  # experts that an evaluation process holds
+    # Four bytes a number. docs/limits.md has these estimates as a table.
     return Need(
         parameters=parameters,
-        fused=sum(entry.size for entry in layout.entries),
+        fused=layout.parameters,
+        # θ⁰, the copy that is trained, and one more to take the delta from; gradients, and AdamW's two moments.
         worker=4 * (3 * parameters + 3 * fused),
+        # u, the new u and the delta, and of each task two planes of bits: its mask, and what older tasks lost.
         fusion=(12 * fused + total * 2 * plane) if fused_together else 8 * fused,
+        # θ⁰, the delta and each expert that a vote asks; or θ⁰, a copy, ±u, and the weights and gradients of a step.
         scorer=4 * max(parameters + (1 + asked) * fused, (2 * parameters + 3 * fused) if rescales(config) else 0),
         version=(4 * fused + 2 * plane) if fused_together else 4 * fused,
         passing=4 * fused * len(tasks) if config.system.trains else 0,

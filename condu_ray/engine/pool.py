@@ -22,6 +22,7 @@ from condu_ray.methods.training import Place
 from condu_ray.store import Store
 
 HIRE_SECONDS, LONGEST_HIRE_SECONDS = 60.0, 900.0
+"""Longest wait for all actors that were asked for; where none has started by then, for the first of them."""
 
 
 class Worker(Scorer):
@@ -39,7 +40,7 @@ class Pool:
     def __init__(self, store: Store, config: SessionConfig, cluster: Cluster) -> None:
         self._store, self._config, self._cluster = store, config, cluster
         self._actors: list[Any] = []
-        self._sought = 0  # of the places; who found none is not waited for again
+        self._sought = 0  # how many actors were asked for: those that found no place are not waited for again
 
     def spread(self, calls: Sequence[tuple[str, tuple[Any, ...]]], update: Update) -> list[Any]:
         """Results of these calls in their order, from whichever actors are free; the call of one that dies is given to
@@ -80,9 +81,11 @@ class Pool:
         raise AssertionError("not reached")
 
     def threads(self) -> int:
-        """Of one actor that works while the rest of the pool waits: as many of its cores as every node has.
+        """How many threads one actor takes for a training while the others wait: those of the whole pool, as far as the
+        node with the fewest cores has them; beside a GPU the cores there are for each.
 
-        From the cluster and the settings alone, not from who found a place: sums may depend on it.
+        It follows from the cluster and the settings alone, not from how many actors found a place, since sums in
+        floating point may depend on it.
         """
         if self._gpu:
             return self._beside_a_gpu()
@@ -112,7 +115,7 @@ class Pool:
         return min(places, self._config.workers or places)
 
     def _beside_a_gpu(self) -> int:
-        """Cores that every node has for each of its GPUs."""
+        """CPU cores for each GPU, on the node that has the fewest."""
         return max(1, min(cpus // gpus for cpus, gpus in self._cluster.nodes if gpus))
 
     def _hired(self, calls: int) -> list[Any]:
@@ -135,11 +138,12 @@ class Pool:
 
 
 def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[Any]:
-    """Those that found a place; the others are ended, since other work may hold some of the cluster's cores.
+    """Waits for actors to start, and returns those that did; the others are ended.
 
-    place: what they need, for the error where none came free. needed: False where others do the work without them.
-    One that is lost while it starts, with its node or for want of memory, is as one that found no place, as long as
-    others do the work. Raises TrainingError for one that says why it cannot start.
+    Not all need to start: other work may hold some of the cluster's cores. place: the resource that they need, for the
+    error where none came free. needed: whether at least one of them must start; False where other actors can do the
+    work. One that is lost while it starts (with its node, or for want of memory) counts as not started. Raises
+    TrainingError where none starts that is needed, and for one that says why it cannot.
     """
     hired = {one.__ray_ready__.remote(): one for one in actors}
     ready, late = ray.wait(list(hired), num_returns=len(hired), timeout=HIRE_SECONDS)

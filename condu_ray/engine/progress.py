@@ -65,8 +65,8 @@ def _lines(name: str) -> Iterator[Update]:
 @contextmanager
 def silent(name: str) -> Iterator[Update]:
     """A stage that shows nothing."""
-    yield unseen
+    yield no_update
 
 
-def unseen(done: int, total: int, note: str) -> None:
+def no_update(done: int, total: int, note: str) -> None:
     """Shows nothing."""

@@ -1,4 +1,4 @@
-"""Ray's side of a session's work: Ray Train, the fusion actor, and a pool of actors that hold θ⁰."""
+"""A crew on Ray: Ray Train, the fusion actor, and a pool of actors that hold θ⁰."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from condu_ray.engine.crew import chunks
 from condu_ray.engine.fusing import Fused
 from condu_ray.engine.fusion_actor import FusionActor
 from condu_ray.engine.pool import Pool
-from condu_ray.engine.progress import Update, unseen
+from condu_ray.engine.progress import Update, no_update
 from condu_ray.engine.replies import TRIES, answer_of, result_of
 from condu_ray.engine.scoring import Question, Seen, Sent, Snapshot
 from condu_ray.engine.train import train
@@ -36,7 +36,7 @@ HEAD = "node:__internal_head__"  # a resource that Ray gives the head node of an
 
 
 class RayCrew:
-    """Ray Train, the fusion actor, and a pool of actors that hold θ⁰."""
+    """`engine.crew.Crew` on a cluster; `close` gives the cores of its pool back."""
 
     def __init__(self, store: Store, config: SessionConfig, cluster: Cluster) -> None:
         self._store, self._config, self._cluster = store, config, cluster
@@ -76,7 +76,7 @@ class RayCrew:
         return Seen.joined(self._pool.spread([("features", (chunk,)) for chunk in chunks(pictures)], update))
 
     def text_means(self, classes: Sequence[str], templates: Sequence[str]) -> NDArray[np.float32]:
-        found = self._pool.spread([("text_means", (tuple(classes), tuple(templates)))], unseen)
+        found = self._pool.spread([("text_means", (tuple(classes), tuple(templates)))], no_update)
         return np.asarray(found[0])
 
     def hold(self, version: Manifest | None) -> None:
@@ -148,7 +148,10 @@ class RayCrew:
         ray.kill(self._fusion)
 
     def _watched(self, ask: Callable[[Callable[[Step], None]], Any], steps: int, update: Update) -> Any:
-        """The result of what `ask` starts with a place to report to; meanwhile its steps are shown."""
+        """The result of the call that `ask` starts; the steps it reports are shown while it runs.
+
+        ask: gets the function that reports a step, and returns the call's reference. steps: how many there will be.
+        """
         board = post()
         try:
             ref = ask(reporter(board))
@@ -162,7 +165,7 @@ class RayCrew:
         return result_of(getattr(self._fusion, method).remote(*given))
 
     def _with_state(self, ask: Callable[[], Any]) -> Any:
-        """What `ask` returns, which needs the published state."""
+        """What `ask` returns, which reads the state in Ray's object store; published anew where that was lost."""
         for _ in range(TRIES - 1):
             try:
                 return ask()

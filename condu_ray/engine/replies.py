@@ -1,4 +1,4 @@
-"""What an actor answers, and how often one that died is asked again."""
+"""What a Ray actor answers, and what stands for the answer of one that died."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 
 from condu_ray.errors import ConduError, TrainingError
 
-TRIES = 3
+TRIES = 3  # of a call whose actor died; every call may be repeated, see engine/crew.py
 GONE = (RayActorError, OutOfMemoryError)  # what Ray says of an actor that died; of one that its memory monitor killed
 
 
 def result_of(ref: Any) -> Any:
-    """What a reference stands for. Raises what was raised there, and TrainingError where the actor is gone."""
+    """The value of an object reference. Raises what was raised there, and TrainingError where the actor died."""
     try:
         return answer_of(ref)
     except GONE as error:
@@ -22,7 +22,7 @@ def result_of(ref: Any) -> Any:
 
 
 def answer_of(ref: Any) -> Any:
-    """As `result_of`, but one of GONE where the actor is: another one may be asked."""
+    """As `result_of`, but raises Ray's own error (one of GONE) where the actor died, so that another can be asked."""
     try:
         return ray.get(ref)
     except RayTaskError as error:
@@ -36,7 +36,7 @@ def cause_of(error: RayTaskError) -> BaseException:
 
 
 def gone(error: RayError) -> TrainingError:
-    """Why there is no answer."""
+    """The error for a user whose session has lost a process. error: what Ray says of it."""
     said = str(error).strip().splitlines()
     return TrainingError(
         f"a process of this session is gone ({said[-1].strip() if said else type(error).__name__})",

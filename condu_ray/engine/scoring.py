@@ -1,4 +1,4 @@
-"""What actors do that hold θ⁰: features of pictures, how many answers are right, rescalers. Knows no Ray."""
+"""What a process with θ⁰ does: features of pictures, counts of right answers, trained rescalers. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from condu_ray.catalogue import info
 from condu_ray.config import SessionConfig
 from condu_ray.data import Split, TaskData
-from condu_ray.data.loading import PictureSet, in_batches
+from condu_ray.data.loading import BATCH, PictureSet, in_batches
 from condu_ray.data.templates import prompts
 from condu_ray.methods import registry
 from condu_ray.methods.experts import Buffers, Experts, expert_of
@@ -34,8 +35,6 @@ from condu_ray.voting.prototypes import FeatureSums, make_prototypes
 from condu_ray.voting.router import Calibrated, router_of
 from condu_ray.voting.voters import Asked
 
-BATCH = 64
-
 # A question that names the task is answered without routing.
 _UNROUTED = make_prototypes(FeatureSums.zero(1, 1), np.ones((1, 1), np.float32), np.empty((0, 1), np.float32))
 
@@ -45,7 +44,7 @@ By = Literal["base", "own", "expert", "named", "vote", "union"]
 
 @contextmanager
 def threads_of(count: int) -> Iterator[None]:
-    """Meanwhile torch works with so many threads."""
+    """torch computes with `count` threads while the block runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -137,7 +136,7 @@ class Scorer:
         return class_means(self._clip, [prompts(name, templates) for name in classes]).cpu().numpy()
 
     def routed(self, pictures: Split, snapshot: Snapshot) -> Sent:
-        """Asks for no state: θ⁰ routes."""
+        """Where the router sends pictures; it needs no state, since θ⁰ alone routes."""
         router = router_of(snapshot.experts, self._vote, snapshot.calibrated)
         seen = self.features(pictures)
         near, sure = router.ranked(seen.unit, seen.domains)
@@ -201,7 +200,7 @@ class Scorer:
                     snapshot.calibrated,
                     version=0,
                     cache=self._vote.k,  # what a picture asks: each may be as large as a model
-                    single=registry.info(self._store.header.method).single,
+                    single=info(self._store.header.method).single,
                 ),
             )
         return self._newest[1]

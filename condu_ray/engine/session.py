@@ -1,17 +1,16 @@
-"""The session spine: train, features, rescale, fuse, evaluate, commit.
+"""One session, whoever does its work: features, train, rescale, fuse, evaluate, commit.
 
-Each step is found again by the name of its input. Only the last step changes what readers see. A session that died is
-given again and goes on after the last finished step; one that loses a race re-fuses onto the winner without training
-again.
+The result of each step is stored under a name made of the step's input (engine/keys.py), so a session that was killed
+is given again and goes on after the last finished step. Only the commit changes what readers see. Where another session
+commits first, the task is fused and evaluated again onto that version, without being trained again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,12 +35,11 @@ from condu_ray.engine.work import BASE, Job
 from condu_ray.errors import DataError, FusionError, StoreError
 from condu_ray.fusion import signs
 from condu_ray.methods.rescaling import steps_of
-from condu_ray.methods.stored import TASK_OBJECTS
+from condu_ray.methods.stored import task_objects
 from condu_ray.methods.training import buffers_in
 from condu_ray.sources import flatten
 from condu_ray.store import Manifest, ObjectRef, Store, TaskCard, put_first
 from condu_ray.store.history import newest
-from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import make_domain
 from condu_ray.voting.open import buffers_of, task_experts
 from condu_ray.voting.prototypes import (
@@ -54,35 +52,26 @@ from condu_ray.voting.router import calibrated
 MOST_RACES = 50
 RESCALERS = "trained-rescalers"
 
-
-@dataclass
-class _Clock:
-    """Seconds by step."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, step: str):  # type: ignore[no-untyped-def]
-        begun = time.monotonic()
-        yield
-        self.seconds[step] = round(self.seconds.get(step, 0.0) + time.monotonic() - begun, 3)
+ToCome = Mapping[str, tuple[TaskData, Split]]
+"""Tasks of this session that are learned later: name -> (task, its test pictures)."""
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What a task brings to every try at a commit."""
+class _Ready:
+    """A task that is trained, and what was computed of it once, whatever version it is added to."""
 
     job: Job
     prototypes: ObjectRef
     domain: ObjectRef
     tests: ObjectRef
     pictures: Split
-    figures: measure.Baseline
+    baseline: measure.Baseline
     delta: ObjectRef | None
     buffers: ObjectRef | None
     losses: list[tuple[int, float]]
 
     def refs(self) -> list[ObjectRef]:
+        """The objects that no version names yet."""
         given = (self.prototypes, self.domain, self.tests, self.delta, self.buffers)
         return [ref for ref in given if ref is not None]
 
@@ -136,47 +125,194 @@ def _other_settings(card: TaskCard, config: SessionConfig, task: TaskData) -> li
 
 def learn(store: Store, config: SessionConfig, tasks: Sequence[TaskData], crew: Crew, stage: Stage) -> list[Manifest]:
     """Learns what is missing of `tasks`, one version a task, in this order; returns the versions that it made."""
-    todo = to_learn(store, config, tasks)
-    if not todo:
-        return []
-    clock = _Clock()
-    jobs = _jobs(store, config, todo)
-    info = config.system
-    if info.on_features:
-        for job in jobs:
-            with clock("features"), stage(f"features of {job.data.name}") as update:
-                _features(store, config, crew, job.data, update)
-    if info.trains:
-        with clock("train"), stage("training") as update:
-            crew.train(jobs, update)
-        for job in jobs:
-            with suppress(StoreError):  # gc takes what is left
-                store.discard_work(job.key)
-    known = []
-    for job in jobs:
-        with clock("features"), stage(f"features of {job.data.name}") as update:
-            prototypes, domain = _features(store, config, crew, job.data, update)
-            tests, pictures = _tests(store, config, job.data)
+    missing = to_learn(store, config, tasks)
+    return _Session(store, config, crew, stage).learn(missing) if missing else []
+
+
+class _Session:
+    """The steps of one `learn` on one store, the versions it has made, and the seconds of the version under way."""
+
+    def __init__(self, store: Store, config: SessionConfig, crew: Crew, stage: Stage) -> None:
+        self._store, self._config, self._crew, self._stage = store, config, crew, stage
+        self._made: list[Manifest] = []
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def _step(self, name: str, shown: str) -> Iterator[Update]:
+        """Shows the block as `shown`, and adds the seconds it took to those of the step `name`."""
+        begun = time.monotonic()
+        with self._stage(shown) as update:
+            yield update
+        self._seconds[name] = round(self._seconds.get(name, 0.0) + time.monotonic() - begun, 3)
+
+    def learn(self, tasks: Sequence[TaskData]) -> list[Manifest]:
+        """Trains the tasks, then adds them one after another. None of them is in the newest version."""
+        ready = self._trained(tasks)
+        keeper = Keeper(self._store, [ref.path for each in ready for ref in each.refs()])
+        for place, one in enumerate(ready):
+            keeper.touch()
+            to_come = {each.job.data.name: (each.job.data, each.pictures) for each in ready[place + 1 :]}
+            manifest = self._add(one, to_come)
+            if manifest is not None:
+                self._made.append(manifest)
+            self._seconds = {}
+        return self._made
+
+    def _trained(self, tasks: Sequence[TaskData]) -> list[_Ready]:
+        store, info = self._store, self._config.system
+        jobs = _jobs(store, self._config, tasks)
+        if info.on_features:
+            for job in jobs:
+                with self._step("features", f"features of {job.data.name}") as update:
+                    self._features(job.data, update)
+        if info.trains:
+            with self._step("train", "training") as update:
+                self._crew.train(jobs, update)
+            for job in jobs:
+                with suppress(StoreError):  # gc takes what is left
+                    store.discard_work(job.key)
+        return [self._ready(job) for job in jobs]
+
+    def _ready(self, job: Job) -> _Ready:
+        store, task = self._store, job.data
+        with self._step("features", f"features of {task.name}") as update:
+            prototypes, domain = self._features(task, update)
+            tests, pictures = self._tests(task)
         delta = store.find(job.key, "delta") if job.key else None
         trained = store.get(delta) if delta else {}
         changed = buffers_in(trained)
         buffers = store.put(content_key("buffers", changed), "buffers", changed) if changed else None
-        with clock("evaluate"), stage(f"{job.data.name} before fusion") as update:
-            base = measure.baseline(crew, job.data, pictures, delta, buffers, update)
+        with self._step("evaluate", f"{task.name} before fusion") as update:
+            baseline = measure.baseline(self._crew, task, pictures, delta, buffers, update)
         losses = [(int(step), float(loss)) for step, loss in trained.get("losses", ())]
-        known.append(_Known(job, prototypes, domain, tests, pictures, base, delta, buffers, losses))
-    made, keeper = list[Manifest](), Keeper(store, [ref.path for each in known for ref in each.refs()])
-    for index, one in enumerate(known):
-        keeper.touch()
-        later = {each.job.data.name: (each.job.data, each.pictures) for each in known[index + 1 :]}
-        manifest = _add(store, config, crew, one, later, made, clock, stage)
-        if manifest is not None:
-            made.append(manifest)
-        clock = _Clock()
-    return made
+        return _Ready(job, prototypes, domain, tests, pictures, baseline, delta, buffers, losses)
+
+    def _features(self, task: TaskData, update: Update) -> tuple[ObjectRef, ObjectRef]:
+        """Where the task's prototypes and its domain are. Methods that learn on features find them beside."""
+        store, config = self._store, self._config
+        key = features_key(store.header, config, task)
+        prototypes, domain = store.find(key, "prototypes"), store.find(key, "domain")
+        lacks = config.system.on_features and store.find(key, FEATURES) is None
+        if prototypes is None or domain is None or lacks:
+            features, domains, lengths = self._crew.features(task.train, update)
+            if lacks:
+                put_first(store, key, FEATURES, {"raw": features * lengths[:, None]})
+            held = held_out_indices(task.train.labels, config.seed)
+            rest = np.setdiff1d(np.arange(len(task.train)), held)
+            labels, classes = task.train.labels[rest], len(task.classes)
+            sums = FeatureSums.zero(classes, features.shape[1]).add(features[rest], labels)
+            made = make_prototypes(sums, self._crew.text_means(task.classes, task.templates), features[held])
+            prototypes = put_first(store, key, "prototypes", made.arrays())
+            own = make_domain(domains[rest], labels, classes, domains[held], task.train.labels[held])
+            domain = put_first(store, key, "domain", own.arrays())
+        return prototypes, domain
+
+    def _tests(self, task: TaskData) -> tuple[ObjectRef, Split]:
+        """Where the list of the task's test pictures is, and the pictures."""
+        pictures = measure.test_pictures(task, self._config)
+        packed = measure.pack_pictures(pictures)
+        return self._store.put(content_key("tests", packed), "tests", packed), pictures
+
+    def _add(self, one: _Ready, to_come: ToCome) -> Manifest | None:
+        """Fuses the task onto the newest version and commits; onto the next newest if another session was faster."""
+        for _ in range(MOST_RACES):
+            parent = newest(self._store)
+            if not to_learn(self._store, self._config, [one.job.data]):
+                return None  # another session learned the very same task meanwhile
+            try:
+                manifest, rescaling = self._next(parent, one, to_come)
+                self._store.commit(manifest)
+            except StoreError:
+                if newest(self._store) == parent:
+                    raise
+                continue  # what this try began from may be gone, too
+            self._tidy(one, rescaling)
+            return manifest
+        raise StoreError(f"{MOST_RACES} other sessions were faster in a row", "run the same command again")
+
+    def _next(self, parent: Manifest | None, one: _Ready, to_come: ToCome) -> tuple[Manifest, str]:
+        """(the version after `parent`, whose objects are in the store; the key of the task's trained rescalers)"""
+        config, task = self._config, one.job.data
+        _check_start(config, parent, one)
+        before = self._before(parent, one)
+        steps, given = steps_of(task, config), one.delta.sha256 if one.delta else ""
+        key = rescaling = state_key(parent, config, task.name, given, steps)
+        rescalers = self._rescalers(rescaling, parent, one)
+        if rescalers is not None:
+            key = state_key(parent, config, task.name, f"{given} {rescalers.sha256}", steps)
+        with self._step("fuse", f"fusing {task.name}"):
+            fused = self._crew.fuse(key, parent, task.name, one.delta, rescalers)
+        draft = _draft(config, parent, one, fused, before)
+        with self._step("evaluate", f"evaluating version {draft.version}") as update:
+            manifest = self._measured(draft, fused, one, to_come, update)
+        return manifest.model_copy(update={"seconds": self._seconds}), rescaling
+
+    def _before(self, parent: Manifest | None, one: _Ready) -> float | None:
+        """Accuracy on the new task by the version before, which has not learned it: how much of zero-shot is kept."""
+        if parent is None or not parent.tasks:
+            return one.baseline.zero_shot
+        name = one.job.data.name
+        accuracy = parent.figures["accuracy"]
+        if name in accuracy and any(each.version == parent.version for each in self._made):
+            return float(accuracy[name])  # measured minutes ago, on the very same pictures
+        with self._step("evaluate", f"{name} by version {parent.version}") as update:
+            self._crew.hold(parent)
+            snapshot = self._snapshot(f"version-{parent.version}", parent)
+            return self._crew.score([measure.ask("vote", one.job.data, one.pictures)], snapshot, update)[0]
+
+    def _snapshot(self, key: str, manifest: Manifest) -> Snapshot:
+        """What answers in a version besides its state, calibrated for this session's vote."""
+        experts = task_experts(self._store, manifest)
+        return Snapshot(key, tuple(experts), buffers_of(self._store, manifest), calibrated(experts, self._config.vote))
+
+    def _rescalers(self, key: str, parent: Manifest | None, one: _Ready) -> ObjectRef | None:
+        """The task's trained rescalers, stored under `key`; None where the task has those that fusing gives."""
+        if not rescales(self._config):
+            return None
+        with self._step("rescale", f"rescaling {one.job.data.name}") as update:
+            found = self._store.find(key, RESCALERS)
+            if found is None:
+                trained = self._crew.rescalers(parent, one.job.data, one.delta, one.buffers, update)
+                found = put_first(self._store, key, RESCALERS, {"rescalers": trained})
+        return found
+
+    def _measured(self, draft: Manifest, fused: Fused, one: _Ready, to_come: ToCome, update: Update) -> Manifest:
+        """The draft with the figures of every task that can be measured, and the thresholds of its vote."""
+        snapshot = self._snapshot(fused.key, draft)
+        pictures = measure.learned_pictures(self._store, draft) | {one.job.data.name: one.pictures}
+        learned = {card.name: (card, pictures[card.name]) for card in draft.tasks if card.name in pictures}
+        accuracy = measure.accuracies(self._crew, snapshot, learned, to_come, update)
+        cards = [
+            card.model_copy(
+                update={"figures": measure.card_figures(card, accuracy, fused, measure.fixed_figures(card.figures))}
+            )
+            for card in draft.tasks
+        ]
+        return draft.model_copy(
+            update={
+                "tasks": cards,
+                "state": {**draft.state, **snapshot.calibrated.to_state()},
+                "figures": {"accuracy": accuracy, "losses": {one.job.data.name: one.losses}},
+            }
+        )
+
+    def _tidy(self, one: _Ready, rescaling: str) -> None:
+        """Removes what a task's training left: it is in the version. What cannot be removed now is left to gc."""
+        store, config = self._store, self._config
+        done = {
+            (one.job.key, "delta"): one.delta is not None,
+            (features_key(store.header, config, one.job.data), FEATURES): config.system.on_features,
+            (rescaling, RESCALERS): rescales(config),
+        }
+        for (key, name), is_there in done.items():
+            if is_there:
+                with suppress(StoreError):
+                    store.discard(key, name)
 
 
 def _jobs(store: Store, config: SessionConfig, tasks: Sequence[TaskData]) -> list[Job]:
+    """The trainings of these tasks; by an ordered method the first starts from the newest version, each other from the
+    one before."""
     info, manifest = config.system, newest(store)
     if not info.trains:
         return [Job("", task) for task in tasks]
@@ -196,103 +332,7 @@ def _origin(manifest: Manifest | None) -> str:
     return str(manifest.state["trained"]) if manifest and manifest.tasks else BASE
 
 
-def _features(
-    store: Store, config: SessionConfig, crew: Crew, task: TaskData, update: Update
-) -> tuple[ObjectRef, ObjectRef]:
-    """Where the task's prototypes and its domain are. Systems that learn on features find them beside."""
-    key = features_key(store.header, config, task)
-    prototypes, domain = store.find(key, "prototypes"), store.find(key, "domain")
-    lacks = config.system.on_features and store.find(key, FEATURES) is None
-    if prototypes is None or domain is None or lacks:
-        features, domains, lengths = crew.features(task.train, update)
-        if lacks:
-            put_first(store, key, FEATURES, {"raw": features * lengths[:, None]})
-        held = held_out_indices(task.train.labels, config.seed)
-        rest = np.setdiff1d(np.arange(len(task.train)), held)
-        labels, classes = task.train.labels[rest], len(task.classes)
-        sums = FeatureSums.zero(classes, features.shape[1]).add(features[rest], labels)
-        made = make_prototypes(sums, crew.text_means(task.classes, task.templates), features[held])
-        prototypes = put_first(store, key, "prototypes", made.arrays())
-        own = make_domain(domains[rest], labels, classes, domains[held], task.train.labels[held])
-        domain = put_first(store, key, "domain", own.arrays())
-    return prototypes, domain
-
-
-def _tests(store: Store, config: SessionConfig, task: TaskData) -> tuple[ObjectRef, Split]:
-    pictures = measure.test_pictures(task, config)
-    packed = measure.pack_pictures(pictures)
-    return store.put(content_key("tests", packed), "tests", packed), pictures
-
-
-def _add(
-    store: Store,
-    config: SessionConfig,
-    crew: Crew,
-    one: _Known,
-    later: dict[str, tuple[TaskData, Split]],
-    made: Sequence[Manifest],
-    clock: _Clock,
-    stage: Stage,
-) -> Manifest | None:
-    """Fuses the task onto the newest version and commits; onto the next newest if another session was faster."""
-    for _ in range(MOST_RACES):
-        parent = newest(store)
-        if not to_learn(store, config, [one.job.data]):
-            return None  # another session learned the very same task meanwhile
-        try:
-            manifest, rescaling = _next(store, config, crew, parent, one, later, made, clock, stage)
-            store.commit(manifest)
-        except StoreError:
-            if newest(store) == parent:
-                raise
-            continue  # what this try began from may be gone, too
-        _tidy(store, config, one, rescaling)
-        return manifest
-    raise StoreError(f"{MOST_RACES} other sessions were faster in a row", "run the same command again")
-
-
-def _next(
-    store: Store,
-    config: SessionConfig,
-    crew: Crew,
-    parent: Manifest | None,
-    one: _Known,
-    later: dict[str, tuple[TaskData, Split]],
-    made: Sequence[Manifest],
-    clock: _Clock,
-    stage: Stage,
-) -> tuple[Manifest, str]:
-    """(the version after `parent`, whose objects are in the store; the name of the task's trained rescalers, if any)"""
-    task = one.job.data
-    _check_start(config, parent, one)
-    before = _before(store, config, crew, parent, one, made, clock, stage)
-    steps, given = steps_of(task, config), one.delta.sha256 if one.delta else ""
-    key = rescaling = state_key(parent, config, task.name, given, steps)
-    rescalers = _rescalers(store, config, crew, rescaling, parent, one, clock, stage)
-    if rescalers is not None:
-        key = state_key(parent, config, task.name, f"{given} {rescalers.sha256}", steps)
-    with clock("fuse"), stage(f"fusing {task.name}"):
-        fused = crew.fuse(key, parent, task.name, one.delta, rescalers)
-    draft = _draft(config, parent, one, fused, before)
-    with clock("evaluate"), stage(f"evaluating version {draft.version}") as update:
-        manifest = _measured(store, config, crew, draft, fused, one, later, update)
-    return manifest.model_copy(update={"seconds": clock.seconds}), rescaling
-
-
-def _tidy(store: Store, config: SessionConfig, one: _Known, rescaling: str) -> None:
-    """Removes what is left of a task's training: it is in the version. What cannot be removed now is left to gc."""
-    done = {
-        (one.job.key, "delta"): one.delta is not None,
-        (features_key(store.header, config, one.job.data), FEATURES): config.system.on_features,
-        (rescaling, RESCALERS): rescales(config),
-    }
-    for (key, name), is_there in done.items():
-        if is_there:
-            with suppress(StoreError):
-                store.discard(key, name)
-
-
-def _check_start(config: SessionConfig, parent: Manifest | None, one: _Known) -> None:
+def _check_start(config: SessionConfig, parent: Manifest | None, one: _Ready) -> None:
     """The delta must still be there, and, for systems that go on from task to task, start where the model is now."""
     info = config.system
     moved = info.ordered and _origin(parent) != one.job.origin
@@ -303,56 +343,7 @@ def _check_start(config: SessionConfig, parent: Manifest | None, one: _Known) ->
         )
 
 
-def _before(
-    store: Store,
-    config: SessionConfig,
-    crew: Crew,
-    parent: Manifest | None,
-    one: _Known,
-    made: Sequence[Manifest],
-    clock: _Clock,
-    stage: Stage,
-) -> float | None:
-    """Accuracy on the new task by the version before, which has not learned it: how much of zero-shot is kept."""
-    if parent is None or not parent.tasks:
-        return one.figures.zero_shot
-    name = one.job.data.name
-    accuracy = parent.figures["accuracy"]
-    if name in accuracy and any(each.version == parent.version for each in made):
-        return float(accuracy[name])  # measured minutes ago, on the very same pictures
-    with clock("evaluate"), stage(f"{name} by version {parent.version}") as update:
-        crew.hold(parent)
-        experts = task_experts(store, parent)
-        snapshot = _snapshot(f"version-{parent.version}", config, experts, buffers_of(store, parent))
-        return crew.score([measure.ask("vote", one.job.data, one.pictures)], snapshot, update)[0]
-
-
-def _snapshot(key: str, config: SessionConfig, experts: list[TaskExpert], buffers: dict[str, Any]) -> Snapshot:
-    return Snapshot(key, tuple(experts), buffers, calibrated(experts, config.vote))
-
-
-def _rescalers(
-    store: Store,
-    config: SessionConfig,
-    crew: Crew,
-    key: str,
-    parent: Manifest | None,
-    one: _Known,
-    clock: _Clock,
-    stage: Stage,
-) -> ObjectRef | None:
-    """The rescalers that the task gets in the state called `key`; None where they are those that fusing gives."""
-    if not rescales(config):
-        return None
-    with clock("rescale"), stage(f"rescaling {one.job.data.name}") as update:
-        found = store.find(key, RESCALERS)
-        if found is None:
-            trained = crew.rescalers(parent, one.job.data, one.delta, one.buffers, update)
-            found = put_first(store, key, RESCALERS, {"rescalers": trained})
-    return found
-
-
-def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: Fused, before: float | None) -> Manifest:
+def _draft(config: SessionConfig, parent: Manifest | None, one: _Ready, fused: Fused, before: float | None) -> Manifest:
     """The new manifest, all but its figures."""
     task = one.job.data
     version = parent.version + 1 if parent else 1
@@ -367,53 +358,20 @@ def _draft(config: SessionConfig, parent: Manifest | None, one: _Known, fused: F
         train_key=one.job.key,
         learned_in=version,
         pictures={"train": len(task.train), "test": len(task.test)},
-        figures={"zero_shot": one.figures.zero_shot, "own": one.figures.own, "before": before},
+        figures={"zero_shot": one.baseline.zero_shot, "own": one.baseline.own, "before": before},
         settings={**training_settings(config), "test_share": config.test_share},
     )
     kept = list(parent.tasks) if parent else []
-    objects = {name: ref for name, ref in (parent.objects if parent else {}).items() if name.startswith(TASK_OBJECTS)}
-    objects |= {f"prototypes-{version}": one.prototypes, f"domain-{version}": one.domain}
-    objects |= {f"tests-{version}": one.tests, **fused.objects}
+    objects = {f"prototypes-{version}": one.prototypes, f"domain-{version}": one.domain, f"tests-{version}": one.tests}
     if one.buffers is not None:
         objects[f"buffers-{version}"] = one.buffers
-    settings = config.model_dump(exclude=PLACEMENT)
     return Manifest(
         version=version,
         parent=parent.version if parent else None,
         kind="learn",
         tasks=[*kept, card],
-        objects=objects,
+        objects={**task_objects(parent), **objects, **fused.objects},
         state={"method": fused.meta, "trained": one.job.key},
-        settings=settings,
+        settings=config.model_dump(exclude=PLACEMENT),
         message=f"learned {task.name}",
-    )
-
-
-def _measured(
-    store: Store,
-    config: SessionConfig,
-    crew: Crew,
-    draft: Manifest,
-    fused: Fused,
-    one: _Known,
-    later: dict[str, tuple[TaskData, Split]],
-    update: Update,
-) -> Manifest:
-    snapshot = _snapshot(fused.key, config, task_experts(store, draft), buffers_of(store, draft))
-    pictures = measure.learned_pictures(store, draft) | {one.job.data.name: one.pictures}
-    learned = {card.name: (card, pictures[card.name]) for card in draft.tasks if card.name in pictures}
-    accuracy = measure.accuracies(crew, snapshot, learned, later, update)
-    cards = [
-        card.model_copy(
-            update={"figures": measure.card_figures(card, accuracy, fused, measure.fixed_figures(card.figures))}
-        )
-        for card in draft.tasks
-    ]
-    state = {**draft.state, **snapshot.calibrated.to_state()}
-    return draft.model_copy(
-        update={
-            "tasks": cards,
-            "state": state,
-            "figures": {"accuracy": accuracy, "losses": {one.job.data.name: one.losses}},
-        }
     )

@@ -85,7 +85,7 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
 
 
 def unplaced(group: Group) -> str:
-    """What the workers wait for where Ray has not found them a place yet, else nothing."""
+    """A note on what the workers wait for where Ray has not found them a place yet; '' once they have one."""
     one = {"CPU": float(group.cpus_each), **({"GPU": float(group.gpus_each)} if group.gpus_each else {})}
     wanted = [one] * group.workers
     waiting = any(
@@ -101,7 +101,7 @@ def unplaced(group: Group) -> str:
 
 
 def _storage(place: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own notes: beside the store's work, which every node reaches.
+    """Arguments of `RunConfig` that say where Ray Train keeps its own files: at `place`, which every node reaches.
 
     For S3 the filesystem is made here: a URL alone would be read with the environment of the node's raylet, which may
     lack the endpoint. No credentials go along; each node finds its own.
@@ -147,7 +147,7 @@ def _watch(trainer: TorchTrainer, board: Any, tell: Callable[[Mapping[str, Step]
 
 
 def deal(jobs: Sequence[Job], workers: int, config: SessionConfig) -> list[list[Job]]:
-    """Who trains what: the longest task first, each to the worker that has the fewest steps so far."""
+    """The jobs of each worker: the longest first, each to the worker that has the fewest steps so far."""
     if workers == 1:
         return [list(jobs)]  # in the order given: a task may start from the one before
     dealt: list[list[Job]] = [[] for _ in range(workers)]

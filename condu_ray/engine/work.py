@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from condu_ray.catalogue import info
 from condu_ray.config import SessionConfig
 from condu_ray.data import TaskData
 from condu_ray.engine.keys import FEATURES, features_key
@@ -24,7 +25,7 @@ from condu_ray.store import Store, put_first
 
 BASE = "base"
 CHECKPOINT_SHARE = 0.05
-"""Most of a worker's time that writing checkpoints may take: a store that is far gets fewer."""
+"""Largest share of a worker's time that writing checkpoints may take: a slow store gets fewer."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def work_through(
     header = store.header
     clip = load(config.model_spec, device, header.model_sha256)
     method, learner, layout = registry.get(header.method), registry.learner(header.method), layout_of(header)
-    info = registry.info(header.method)
-    state = _state_before(store, jobs[0]) if info.ordered else None
+    kind = info(header.method)
+    state = _state_before(store, jobs[0]) if kind.ordered else None
     for job in jobs:
         if not _is_trained(store, job, place):
             resume = checkpoints(store, job.key, place)
@@ -65,7 +66,7 @@ def work_through(
                 trained = train_task(clip, method, layout, job.data, config, _start(state), place, resume, report)
             else:
                 before = state or method.empty(layout, config_of(header))
-                seen = _features(store, config, job.data) if info.on_features else None
+                seen = _features(store, config, job.data) if kind.on_features else None
                 trained = learner.learn(clip, layout, job.data, config, before, seen, place, resume, report)
             if place.rank == 0:
                 put_first(store, job.key, "delta", trained.arrays())
@@ -76,8 +77,10 @@ def work_through(
 
 
 def _is_trained(store: Store, job: Job, place: Place) -> bool:
-    """Whether any process of the group sees the delta: another session may put it while they look one by one, and
-    those that go on would wait for ever for those that do not."""
+    """Whether any process of the group sees the delta, so that all of them train the task or none does.
+
+    Another session may put it while they look, and those that train would wait for ever for those that do not.
+    """
     found = store.find(job.key, "delta") is not None
     same = place.agree(found)
     return found or not same
@@ -91,7 +94,7 @@ def _state_before(store: Store, job: Job) -> TaskState:
 
 
 def _start(state: TaskState | None) -> Vector | None:
-    """What answers now for systems that go on from task to task; θ⁰ (None) for all others, and before any task."""
+    """The delta that training starts from: that of the newest task where one model goes on, else None for θ⁰."""
     return state.delta(state.tasks[-1]) if state is not None and state.tasks else None
 
 
@@ -134,5 +137,5 @@ def checkpoints(store: Store, key: str, place: Place | None = None) -> Resume:
 
 
 def _progress(found: Checkpoint | None) -> tuple[int, int]:
-    """How far a training was: number of arrays, which grows from stage to stage, and steps (-1: not in a stage)."""
+    """How far a training was: arrays in its checkpoint, more in each stage, and steps done (-1: between two stages)."""
     return (len(found), int(found["step"][0]) if "step" in found else -1) if found else (0, -1)

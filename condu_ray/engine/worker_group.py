@@ -16,15 +16,17 @@ def work(settings: dict[str, Any]) -> None:
 
 
 class NoGroup(Backend):
-    """Connects nobody."""
+    """A backend that connects no workers."""
 
     share_cuda_visible_devices = True
 
 
 class Apart(BackendConfig):
-    """Of workers that train different tasks: they have nothing to say to each other, so that no address of theirs has
-    to be reached (a host's name often stands for loopback), and two of them may share a GPU, which NCCL refuses. Not a
-    `TorchConfig`, for whose sake the controller would spend seconds on importing torch."""
+    """The backend of workers that train different tasks and so need no process group.
+
+    Without one, no worker's address has to be reachable (a host's name often resolves to loopback), and two workers may
+    share a GPU, which NCCL refuses. Not a `TorchConfig`: the controller would spend seconds on importing torch.
+    """
 
     backend = "none"
 

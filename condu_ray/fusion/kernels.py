@@ -28,7 +28,8 @@ Bits = NDArray[np.bool_]
 Packed = NDArray[np.uint8]
 
 COMPILED_FROM = 1 << 24
-"""Coordinates of a vector. Below, NumPy takes less than a second; compiling takes 8 s once, loading half a second."""
+"""Length of a vector from which the compiled loops are used: compiling them takes 8 s once, loading half a second, and
+below that length NumPy takes less than a second."""
 
 _LANES = 8
 

@@ -18,10 +18,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 8
-"""Of a sum: what is added to which follows from the place in the row alone."""
+"""Parts of a sum, as in `kernels.lane_sums`: which a coordinate is added to follows from its place in the row alone."""
 
 WIDTH = 16
-"""Coordinates of a vector."""
+"""Coordinates in one vector of machine code."""
 
 TASKS_AT_ONCE = 4
 """Tasks are worked on so many at a time: the number of planes is padded to it, with planes of zeros."""

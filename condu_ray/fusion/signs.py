@@ -1,4 +1,4 @@
-"""Sign triggers: a task keeps the sign of each coordinate, all tasks share the magnitudes (our reconstruction).
+"""Sign triggers: a task keeps the sign of each coordinate, all tasks share the magnitudes (ours).
 
     n = mean |d| over a group (a row)          r = n, or as it was trained when the task was added (`with_rescalers`)
     A_j += |d_j| / n    c += 1                 u_j = A_j / c
@@ -198,7 +198,7 @@ def joined(state: SignState, task: str, parts: Sequence[Part]) -> SignState:
 
 
 def with_sizes(state: SignState, task: str, delta: Any) -> SignState:
-    """The state in which what the task's rows of zeros leave of one bit a parameter is a second bit of other rows.
+    """The state in which some rows of the task have a second bit (sizes.py), paid for by its rows that are all zeros.
 
     delta: what the task was fused with. The reconstruction of every other task stays equal, bit for bit. Raises
     FusionError for an unknown task and a delta of a wrong length.

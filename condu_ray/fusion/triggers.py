@@ -71,7 +71,7 @@ def add_to(state: State, task: str, start: NDArray[np.float32]) -> None:
 
 
 def with_sizes(state: State, task: str, delta: Any) -> State:
-    """The state in which rows of zeros make room for a second bit; see `signs.with_sizes`. Masks have none."""
+    """The state in which some rows of the task have a second bit; see `signs.with_sizes`. Masks have none."""
     return signs.with_sizes(state, task, delta) if isinstance(state, SignState) else state
 
 

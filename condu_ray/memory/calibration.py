@@ -104,8 +104,8 @@ def fit(
     shrinkage: `ot`: of both covariances (`convex`); `linear`: the ridge, in units of the mean variance. strength: how
     much of the way statistics move. kind: which covariances `ot` compares; those within classes say nothing of how the
     current classes lie to each other, which old classes do not share; of one picture a class there are only pooled
-    ones. diagonal: `ot` of variances alone, for
-    memories that keep no more. Raises TrainingError where what `ot` looks at cannot be inverted (`roots`, `scaling`).
+    ones. diagonal: `ot` of variances alone, for memories that keep no more. Raises TrainingError where what `ot` looks
+    at cannot be inverted (`roots`, `scaling`).
     """
     one, two = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if mode == "none":

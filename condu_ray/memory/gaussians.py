@@ -1,4 +1,4 @@
-"""One Gaussian a class over the raw features of an encoder: fitted, merged, shrunk, drawn from.
+"""One Gaussian a class over the raw features of an encoder: fitted, joined, shrunk, moved, drawn from.
 
 Mean, sample covariance plus a ridge of 1e-4, and the shrinkage `rapf` as read in RAPF's public code (arXiv 2407.14143);
 `convex` shrinkage, diagonal covariances and the seeds of draws are our reconstruction. Everything is float64 inside.
@@ -26,7 +26,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Gaussians:
-    """Statistics of C classes. Immutable; parts of the same classes from several workers merge exactly.
+    """Statistics of C classes; immutable.
 
     counts i64[C]. means f64[C, D]. scatter: centred second moments (sums of squares about the mean), f64[C, D, D], or
     f64[C, D] where only the diagonal is kept.
@@ -40,7 +40,7 @@ class Gaussians:
     def fit(
         features: NDArray[Any], labels: NDArray[np.int64], classes: int, covariance: Covariance = "full"
     ) -> Gaussians:
-        """Of raw features [N, D] with labels i64[N] in 0 .. classes − 1; a class without pictures has count 0."""
+        """Statistics of raw features [N, D] with labels i64[N] in 0 .. classes − 1; without pictures a count is 0."""
         values = np.asarray(features, np.float64)
         counts = np.bincount(labels, minlength=classes).astype(np.int64)
         width = values.shape[1]
@@ -79,7 +79,7 @@ class Gaussians:
         return shrunk(sample + RIDGE * np.eye(width), shrinkage, gamma)
 
     def moved(self, matrix: Doubles, offset: Doubles) -> Gaussians:
-        """Under z ↦ Az + a, A f64[D, D]: means Aμ + a, covariances AΣAᵀ, symmetric; of a diagonal its diagonal."""
+        """The statistics of the features z ↦ Az + a, A f64[D, D]: means Aμ + a, covariances AΣAᵀ (or its diagonal)."""
         means = self.means @ matrix.T + offset
         if self.diagonal:
             return replace(self, means=means, scatter=self.scatter @ (matrix**2).T)

@@ -44,12 +44,6 @@ def symmetric(matrix: Matrix) -> Matrix:
     return half
 
 
-def condition(covariance: Matrix) -> float:
-    """Largest eigenvalue by the smallest; infinite where that is not above 0."""
-    values = linalg.eigvalsh(symmetric(covariance))
-    return float(values[-1] / values[0]) if values[0] > 0 else np.inf
-
-
 def roots(covariance: Matrix) -> tuple[Matrix, Matrix]:
     """(S^½, S^-½), both symmetric, from LAPACK's symmetric eigendecomposition.
 

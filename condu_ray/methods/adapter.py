@@ -97,7 +97,7 @@ def learn(
     on_step: Callable[[Step], None],
 ) -> Trained:
     """Fits the adapter; a fit is short, so one that was killed begins anew, to the same bits."""
-    assert features is not None, "the registry says that these systems learn on features"
+    assert features is not None, "the catalogue says that these methods learn on features"
     delta = before.delta(before.tasks[-1]) if before.tasks else None
     start = None if delta is None else adapter_of(layout, delta)
     old = [before.memory[name] for name in before.tasks]

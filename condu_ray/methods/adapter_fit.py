@@ -32,14 +32,13 @@ from condu_ray.methods.step import Log, Losses, Step
 from condu_ray.methods.training import adapter_epochs
 from condu_ray.models.head import mixed
 
-DECAYS = (4 / 15, 10 / 15)
-DECAY = 0.1
+DECAYS, DECAY = (4 / 15, 10 / 15), 0.1  # after these shares of the epochs the rate falls to a tenth (RAPF)
 HINGE_DRAWS = 20  # features of a class for each of its pairs
-LEAST_CLASSES = 2  # of which features are drawn in a step
-LEAST_SHARE = 1e-3  # of a β that is learned, when it starts
-SHARE_RATE = 10  # times the adapter's
-HELD_OUT = 10  # one picture in ten, where β is searched for
-GRID = np.linspace(0, 1, 21)
+LEAST_CLASSES = 2  # old classes that a step draws features of, at least
+LEAST_SHARE = 1e-3  # a learned β starts at least so far from 0 and from 1, where its logit is infinite
+SHARE_RATE = 10  # the learning rate of β, in units of the adapter's
+HELD_OUT = 10  # where β is searched for, one picture in so many is held out
+GRID = np.linspace(0, 1, 21)  # the β that are tried
 NO_PAIRS = np.empty((0, 2), np.int64)
 
 
@@ -97,7 +96,7 @@ class _Past:
         self._old, self._config = old, config
 
     def texts_with(self, new: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Of all classes, those of the task last."""
+        """Unit texts f32[C, D] of all classes; `new`, those of the task, come last."""
         return np.concatenate([*(each["texts"] for each in self._old), new])
 
     def draw(self, label: int, count: int, *key: int) -> NDArray[np.float32]:
@@ -111,6 +110,11 @@ class _Past:
 
 
 class _Fitting:
+    """One fit: the parameters W and β, and what each step needs. rest: i64, the features that are trained on.
+
+    Other arguments: as of `fit`.
+    """
+
     def __init__(
         self,
         task: str,

@@ -1,6 +1,6 @@
 """ConDU with full fine-tuning: train from θ⁰, fuse the delta (arXiv 2503.10705, decoupling and unifying).
 
-As `condu-sign` with sign triggers over shared magnitudes (our reconstruction).
+Under the name `condu-sign` with sign triggers over magnitudes that all tasks share (ours, fusion/signs.py).
 """
 
 from __future__ import annotations

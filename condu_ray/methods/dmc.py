@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from condu_ray.config import SessionConfig, prompt_lengths
 from condu_ray.data import TaskData
-from condu_ray.data.loading import PictureSet, in_batches
+from condu_ray.data.loading import BATCH, PictureSet, in_batches
 from condu_ray.fusion.layout import Layout
 from condu_ray.memory.calibration import best_mode, distances, fit, measure
 from condu_ray.memory.gaussians import Gaussians, Sampler
@@ -41,7 +41,7 @@ from condu_ray.methods.discriminants import discriminants
 from condu_ray.methods.objective import Teacher
 from condu_ray.methods.prompt_tuning import PromptedTask, tune_prompts
 from condu_ray.methods.protocol import Features, Memory, Stored, TaskState, Vector
-from condu_ray.methods.remembered import Found, Remembered, fingerprint
+from condu_ray.methods.remembered import Remembered, SessionDrift, fingerprint
 from condu_ray.methods.states import LatestState
 from condu_ray.methods.step import Step
 from condu_ray.methods.training import Place, Trained, prompt_steps_for, steps_for, train_task
@@ -51,9 +51,8 @@ from condu_ray.models.lora import Adapters, inject, merged_weights, plan_adapter
 from condu_ray.models.prompts import most_vectors, prompt_tokens, start_vectors
 
 SHARED = "prompt.shared"
-BATCH = 64
 VISION = "vision"
-"""Begins the names of what the first stage gave, in a checkpoint of the second."""
+"""Prefix of the first stage's result in a checkpoint of the second."""
 
 
 @lru_cache(maxsize=2)
@@ -81,7 +80,7 @@ def layout(clip: Clip, config: SessionConfig) -> Layout:
 
 
 def _vision(layout: Layout) -> Layout:
-    """Of the image tower alone; its vector is the beginning of the whole one."""
+    """The layout of the image tower's factors alone; its vector is the first part of the whole one."""
     own = tuple(entry for entry in layout.entries if entry.name != SHARED)
     rest = [entry.offset for entry in layout.entries if entry.name == SHARED]
     return Layout(own, rest[0] if rest else layout.total)
@@ -157,9 +156,9 @@ def learn(
         stages.keep(vision)
     after = model.with_vision(vision.delta)
     seen = after.seen(task)
-    found = None
+    drift = None
     if seen_before is not None:
-        kept, found = _follow(kept, model.encoder, after.encoder, seen_before, seen, task.train.labels, config)
+        kept, drift = _follow(kept, model.encoder, after.encoder, seen_before, seen, task.train.labels, config)
     prompts = after.prompts(task, kept)
     old_classes = Gaussians.joined([each.gaussians for each in kept.values()]) if kept else None
     tuned = tune_prompts(
@@ -176,7 +175,7 @@ def learn(
         lambda step: on_step(replace(step, step=first + step.step, steps=first + second)),
     )
     gaussians = Gaussians.fit(seen, task.train.labels, len(task.classes), config.memory.covariance)
-    new = Remembered(after.encoder, gaussians, prompts[-1].tokens, tuned.own, tuned.texts[-1], found)
+    new = Remembered(after.encoder, gaussians, prompts[-1].tokens, tuned.own, tuned.texts[-1], drift)
     old = {name: replace(each, texts=texts) for (name, each), texts in zip(kept.items(), tuned.texts[:-1], strict=True)}
     return Trained(
         after.with_shared(tuned.shared).delta,
@@ -194,7 +193,7 @@ def _follow(
     seen: NDArray[np.float32],
     labels: NDArray[np.int64],
     config: SessionConfig,
-) -> tuple[dict[str, Remembered], Found]:
+) -> tuple[dict[str, Remembered], SessionDrift]:
     """Old statistics under the encoder `after`, told from pictures that both saw, f32[N, D] each."""
     settings = config.dmc
     shrinkage, kind = settings.shrinkage, settings.compared
@@ -212,7 +211,7 @@ def _follow(
         diagonal=config.memory.covariance == "diagonal",
     )
     moved = {name: each.calibrated(calibration, before, after, name) for name, each in kept.items()}
-    return moved, Found(mode, drift, distances(calibration, seen_before, seen))
+    return moved, SessionDrift(mode, drift, distances(calibration, seen_before, seen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +284,7 @@ class _Model:
         )
 
     def prompts(self, task: TaskData, kept: Mapping[str, Remembered]) -> list[PromptedTask]:
-        """Those of old tasks, then the new one's, which starts where the newest of them is."""
+        """The prompts of old tasks, then the new task's, which starts as a copy of the newest of them."""
         shared, own = _lengths(self.clip, self.config)
         newest = list(kept.values())[-1].prompt if kept else _start(self.clip, self.config, own)
         old = [PromptedTask(each.tokens, each.prompt, each.texts) for each in kept.values()]
@@ -293,13 +292,16 @@ class _Model:
 
 
 class _Stages:
-    """Checkpoints of one training as those of its two stages. What was found is let go once a stage goes on from it."""
+    """One checkpoint, which the two stages of a training write in turn.
+
+    found: what an earlier run left; dropped once a stage has taken it, since it is as large as the model's moments.
+    """
 
     def __init__(self, resume: Resume) -> None:
         self.resume, self.found = resume, resume.load()
 
     def vision(self) -> Trained | None:
-        """What the first stage gave, where it was over."""
+        """The result of the first stage, where an earlier run finished it; else None."""
         if self.found is None or f"{VISION}/delta" not in self.found:
             return None
         losses = [(int(step), float(loss)) for step, loss in self.found[f"{VISION}/losses"]]

@@ -21,10 +21,10 @@ Buffers = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Experts:
-    """Callable: task name -> what stands in for θ⁰'s own parameters and buffers, or is added; None where θ⁰ answers.
+    """Makes the experts of a state. Callable: task name -> its expert; None where θ⁰ itself answers.
 
-    buffers: task -> buffers that its training changed, kept exactly beside the fused parameters. One model that answers
-    for all tasks is made once for those without buffers of their own. half: matrices and kernels in bfloat16.
+    buffers: task -> buffers that its training changed, kept exactly beside the fused parameters. half: matrices and
+    kernels in bfloat16. Where one model answers for all tasks, it is made once.
     """
 
     clip: Clip
@@ -52,7 +52,7 @@ class Experts:
         return halved(expert) if self.half else expert
 
     def merged(self, task: str) -> Overrides | None:
-        """As a call, but always what stands in for θ⁰'s own, as a file of weights has it."""
+        """The expert as parameters and buffers of its own, also where a call gives adapters; None where θ⁰ answers."""
         delta = self.state.delta(task)
         if delta is None:
             return None

@@ -87,7 +87,7 @@ class TaskState(Protocol):
 
 
 class Method(Protocol):
-    """What a system does with a task; which of them train, and in order, stands in the registry."""
+    """What a system does with a task; which of them train, and in order, stands in catalogue.py."""
 
     def layout(self, clip: Clip, config: SessionConfig) -> Layout:
         """What is fused: fixed for the life of a store."""
@@ -133,6 +133,6 @@ class Learner(Method, Protocol):
     ) -> Trained:
         """Trains `task` on top of the state `before`; the delta is relative to θ⁰.
 
-        features: where the registry says that the system learns on them. Every process of a group calls this alike and
+        features: where the catalogue says that the method learns on them. Every process of a group calls this alike and
         gets the same; only rank 0 saves checkpoints. Raises TrainingError for a loss that is not finite.
         """

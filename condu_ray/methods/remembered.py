@@ -30,9 +30,12 @@ def fingerprint(encoder: Vector | None) -> bytes:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What a session found out about the drift of the encoder: which mode followed it, how well each would have, and
-    W₂ of the current pictures' Gaussians before and after."""
+class SessionDrift:
+    """How far a session's training moved the encoder, and how old statistics were made to follow.
+
+    mode: the calibration that was taken. drift: what every mode would have recovered. distances: W₂ (2-Wasserstein)
+    between the current pictures' Gaussians under the two encoders, before and after calibration.
+    """
 
     mode: Mode
     drift: Drift
@@ -46,7 +49,7 @@ class Found:
         return np.array([get_args(Mode).index(self.mode), *residuals, *shares, *self.distances])
 
     @classmethod
-    def from_array(cls, values: NDArray[np.float64]) -> Found:
+    def from_array(cls, values: NDArray[np.float64]) -> SessionDrift:
         mode, *rest = values.tolist()
         modes: tuple[Mode, ...] = get_args(Mode)
         residuals = dict(zip(modes, rest, strict=False))
@@ -57,8 +60,8 @@ class Found:
 @dataclass(frozen=True, eq=False)
 class Remembered:
     """encoder: fingerprint of the encoder that `gaussians` belong to. tokens: int64[C, L], the class names behind
-    placeholders. prompt: f32[M, W], the vectors of this task alone. texts: unit vectors f32[C, D]. found: of the
-    session that learned it; None for the first.
+    placeholders. prompt: f32[M, W], the vectors of this task alone. texts: unit vectors f32[C, D]. session_drift: what
+    the session that learned this task measured; None for the first task.
     """
 
     encoder: bytes
@@ -66,7 +69,7 @@ class Remembered:
     tokens: Tensor
     prompt: Tensor
     texts: Tensor
-    found: Found | None = None
+    session_drift: SessionDrift | None = None
 
     def calibrated(self, calibration: Calibration, before: bytes, after: bytes, task: str) -> Remembered:
         """The same task under the next encoder. Raises TrainingError where the statistics are not those of `before`."""
@@ -79,14 +82,14 @@ class Remembered:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """By name, for the store."""
-        found = {} if self.found is None else {"drift": self.found.array()}
+        drift = {} if self.session_drift is None else {"drift": self.session_drift.array()}
         return {
             "encoder": np.frombuffer(self.encoder, np.uint8),
             **self.gaussians.arrays(),
             "tokens": self.tokens.cpu().numpy().astype(np.int32),
             "prompt": self.prompt.cpu().numpy(),
             "texts": self.texts.cpu().numpy(),
-            **found,
+            **drift,
         }
 
     @classmethod
@@ -97,5 +100,5 @@ class Remembered:
             torch.from_numpy(arrays["tokens"].astype(np.int64)),
             torch.tensor(arrays["prompt"]),
             torch.tensor(arrays["texts"]),
-            Found.from_array(arrays["drift"]) if "drift" in arrays else None,
+            SessionDrift.from_array(arrays["drift"]) if "drift" in arrays else None,
         )

@@ -145,11 +145,12 @@ def taken_over(before: Vector | None, trained: Vector) -> Vector:
 
 @dataclass(frozen=True, eq=False)
 class LatestState:
-    """Systems with one model that every task moves on; all tasks are answered by the newest.
+    """One model that every task changes, and which answers for all of them.
 
-    move: how a new task's model enters, a function that pickles. What a task did to the model cannot be taken out
-    again, so forgetting drops its name and what is kept of it alone; without any task the model is θ⁰. written: task ->
-    which object holds its memory.
+    move: how the model that a task's training gave enters, a function that pickles. latest: the model as a delta, None
+    before the first task. uid: how many tasks were added. memory: see `TaskState`; written: task -> the object that
+    holds its memory. What a task did to the model cannot be taken out again, so forgetting drops its name and memory
+    alone; without any task the model is θ⁰.
     """
 
     layout: Layout

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from condu_ray.config import DomainFeatures
 
-MOST_CHANNELS = 512  # or two blocks of the widest
+MOST_CHANNELS = 512  # of all chosen blocks together, or twice those of the widest
 
 Watched = tuple[nn.Module, Callable[[Tensor], Tensor]]
 """A module, and what is kept of its output [B, ...]: f32[B, C]."""
@@ -43,8 +43,11 @@ def watch_list(tower: nn.Module, kind: DomainFeatures) -> list[Watched]:
 
 
 def spread(channels: Sequence[int], first: int = 0) -> list[int]:
-    """Which to look at: the `first` ones, and of the others all but the last, or as many, evenly spaced, as stay within
-    MOST_CHANNELS."""
+    """Places of the outputs that make the domain features.
+
+    The `first` ones, and of the others all but the last, or as many of them, evenly spaced, as stay within
+    MOST_CHANNELS. channels: of each output.
+    """
     inner = list(range(first, max(first + 1, len(channels) - 1)))
     limit = max(MOST_CHANNELS, 2 * max(channels, default=0)) - sum(channels[:first])
     for count in range(len(inner), 0, -1):
@@ -55,7 +58,7 @@ def spread(channels: Sequence[int], first: int = 0) -> list[int]:
 
 
 def domain_features(modules: Sequence[Watched], seen: Mapping[int, Tensor]) -> Tensor:
-    """What was kept of those to look at, side by side, f32[B, W]. seen: as `watched` gives it."""
+    """The kept outputs of the chosen modules (`spread`) side by side, f32[B, W]. seen: as `watched` gives it."""
     found = [seen[place] for place in sorted(seen)]
     patches = sum(kept is map_deviations for _, kept in modules)
     return torch.cat([found[each] for each in spread([kept.shape[1] for kept in found], patches)], dim=1)
@@ -84,7 +87,7 @@ def _deviations(output: Tensor, places: int) -> Tensor:
 
 @contextmanager
 def watched(modules: Sequence[Watched]) -> Iterator[dict[int, Tensor]]:
-    """What is kept of each module's output, by its place, of the passes that this thread makes meanwhile."""
+    """Yields a mapping, place of a module -> what is kept of its output; passes of this thread fill it in the block."""
     found: dict[int, Tensor] = {}
     thread = threading.get_ident()
 

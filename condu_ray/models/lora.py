@@ -234,7 +234,7 @@ def _worth_merging(model: nn.Module, adapters: Adapters, factors: Mapping[str, N
 
 @contextmanager
 def in_rows(model: nn.Module, segments: Sequence[tuple[LowRank, int]]) -> Iterator[None]:
-    """Meanwhile the first rows of a batch pass through the first expert, and so on; for one thread at a time.
+    """While the block runs, the first rows of a batch pass through the first expert, and so on; one thread at a time.
 
     segments: experts with the number of their rows, which together are the batch.
     """

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from condu_ray.config import WATCHED, ServeConfig
-from condu_ray.engine.replies import GONE
+from condu_ray.engine.replies import GONE, TRIES
 from condu_ray.errors import ConfigError
 from condu_ray.serving.api import build
 from condu_ray.serving.experts import expert_replica
@@ -32,7 +32,6 @@ from condu_ray.store import open_store
 
 STANDING_SECONDS = 1.0
 GONE_SECONDS = 10.0  # a replica that was not heard of for so long is gone
-TRIES = 3  # an answer changes nothing, so a request whose replica died is asked again
 
 
 def app(settings: dict[str, Any]) -> serve.Application:
@@ -102,7 +101,7 @@ class Handle:
 
     async def answer(self, asking: Asking) -> Reply:
         """Raises Problem where no replica can answer."""
-        for _ in range(TRIES):
+        for _ in range(TRIES):  # an answer changes nothing, so a request whose replica died is asked again
             try:
                 reply: Reply = await self._handle.answer.remote(asking, self._seconds)
                 return reply

@@ -15,15 +15,13 @@ from ray.serve.handle import DeploymentHandle
 from torch import Tensor
 
 from condu_ray.config import ServeConfig
-from condu_ray.engine.replies import GONE
+from condu_ray.engine.replies import GONE, TRIES
 from condu_ray.serving.answering import TooLate
 from condu_ray.serving.threads import run_in
 from condu_ray.store import open_store
 from condu_ray.voting.labels import Block
 from condu_ray.voting.open import base_of, expert_maker
 from condu_ray.voting.voters import Asked, ExpertCache, LocalVoters, Voters
-
-TRIES = 3
 
 
 def expert_replica(most: int) -> type:

@@ -16,7 +16,7 @@ SHARES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
 
 
 class FrontFigures:
-    """Of one front."""
+    """The metrics of one front."""
 
     def __init__(self) -> None:
         self._requests = Counter("condu_requests", "requests by route and status", ("route", "status"))
@@ -28,7 +28,7 @@ class FrontFigures:
 
 
 class ReplicaFigures:
-    """Of one replica."""
+    """The metrics of one replica."""
 
     def __init__(self) -> None:
         self._stages = Histogram("condu_stage_seconds", "decode, wait (for a batch), model", SECONDS, ("stage",))

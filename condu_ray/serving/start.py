@@ -34,7 +34,7 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
     _check_port(config)
     config = config.model_copy(update={"store": os.path.abspath(config.store)} if os.path.isdir(config.store) else {})
     with connected(cluster) as found:
-        _check_free(config)
+        _check_free()
         if not found.joined:
             _check_room(config, found)
         serve.start(http_options={"host": config.host, "port": config.port})
@@ -51,7 +51,7 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
             _stop(found)
 
 
-def _check_free(config: ServeConfig) -> None:
+def _check_free() -> None:
     """Raises ConfigError where Serve runs already: its applications would go with this server."""
     there = serve.status()
     if there.applications or there.proxies:

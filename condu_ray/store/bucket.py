@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def sha256(self) -> str | None:
-        """As it was written down by who wrote the object; None where another program did."""
+        """The digest (hex) that this package writes into an object's metadata; None where another program wrote it."""
         return self.meta.get(_SHA256)
 
 

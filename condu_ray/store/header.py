@@ -27,6 +27,10 @@ def fixed_settings(url: str) -> dict[str, Any] | None:
 
 
 def session_settings(options: Mapping[str, Any], file: Path | None = None) -> tuple[SessionConfig, dict[str, str]]:
-    """`sources.resolve` with what the store that they name was made with, if there is one."""
+    """Merges settings as `sources.resolve` does, above those that the store they name was made with, if it exists.
+
+    options: dotted name -> value. file: YAML. Returns the settings, and where each came from, by dotted name. Raises
+    ConfigError that lists every fault at once, and for a value that is not the store's.
+    """
     first, _ = resolve(options, file)
     return resolve(options, file, fixed_settings(first.store))

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from condu_ray.catalogue import METHODS
 from condu_ray.config import DomainFeatures
-from condu_ray.errors import StoreError
+from condu_ray.errors import NotFound, StoreError, nearest
 
 FORMAT = 2
 """The newest format that this release reads, and the one it writes."""
@@ -124,6 +124,19 @@ class Manifest(_Record):
     def task(self, name: str) -> TaskCard | None:
         """Returns the card of the task with this name, or None."""
         return next((task for task in self.tasks if task.name == name), None)
+
+    def card(self, name: str) -> TaskCard:
+        """Returns the card of the task with this name. Raises NotFound, offering the nearest name there is."""
+        if (found := self.task(name)) is None:
+            names = [task.name for task in self.tasks]
+            raise NotFound(f"no task {name} in version {self.version}", nearest(name, names))
+        return found
+
+    def followed_by(self, kind: Kind, message: str, **changes: Any) -> Manifest:
+        """Returns the version after this one: the same but for `changes` (fields by name), in today's format."""
+        kept = self.model_dump(exclude={"format", "created", "seconds"})
+        own = {"version": self.version + 1, "parent": self.version, "kind": kind, "message": message}
+        return Manifest.model_validate({**kept, **own, **changes})
 
 
 class StoreHeader(_Record):

@@ -330,18 +330,18 @@ def _log_numbers(
         means = {"transfer": matrix.transfer(), "average": matrix.average(), "last": matrix.last()}
         metrics += [metric(name, value) for name, value in means.items() if value is not None]
     metrics = [metric for metric in metrics if math.isfinite(metric.value)]
-    params = [Param(key_of(name), text[:PARAMETER_LENGTH]) for name, text in flatten(manifest.settings)]
+    params = [Param(key_of(name), text[:PARAMETER_LENGTH]) for name, text in texts_of(manifest.settings)]
     for start in range(0, len(metrics), _BATCH["metrics"]):
         client.log_batch(run_id, metrics=metrics[start : start + _BATCH["metrics"]])
     for start in range(0, len(params), _BATCH["params"]):
         client.log_batch(run_id, params=params[start : start + _BATCH["params"]])
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields dotted names and texts of nested settings; what is no mapping is written as JSON, text as it is."""
+def texts_of(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields (dotted name, text) for each of nested settings: text as it is, other values as JSON."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{name}.")
+            yield from texts_of(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 

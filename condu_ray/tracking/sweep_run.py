@@ -14,10 +14,10 @@ from condu_ray.tracking.mlflow_run import (
     PARAMETER_LENGTH,
     Tracking,
     client_of,
-    flatten,
     key_of,
     reason_of,
     runs_with,
+    texts_of,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _record(
             client.delete_run(each.info.run_id)
     parent = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     _log(client, parent, best)
-    for key, value in flatten(dict(terms)):
+    for key, value in texts_of(dict(terms)):
         client.set_tag(parent, f"condu.{key_of(key)}", value[:PARAMETER_LENGTH])
     for file in files:
         client.log_artifact(parent, str(file))

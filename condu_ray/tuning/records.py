@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ class Record:
 
     @property
     def values(self) -> tuple[float, ...] | None:
-        """Of the objectives when it ended; None where it failed or has reported nothing."""
+        """The objectives' values when the trial ended; None where it failed or has reported nothing."""
         return self.reports[-1].values if self.reports and self.state != "failed" else None
 
     @property
@@ -68,19 +68,15 @@ class Record:
 
 
 def finished(records: Sequence[Record]) -> list[Record]:
-    """Those that ran to their end: what the others reached is no figure of a whole trial."""
+    """The trials that ran to their end: what the others reached is no figure of a whole trial."""
     return [record for record in records if record.state == "finished" and record.values is not None]
 
 
-@dataclass
 class Trials:
     """The trials of a folder, by file; a trial writes its own while it runs, the driver how it ended."""
 
-    folder: Path
-    _place: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._place = self.folder / "trials"
+    def __init__(self, folder: Path) -> None:
+        self._place = folder / "trials"
 
     def path(self, settings: Settings) -> Path:
         """The trial's file, named by its configuration; the folder of the same name without .json is its workplace."""

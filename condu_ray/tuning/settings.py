@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from condu_ray.config import SessionConfig
-from condu_ray.engine.keys import HOW, PLACEMENT
+from condu_ray.engine.keys import EXECUTION, PLACEMENT
 from condu_ray.errors import ConfigError, nearest, without_credentials
 from condu_ray.methods import registry
 from condu_ray.sources import flatten, nest, read_yaml, resolve
@@ -102,7 +102,7 @@ class Sweep(BaseModel):
 
     @property
     def goals(self) -> Goals:
-        """`last` where `accuracy`, which is that of parameters tuned for one task, cannot be had."""
+        """The objectives; by default the accuracy of a single task as trained, or `last` where there is none."""
         several = len(self.config.tasks) > 1 or self.kind == "inference" or self.learner is not None
         return Goals(
             self.objectives or (("last",) if several else ("accuracy",)), self.zero_shot_penalty, self.latency_ms
@@ -110,7 +110,7 @@ class Sweep(BaseModel):
 
     @property
     def learner(self) -> str | None:
-        """A system among those that trials train which has a training of its own: nobody looks into it."""
+        """A method that trials train and that has a training of its own, so that no accuracy is measured on the way."""
         searched = self.space.get("method")
         names = searched.corners() if searched else [self.config.method]
         return next((str(name) for name in names if registry.learner(str(name))), None)
@@ -154,7 +154,7 @@ def _from_environment() -> set[str]:
 def _lasting(config: SessionConfig) -> dict[str, Any]:
     """The session's settings by dotted name, but for where and how it runs."""
     settings = flatten(config.model_dump(mode="json")).items()
-    return {name: value for name, value in settings if name == "tasks" or name not in PLACEMENT | HOW}
+    return {name: value for name, value in settings if name == "tasks" or name not in PLACEMENT | EXECUTION}
 
 
 def read_sweep(path: Path) -> Sweep:

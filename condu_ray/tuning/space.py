@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from condu_ray.config import SessionConfig, fields
-from condu_ray.engine.keys import HOW, PLACEMENT
+from condu_ray.engine.keys import EXECUTION, PLACEMENT
 from condu_ray.errors import ConfigError, nearest
 from condu_ray.sources import flatten, from_dotted
 
 Scalar = bool | int | float | str | None
 
-NOT_SEARCHED = PLACEMENT | HOW | {"model", "pretrained", "seed", "test_share", "eval_pictures"}
+NOT_SEARCHED = PLACEMENT | EXECUTION | {"model", "pretrained", "seed", "test_share", "eval_pictures"}
 """Settings that say where a session runs, what it starts from or how it is measured."""
 
 

@@ -15,14 +15,14 @@ from torch import nn
 
 from condu_ray.config import SessionConfig
 from condu_ray.data import PictureSet, Split, TaskData, prompts
-from condu_ray.data.loading import in_batches
+from condu_ray.data.loading import BATCH, in_batches
 from condu_ray.engine import figures as measure
 from condu_ray.engine.crew import Crew
 from condu_ray.engine.evaluate import BY, snapshot_of
 from condu_ray.engine.in_process import InProcessCrew
 from condu_ray.engine.keys import train_key
 from condu_ray.engine.plan import store_for
-from condu_ray.engine.progress import silent, unseen
+from condu_ray.engine.progress import no_update, silent
 from condu_ray.engine.scoring import threads_of
 from condu_ray.engine.session import learn
 from condu_ray.engine.work import BASE, checkpoints
@@ -36,8 +36,6 @@ from condu_ray.store import Store
 from condu_ray.tuning.objectives import Goals, Row, figures_of
 from condu_ray.tuning.records import Record, Report, Trials
 from condu_ray.tuning.space import Settings, applied
-
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def _stream(assignment: Assignment, config: SessionConfig, tell: Tell) -> None:
 
 
 def _zero_shot(crew: Crew, tests: dict[str, tuple[TaskData, Split]]) -> list[float | None]:
-    return [*crew.score([measure.ask("base", *pair) for pair in tests.values()], None, unseen)]
+    return [*crew.score([measure.ask("base", *pair) for pair in tests.values()], None, no_update)]
 
 
 def _row(
@@ -163,5 +161,5 @@ def _row(
     asked = [name for name in tests if name in learned or assignment.goals.unseen]
     crew.hold(manifest)
     questions = [measure.ask(by[name], *tests[name]) for name in asked]
-    scores = dict(zip(asked, crew.score(questions, snapshot_of(store, manifest), unseen), strict=True))
+    scores = dict(zip(asked, crew.score(questions, snapshot_of(store, manifest), no_update), strict=True))
     return [scores.get(name) for name in tests]

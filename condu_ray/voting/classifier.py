@@ -272,7 +272,7 @@ class Classifier:
         )
 
     def _votes(self, routed: Routed, base: float) -> tuple[Vote, ...]:
-        """Those that have a share; θ⁰ alone where no task is learned."""
+        """The votes with a weight above 0, θ⁰'s last; θ⁰ alone where no task is learned. base: its weight."""
         if not routed.experts:
             return (Vote(None, None, 1.0),)
         shares = zip(routed.experts, routed.nearness, (1 - base) * routed.shares, strict=True)

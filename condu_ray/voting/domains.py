@@ -2,7 +2,7 @@
 
 One Gaussian a class, one covariance within classes that all tasks share (linear discriminant analysis); "of none" by
 the relative Mahalanobis distance (Ren et al. 2021, arXiv 2106.09022). What a task keeps are its own moments, so tasks
-may come in any order, be forgotten, and none needs another's pictures. As a router of experts: our reconstruction.
+may come in any order, be forgotten, and none needs another's pictures. Routing experts by it is ours.
 
 The same discriminant tells a task's classes apart beside the task's expert (`evidence`, ours): it looks at earlier
 layers than the expert's answer does, and at no text.
@@ -26,9 +26,9 @@ SHRINKAGE = 0.1  # of covariances towards their diagonals
 FLOOR = 1e-5  # variance of channels that never moved, in medians of the others
 
 PRIOR = 0.05  # share of pictures that are expected to be of no task, where nothing else is known
-KNOWN_QUANTILE = 0.01
+KNOWN_QUANTILE = 0.01  # of the tasks' own pictures: where those that are known end
 FARTHEST = 2.0  # deviations below that quantile: how far away a strange picture counts as, at most
-TEMPERATURES = np.geomspace(2.0, 2000.0, 31)
+TEMPERATURES = np.geomspace(2.0, 2000.0, 31)  # that `calibrate` chooses from, in units of squared distance
 EVIDENCE = 0.5  # power of the discriminant's probabilities: the expert looks at the same picture
 STEPS, RIDGE = 50, 1e-3  # of the logistic regression
 CHUNK = 8192  # pictures whose features are held in double precision at once
@@ -143,7 +143,7 @@ class Discriminant:
         """scatter: the sum of all `Domain.scatter`, where the caller has it."""
         edges = np.cumsum([0, *(len(each.counts) for each in domains)])
         self.columns = tuple(slice(int(a), int(b)) for a, b in pairwise(edges))
-        """Of each task's classes among all."""
+        """For each task, where its classes are among the classes of all tasks."""
         counts = np.concatenate([each.counts for each in domains])
         self._seen = seen = counts > 0
         means = np.concatenate([each.means for each in domains]).astype(np.float64)[seen]
@@ -158,7 +158,7 @@ class Discriminant:
         self._center = center @ self._white_all
 
     def distances(self, features: NDArray[Any]) -> Distances:
-        """Of domain features [B, W]."""
+        """Distances of pictures with domain features [B, W]."""
         values = np.asarray(features, dtype=np.float64)
         near = values @ self._white
         squared = np.full((len(values), len(self._seen)), np.inf)

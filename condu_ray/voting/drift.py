@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 
 from condu_ray.config import ModelSpec
 from condu_ray.data import Skipped, open_pictures
-from condu_ray.data.loading import in_batches, unlabelled
+from condu_ray.data.loading import BATCH, in_batches, unlabelled
 from condu_ray.errors import NotFound
 from condu_ray.models.load import load
 from condu_ray.store import open_store
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.open import task_experts
 
-MOST_PICTURES = 1000
-BATCH = 64
+MOST_PICTURES = 1000  # that are looked at: a test of two distributions needs no more
 FEWEST = 8
 """Pictures on each side below which a test says nothing."""
 

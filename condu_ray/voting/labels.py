@@ -55,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Those of a caller's labels that are classes of a task: places i64[N] among the labels, and among the classes."""
+    """The caller's labels that are classes of one task: their places i64[N] among the labels, and among its classes."""
 
     labels: NDArray[np.int64]
     classes: NDArray[np.int64]
@@ -120,7 +120,7 @@ class LabelSpace:
         return replace(self, prompts=texts, learned=tuple((card.name, place) for card, place in found))
 
     def by_task(self, cards: Sequence[Card]) -> dict[str, Part]:
-        """Of each task that has some of the caller's labels: which; nothing where one of the labels is no task's."""
+        """For each task that has some of the caller's labels, which these are; {} where a label is no task's class."""
         places = {card.name: _places([label.name for label in self.labels], card.classes) for card in cards}
         if any(all(place is None for place in of_label) for of_label in zip(*places.values(), strict=True)):
             return {}
@@ -132,7 +132,7 @@ class LabelSpace:
         }
 
     def whole(self, part: Part) -> bool:
-        """Whether it has all the labels; its classes are then in their order."""
+        """Whether the part has all labels; then its `classes` are in the order of the labels."""
         return len(part.labels) == len(self.labels)
 
     @staticmethod

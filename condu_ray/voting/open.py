@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from condu_ray.catalogue import info
 from condu_ray.config import ModelSpec, VoteConfig
 from condu_ray.errors import NotFound
 from condu_ray.methods import registry
@@ -51,7 +52,7 @@ def load_classifier(
         calibrated,
         manifest.version,
         cache,
-        registry.info(store.header.method).single,
+        info(store.header.method).single,
     )
 
 
@@ -76,7 +77,7 @@ def check_pictured(manifest: Manifest) -> None:
 
 
 def task_experts(store: Store, manifest: Manifest) -> list[TaskExpert]:
-    """Raises NotFound for a task that was merged from weights."""
+    """The tasks of a version as voting sees them. Raises NotFound for a task that was merged from weights."""
     check_pictured(manifest)
     return [
         TaskExpert(

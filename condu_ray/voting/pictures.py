@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from condu_ray.data import Skipped, open_pictures
-from condu_ray.data.loading import in_batches, unlabelled
+from condu_ray.data.loading import BATCH, in_batches, unlabelled
 from condu_ray.voting.answer import Answer
 from condu_ray.voting.classifier import Classifier
-
-BATCH = 64
 
 
 def classify_paths(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from condu_ray.errors import DataError
 
-HELD_OUT = 64
+HELD_OUT = 64  # pictures of a task, at most
 HELD_OUT_SHARE = 5  # one picture in five, so that four fifths of every class still make its image mean
 _EPSILON = 1e-12
 

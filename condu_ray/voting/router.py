@@ -120,7 +120,7 @@ def router_of(tasks: Sequence[Known], vote: VoteConfig, calibrated: Calibrated) 
 
 
 def calibrated(tasks: Sequence[Known], vote: VoteConfig) -> Calibrated:
-    """For at most `vote.k` experts, and the prototypes that the vote takes."""
+    """What the tasks' held-out pictures say about routing by this vote (`vote.k`, `vote.prototypes`)."""
     if not tasks:
         return Calibrated()
     domains = [task.domain for task in tasks if task.domain is not None]
@@ -131,7 +131,7 @@ def calibrated(tasks: Sequence[Known], vote: VoteConfig) -> Calibrated:
 
 
 def for_prototypes(tasks: Sequence[Known], vote: VoteConfig, calibrated: Calibrated) -> Calibrated:
-    """The same with cosines calibrated for another choice of prototypes, or another number of experts."""
+    """The same with the cosines calibrated anew, for a vote with other prototypes or another number of experts."""
     return replace(
         calibrated, cosines=calibrate_cosines([task.prototypes.of(vote.prototypes) for task in tasks], vote.k)
     )

@@ -17,8 +17,8 @@ from condu_ray.models.clip import Clip, Headed, class_embeddings
 from condu_ray.voting.labels import Block
 
 CANDIDATE_BYTES = 128 * 2**20
-Expert = str | None
-"""A task's name, or None for θ⁰."""
+Voter = str | None
+"""Who scores labels: a task's expert, by the task's name, or None for θ⁰."""
 
 
 def rows_of(kept: Mapping[str, Tensor], block: Block) -> Tensor | None:
@@ -31,29 +31,32 @@ def rows_of(kept: Mapping[str, Tensor], block: Block) -> Tensor | None:
 
 
 class Tables:
-    """The embeddings f32[C, D] of a block of labels, by an expert or θ⁰."""
+    """The class embeddings f32[C, D] of a block of labels, by the text tower of an expert or of θ⁰."""
 
     def __init__(self, clip: Clip) -> None:
         self._clip = clip
-        self._learned: dict[tuple[Expert, str], Tensor] = {}
-        self._candidates: OrderedDict[tuple[Expert, tuple[tuple[str, ...], ...]], Tensor] = OrderedDict()
+        self._learned: dict[tuple[Voter, str], Tensor] = {}
+        self._candidates: OrderedDict[tuple[Voter, tuple[tuple[str, ...], ...]], Tensor] = OrderedDict()
 
-    def of(self, expert: Expert, parameters: models.Expert | None, block: Block) -> Tensor:
-        """Unit vectors in the order of the block's labels; those that the expert's head has for learned classes."""
+    def of(self, voter: Voter, parameters: models.Expert | None, block: Block) -> Tensor:
+        """Unit vectors f32[C, D] in the order of the block's labels; a head's own where it has some for these classes.
+
+        parameters: those of the voter, None for θ⁰.
+        """
         if isinstance(parameters, Headed):
             own = rows_of(parameters.head.texts, block)
             if own is not None:
                 return own
-            expert, parameters = expert if parameters.tower else None, parameters.tower
+            voter, parameters = voter if parameters.tower else None, parameters.tower
         if block.task is None:
-            return self._of_candidates(expert, parameters, block)
-        key = (expert, block.task)
+            return self._of_candidates(voter, parameters, block)
+        key = (voter, block.task)
         if key not in self._learned:
             self._learned[key] = class_embeddings(self._clip, block.prompts, parameters)
         return self._learned[key]
 
-    def _of_candidates(self, expert: Expert, parameters: models.Expert | None, block: Block) -> Tensor:
-        key = (expert, block.prompts)
+    def _of_candidates(self, voter: Voter, parameters: models.Expert | None, block: Block) -> Tensor:
+        key = (voter, block.prompts)
         table = self._candidates.pop(key, None)
         if table is None:
             table = class_embeddings(self._clip, block.prompts, parameters)

@@ -19,7 +19,7 @@ from condu_ray.models import clip as models
 from condu_ray.models.clip import Clip, Headed
 from condu_ray.models.lora import LowRank
 from condu_ray.voting.labels import Block
-from condu_ray.voting.tables import Expert, Tables, rows_of
+from condu_ray.voting.tables import Tables, Voter, rows_of
 
 ROWS = 16
 """Experts that are adapters share a pass until it has so many rows; one with as many pictures of its own fills a pass.
@@ -32,7 +32,7 @@ Larger passes gain nothing on a core: what they hold no longer fits its cache.
 class Asked:
     """What one voter is asked: which pictures of the batch it sees, and the blocks of labels that it scores."""
 
-    voter: Expert
+    voter: Voter
     pictures: tuple[int, ...]
     blocks: tuple[Block, ...]
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from in_process_crew import InProcessCrew, named_accuracy, silent
 
+from condu_ray import catalogue
 from condu_ray.benchmark.results import OF_ALL_TASKS, OF_ONE_TASK, bounds_of, state_bytes
 from condu_ray.benchmark.routing import known_auroc, nearest_right, router_shares
 from condu_ray.benchmark.run import measure
@@ -375,8 +376,8 @@ def test_a_second_seed_opens_the_same_pictures_and_trains_anew(
 
 
 def test_methods_by_name() -> None:
-    assert {name for name in METHODS if name not in registry.METHODS} == {"linear-probe", "lora-bank"}
-    assert set(registry.METHODS) <= set(METHODS)
+    assert {name for name in METHODS if name not in catalogue.METHODS} == {"linear-probe", "lora-bank"}
+    assert set(catalogue.METHODS) <= set(METHODS)
     assert check_methods(["condu", "condu", "zero-shot"]) == ("condu", "zero-shot")
     with pytest.raises(ConfigError, match=r"no method 'conduu': did you mean condu\?"):
         check_methods(["conduu"])

@@ -13,7 +13,7 @@ import pytest
 from command_line import Said, condu, process
 
 from condu_ray import reports
-from condu_ray.methods.registry import METHODS
+from condu_ray.catalogue import METHODS
 from condu_ray.store import open_store
 
 

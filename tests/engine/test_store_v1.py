@@ -17,6 +17,7 @@ from condu_ray.errors import DamagedObject, StoreError
 from condu_ray.sources import resolve
 from condu_ray.store import open_store
 from condu_ray.store.header import fixed_settings
+from condu_ray.store.manifest import FORMAT
 from condu_ray.voting.open import load_classifier
 from condu_ray.voting.pictures import classify_paths
 
@@ -102,6 +103,12 @@ def test_it_goes_on_learning_and_forgetting(store: Path, picture_tasks: dict[str
     assert [card.name for card in forget(open_store(store), "colours").tasks] == ["stripes", "places"]
     before = next(each for each in ANSWERS if (each["version"], each["task"]) == (3, "stripes"))
     assert ask(store, before["picture"], 3, "stripes")["label"] == before["answer"]["label"]
+
+
+def test_a_version_made_of_an_old_one_has_todays_format(store: Path) -> None:
+    old = open_store(store).manifest()
+    made = forget(open_store(store), "colours")
+    assert (old.format, made.format, made.version) == (1, FORMAT, old.version + 1)
 
 
 def test_the_very_same_task_is_known_again(store: Path, maker: ModuleType, tmp_path: Path) -> None:

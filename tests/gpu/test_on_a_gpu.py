@@ -18,6 +18,7 @@ from in_process_crew import contents, learn_here, opened, settings
 from numpy.typing import NDArray
 from trainings import first_gradient
 
+from condu_ray.catalogue import METHODS, info
 from condu_ray.config import ModelSpec, ServeConfig
 from condu_ray.data.loading import PictureSet
 from condu_ray.methods import registry
@@ -35,7 +36,7 @@ pytestmark = [
 ]
 
 Folders = dict[str, Path]
-SYSTEMS = pytest.mark.parametrize("method", sorted(registry.METHODS))
+SYSTEMS = pytest.mark.parametrize("method", sorted(METHODS))
 SHORT = {"adapter__epochs": 2, "adapter__batch_size": 12, "memory__per_epoch": 60, "train__lr": 1e-3}
 
 
@@ -104,7 +105,7 @@ def test_half_precision_is_used_where_it_is_not_asked_otherwise(tiny_model_dir: 
 def test_each_system_learns_and_answers_on_a_gpu(
     tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path, method: str
 ) -> None:
-    own = {"dmc__prompt_steps": 4} if "dmc" in registry.info(method).reads else {}
+    own = {"dmc__prompt_steps": 4} if "dmc" in info(method).reads else {}
     config = settings(tmp_path / "store", tiny_model_dir, method=method, **SHORT, **own)
     learn_here(config, opened(picture_tasks, "colours", "stripes"), device="cuda")
     header = open_store(config.store).header

@@ -1,4 +1,4 @@
-"""Class statistics: what merges exactly, what shrinkage keeps, and what draws depend on."""
+"""Class statistics: what is fitted and joined, what shrinkage keeps, and what draws depend on."""
 
 from __future__ import annotations
 

@@ -74,8 +74,8 @@ def test_every_task_is_remembered_under_the_newest_encoder(learned: Made, method
         assert all(each.gaussians.counts.tolist() == [12, 12, 12] for each in kept.values())
     encoders = [memory(config, version)["colours"].encoder for version in (1, 2, 3)]
     assert len(set(encoders)) == 3
-    assert memory(config, 1)["colours"].found is None
-    found = memory(config, 3)["places"].found
+    assert memory(config, 1)["colours"].session_drift is None
+    found = memory(config, 3)["places"].session_drift
     assert found is not None and found.mode == ("none" if method == "dmc" else "ot")
     assert found.drift.relative > 0 and found.drift.residuals["none"] == 1
     before, after = found.distances
@@ -110,7 +110,7 @@ def test_the_image_tower_before_keeps_features_from_drifting(learned: Made) -> N
     for version, task in ((2, "stripes"), (3, "places")):
         drifts = []
         for config in (held, free):
-            found = memory(config, version)[task].found
+            found = memory(config, version)[task].session_drift
             assert found is not None
             drifts.append(found.drift.relative)
         assert drifts[0] < 0.9 * drifts[1]
@@ -273,7 +273,7 @@ def test_auto_takes_what_fits_pictures_that_were_held_out(
 ) -> None:
     config = settings(tmp_path / "store", tiny_model_dir, method="dmc", dmc__memory_calibration="auto")
     learn_here(config, opened(picture_tasks, "colours", "stripes"))
-    found = memory(config, 2)["stripes"].found
+    found = memory(config, 2)["stripes"].session_drift
     assert found is not None and found.drift.residuals[found.mode] == min(found.drift.residuals.values())
 
 

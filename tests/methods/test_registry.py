@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from condu_ray.catalogue import METHODS, info
 from condu_ray.config import SessionConfig
 from condu_ray.errors import ConfigError, TrainingError
 from condu_ray.fusion.layout import Layout
@@ -18,7 +19,7 @@ from condu_ray.methods.protocol import Method
 from condu_ray.models.clip import Clip
 
 Settings = Callable[..., SessionConfig]
-EVERY = pytest.mark.parametrize("name", registry.METHODS)
+EVERY = pytest.mark.parametrize("name", METHODS)
 FUNCTIONS = [name for name, each in vars(Method).items() if inspect.isfunction(each) and not name.startswith("_")]
 
 
@@ -36,21 +37,21 @@ def test_every_system_has_every_function_of_the_protocol(name: str, function: st
 
 @EVERY
 def test_every_system_is_told_in_a_line(name: str) -> None:
-    info = registry.info(name)
-    assert info.name == name
-    assert 10 < len(info.summary) < 100
-    assert info.source
+    found = info(name)
+    assert found.name == name
+    assert 10 < len(found.summary) < 100
+    assert found.source
 
 
 def test_an_unknown_system_offers_the_nearest() -> None:
-    for call in (registry.get, registry.info):
+    for call in (registry.get, info):
         with pytest.raises(ConfigError, match=r"no method 'condoo': did you mean condu\?"):
             call("condoo")
 
 
 def test_reading_the_list_imports_no_torch() -> None:
     code = (
-        "import sys; from condu_ray.methods.registry import METHODS; assert METHODS; "
+        "import sys; from condu_ray.catalogue import METHODS; import condu_ray.methods.registry; assert METHODS; "
         "print([name for name in ('torch', 'ray', 'open_clip', 'mlflow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -67,9 +68,7 @@ def test_every_system_has_a_layout_that_a_store_can_hold(name: str, tiny_clip: C
     assert method.layout(tiny_clip, settings(method=name, seed=7)) == layout
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, info in registry.METHODS.items() if info.trains and not info.on_features]
-)
+@pytest.mark.parametrize("name", [name for name, each in METHODS.items() if each.trains and not each.on_features])
 def test_what_is_prepared_is_the_base_model_and_its_own_copy(name: str, tiny_clip: Clip, settings: Settings) -> None:
     config = settings(method=name)
     method = registry.get(name)

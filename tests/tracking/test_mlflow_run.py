@@ -24,7 +24,7 @@ from condu_ray.engine.progress import stage
 from condu_ray.errors import ConfigError
 from condu_ray.store import Manifest, Store, StoreHeader, TaskCard, create_store
 from condu_ray.tracking.matrix import AccuracyMatrix
-from condu_ray.tracking.mlflow_run import Tracking, flatten, model_name, open_tracking, version_alias
+from condu_ray.tracking.mlflow_run import Tracking, model_name, open_tracking, texts_of, version_alias
 from condu_ray.tracking.replay import track
 
 pytestmark = [
@@ -451,7 +451,7 @@ def test_checking_does_not_wait_for_mlflow(tmp_path: Path) -> None:
 
 def test_settings_become_dotted_names() -> None:
     settings = {"train": {"steps": 5, "rates": {"head": 1e-3}}, "task": "pets", "none": None, "empty": {}}
-    assert dict(flatten(settings)) == {
+    assert dict(texts_of(settings)) == {
         "train.steps": "5",
         "train.rates.head": "0.001",
         "task": "pets",

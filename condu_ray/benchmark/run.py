@@ -55,7 +55,7 @@ def run(benchmark: Benchmark, stage: Stage) -> dict[str, Any]:
             if not clusters:
                 clusters.append(held.enter_context(connected()))
             jobs = max(1, len(config.tasks))
-            with room(config, jobs, clusters[0], stage) as found, closing(RayCrew(store, config, found)) as crew:
+            with closing(RayCrew(store, config, room(config, jobs, clusters[0], stage))) as crew:
                 yield crew
 
         return measure(benchmark, crews, stage)

@@ -47,11 +47,8 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     made: list[Manifest] = []
     if missing:
         header = None if store else header_of(config)[0]
-        with (
-            connected(cluster) as joined,
-            room(config, len(missing), joined, stage) as found,
-            ThreadPoolExecutor(1) as aside,
-        ):
+        with connected(cluster) as joined, ThreadPoolExecutor(1) as aside:
+            found = room(config, len(missing), joined, stage)
             if header:
                 store = create_store(config.store, header)
             assert store is not None

@@ -16,7 +16,8 @@ from condu_ray.engine.progress import Stage
 from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.engine.room import room
 from condu_ray.engine.session import learn, to_learn
-from condu_ray.store import Manifest, create_store, open_store
+from condu_ray.paths import check_lasting
+from condu_ray.store import Manifest, absolute_url, create_store, open_store
 from condu_ray.store.header import open_existing
 from condu_ray.store.history import newest, readable
 from condu_ray.tracking.history import draw
@@ -40,6 +41,7 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     source: what asked for it, for the tracking. cluster: one that the caller is connected to; None: connects where
     there is something to learn. Raises ConduError for bad input, before anything is written.
     """
+    check_lasting(absolute_url(config.store), f"--store {config.store}")
     tasks = open_data(config, stage)
     store = open_existing(config.store)
     missing = to_learn(store, config, tasks) if store else tasks

@@ -11,6 +11,7 @@ from condu_ray.engine.plan import open_data, store_for
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.ray_crew import RayCrew
 from condu_ray.errors import ConfigError, TrainingError
+from condu_ray.paths import check_lasting
 from condu_ray.store.documents import read, write
 from condu_ray.tracking.mlflow_run import open_tracking
 from condu_ray.tracking.pictures import draw_importance, draw_parallel
@@ -35,6 +36,7 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
     Raises ConduError for bad input, before anything is written.
     """
     sweep = read_sweep(file)
+    check_lasting(folder.absolute(), f"--work {folder}")
     folder = folder.absolute()
     if folder.is_file():
         raise ConfigError(f"{folder} is a file", "give a folder by --work")

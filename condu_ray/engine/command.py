@@ -14,6 +14,7 @@ from condu_ray.engine.figures import unmeasured
 from condu_ray.engine.plan import header_of, open_data, plan
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.ray_crew import RayCrew
+from condu_ray.engine.reach import check_reached, one_of
 from condu_ray.engine.room import room
 from condu_ray.engine.session import learn, to_learn
 from condu_ray.paths import check_lasting
@@ -54,6 +55,8 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
             if header:
                 store = create_store(config.store, header)
             assert store is not None
+            pictures = one_of({task.name: task.train for task in missing})
+            check_reached(found, {"the store": f"{store.url}/store.json", **pictures})
             crew = RayCrew(store, config, found)
             if tracking:
                 aside.submit(tracking.prepare)  # what is wrong comes up again, and is told, when it records

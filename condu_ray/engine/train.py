@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,7 @@ from condu_ray.methods.training import Place, all_steps_for
 from condu_ray.store import Store, object_path, open_store
 
 RESTARTS = 3
+STILL_SECONDS = 10.0
 
 
 def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Cluster, update: Update) -> None:
@@ -64,14 +66,14 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     kept = [object_path(job.key, "delta") for job in jobs]
     kept += [object_path(features_key(store.header, config, job.data), each) for job in jobs for each in SEEN]
 
-    def tell(steps: Mapping[str, Step]) -> None:
-        show(steps, total, update) if steps else update(0, total, unplaced(group))
+    keeper, tell = Keeper(store, kept, name), teller(group, sum(_steps(job, config) for job in pending), update)
+
+    def look(steps: Mapping[str, Step]) -> None:
+        tell(steps)
         keeper.touch()
 
-    keeper = Keeper(store, kept, name)
     try:
-        total = sum(_steps(job, config) for job in pending)
-        _watch(trainer, board, tell)
+        _watch(trainer, board, look)
     finally:
         ray.kill(board)
         with suppress(StoreError):  # what is left of it goes with gc; an error of the training is what counts
@@ -82,6 +84,26 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
+
+
+def teller(group: Group, total: int, update: Update) -> Callable[[Mapping[str, Step]], None]:
+    """Shows the newest step of each task; what the workers wait for where there is none, or no new one for long: their
+    node may be gone."""
+    last: dict[str, Step] = {}
+    since = [float("-inf")]
+
+    def tell(steps: Mapping[str, Step]) -> None:
+        if steps != last:
+            last.clear()
+            last.update(steps)
+            since[0] = time.monotonic()
+        waits = unplaced(group) if time.monotonic() - since[0] >= STILL_SECONDS else ""
+        if waits or not steps:
+            update(sum(step.step for step in steps.values()), total, waits)
+        else:
+            show(steps, total, update)
+
+    return tell
 
 
 def unplaced(group: Group) -> str:

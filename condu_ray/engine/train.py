@@ -7,7 +7,6 @@ restarted after a worker died, or a command that is given again, goes on where i
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import uuid
@@ -133,12 +132,19 @@ def _storage(place: str) -> dict[str, Any]:
     import boto3
     from pyarrow.fs import S3FileSystem
 
-    scheme, _, host = os.environ.get("AWS_ENDPOINT_URL", "").rstrip("/").partition("://")
-    endpoint = {"endpoint_override": host, "scheme": scheme} if host else {}
-    region = boto3.Session().region_name
+    from condu_ray.store.bucket import endpoint
+
+    url, authority = endpoint()  # the store's own, wherever boto3 found it: Arrow looks in other places
+    scheme, _, host = (url or "").rstrip("/").partition("://")
+    given = {
+        "endpoint_override": host,
+        "scheme": scheme,
+        "region": boto3.Session().region_name,
+        "tls_ca_file_path": authority,
+    }
     return {
         "storage_path": place.removeprefix("s3://"),
-        "storage_filesystem": S3FileSystem(**endpoint, **({"region": region} if region else {})),
+        "storage_filesystem": S3FileSystem(**{name: value for name, value in given.items() if value}),
     }
 
 

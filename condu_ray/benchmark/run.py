@@ -48,14 +48,22 @@ def run(benchmark: Benchmark, stage: Stage) -> dict[str, Any]:
     Raises ConduError for bad input; what was finished before stays.
     """
     with ExitStack() as held:
-        clusters: list[Cluster] = []
+        clusters, of_store = list[Cluster](), dict[str, RayCrew]()
+
+        def dismiss(but: str = "") -> None:
+            """A cluster that goes on would keep a fusion actor of each store in the memory of its head."""
+            for url in [each for each in of_store if each != but]:
+                of_store.pop(url).dismiss()
 
         @contextmanager
         def crews(store: Store, config: SessionConfig) -> Iterator[RayCrew]:
             if not clusters:
                 clusters.append(held.enter_context(connected()))
+                held.callback(dismiss)
+            dismiss(but=store.url)
             jobs = max(1, len(config.tasks))
-            with room(config, jobs, clusters[0], stage) as found, closing(RayCrew(store, config, found)) as crew:
+            with closing(RayCrew(store, config, room(config, jobs, clusters[0], stage))) as crew:
+                of_store[store.url] = crew
                 yield crew
 
         return measure(benchmark, crews, stage)

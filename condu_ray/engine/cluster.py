@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -25,6 +26,7 @@ PRIVATE = {
     "RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9",
 }
 """What Ray Train reads from the environment in a cluster of this process's own."""
+_RELEASES = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 _TOKEN = secrets.token_hex(32)
 """The token of every cluster that this process starts: Ray reads its environment variable only once."""
 
@@ -63,13 +65,23 @@ def connect() -> Cluster:
                 ray.init(address="local", include_dashboard=False, **quiet)
         except Exception as error:
             # ConnectionError, RuntimeError, ValueError; and a bare Exception where a busy machine is slow to start Ray.
-            reason = str(error).strip().splitlines()[0]
-            mend = "check RAY_ADDRESS and RAY_AUTH_MODE, or unset RAY_ADDRESS to run on this machine"
-            raise TrainingError(
-                f"Ray cluster {os.environ.get('RAY_ADDRESS', 'on this machine')}: {reason}",
-                mend if joined else "close what else uses this machine's cores, and run the same command again",
-            ) from error
+            raise _refused(error, joined) from error
     return seen(joined)
+
+
+def _refused(error: Exception, joined: bool) -> TrainingError:
+    """What Ray says, in one sentence; of other releases it says it in seven lines."""
+    place = f"Ray cluster {os.environ.get('RAY_ADDRESS', 'on this machine')}"
+    releases = _RELEASES.findall(str(error))
+    if len(releases) == 2:
+        there, here = (f"Ray {each[0]} and Python {each[1]}" for each in releases)
+        return TrainingError(f"{place} runs {there}, this process {here}", "use the same releases on every node")
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    reason = f"{said[0]} {said[-1].strip()}" if said[0].endswith(":") else said[0]
+    mend = "check RAY_ADDRESS and RAY_AUTH_MODE, or unset RAY_ADDRESS to run on this machine"
+    if not joined:
+        mend = "close what else uses this machine's cores, and run the same command again"
+    return TrainingError(f"{place}: {reason}", mend)
 
 
 def seen(joined: bool) -> Cluster:

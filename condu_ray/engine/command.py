@@ -14,9 +14,11 @@ from condu_ray.engine.figures import unmeasured
 from condu_ray.engine.plan import header_of, open_data, plan
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.ray_crew import RayCrew
+from condu_ray.engine.reach import check_reached, one_of
 from condu_ray.engine.room import room
 from condu_ray.engine.session import learn, to_learn
-from condu_ray.store import Manifest, create_store, open_store
+from condu_ray.paths import check_lasting
+from condu_ray.store import Manifest, absolute_url, create_store, open_store
 from condu_ray.store.header import open_existing
 from condu_ray.store.history import newest, readable
 from condu_ray.tracking.history import draw
@@ -40,6 +42,7 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     source: what asked for it, for the tracking. cluster: one that the caller is connected to; None: connects where
     there is something to learn. Raises ConduError for bad input, before anything is written.
     """
+    check_lasting(absolute_url(config.store), f"--store {config.store}")
     tasks = open_data(config, stage)
     store = open_existing(config.store)
     missing = to_learn(store, config, tasks) if store else tasks
@@ -47,14 +50,13 @@ def run(config: SessionConfig, stage: Stage, source: str, cluster: Cluster | Non
     made: list[Manifest] = []
     if missing:
         header = None if store else header_of(config)[0]
-        with (
-            connected(cluster) as joined,
-            room(config, len(missing), joined, stage) as found,
-            ThreadPoolExecutor(1) as aside,
-        ):
+        with connected(cluster) as joined, ThreadPoolExecutor(1) as aside:
+            found = room(config, len(missing), joined, stage)
             if header:
                 store = create_store(config.store, header)
             assert store is not None
+            pictures = one_of({task.name: task.train for task in missing})
+            check_reached(found, {"the store": f"{store.url}/store.json", **pictures})
             crew = RayCrew(store, config, found)
             if tracking:
                 aside.submit(tracking.prepare)  # what is wrong comes up again, and is told, when it records

@@ -13,6 +13,7 @@ from condu_ray.engine.crew import Crew
 from condu_ray.engine.plan import open_data
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.ray_crew import RayCrew
+from condu_ray.engine.reach import check_reached, one_of
 from condu_ray.engine.scoring import By, Snapshot
 from condu_ray.errors import ConfigError, DataError, NotFound, nearest
 from condu_ray.sources import resolve
@@ -40,6 +41,8 @@ def evaluate(url: str, version: int | None, labels: str, data: list[str], stage:
     config = config.model_copy(update={"vote": config.vote.model_validate(manifest.settings["vote"])})
     asked = _given(config, manifest, stage) if data else kept(store, manifest)
     with connected() as cluster:
+        pictures = one_of({card.name: pictures for card, pictures in asked})
+        check_reached(cluster, {"the store": f"{store.url}/store.json", **pictures})
         crew = RayCrew(store, config, cluster)
         try:
             return scored(crew, store, manifest, labels, asked, stage)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -23,6 +25,8 @@ from condu_ray.store import Store
 
 HIRE_SECONDS, LONGEST_HIRE_SECONDS = 60.0, 900.0
 """Longest wait for all actors that were asked for; where none has started by then, for the first of them."""
+ANSWER_SECONDS = 10.0  # until an actor with nothing to do counts as busy, not gone
+POLL_SECONDS = 1.0
 
 
 class Worker(Scorer):
@@ -41,13 +45,14 @@ class Pool:
         self._store, self._config, self._cluster = store, config, cluster
         self._actors: list[Any] = []
         self._sought = 0  # how many actors were asked for: those that found no place are not waited for again
+        self._lacks = False  # whether one that was hired for a lost one found no place
 
     def spread(self, calls: Sequence[tuple[str, tuple[Any, ...]]], update: Update) -> list[Any]:
         """Results of these calls in their order, from whichever actors are free; the call of one that dies is given to
         another."""
         results: list[Any] = [None] * len(calls)
         waiting, tries = deque(range(len(calls))), [TRIES] * len(calls)
-        free, under_way = list(self._hired(len(calls))), dict[Any, tuple[int, Any]]()
+        free, under_way = list(self._hired(len(calls), update)), dict[Any, tuple[int, Any]]()
         while waiting or under_way:
             while waiting and free:
                 place, actor = waiting.popleft(), free.pop()
@@ -62,22 +67,22 @@ class Pool:
                     if not tries[place]:
                         raise gone(error) from None
                     waiting.appendleft(place)
-                    free += self._instead_of(actor)
+                    free = self._without(actor, free, update)
                     continue
                 free.append(actor)
                 update(len(calls) - len(waiting) - len(under_way), len(calls), "")
         return results
 
-    def alone(self, ask: Callable[[Any], Any]) -> Any:
+    def alone(self, ask: Callable[[Any], Any], update: Update) -> Any:
         """What `ask`, which is given one actor of the pool, returns; asked again of another where that one dies."""
         for left in range(TRIES - 1, -1, -1):
-            actor = self._hired(1)[0]
+            actor = self._hired(1, update)[0]
             try:
                 return ask(actor)
             except GONE as error:
                 if not left:
                     raise gone(error) from None
-                self._instead_of(actor)
+                self._without(actor, self._actors, update)
         raise AssertionError("not reached")
 
     def threads(self) -> int:
@@ -95,14 +100,23 @@ class Pool:
         """Gives the cores back."""
         for actor in self._actors:
             ray.kill(actor)
-        self._actors, self._sought = [], 0
+        self._actors, self._sought, self._lacks = [], 0, False
 
-    def _instead_of(self, dead: Any) -> list[Any]:
-        """Takes an actor out of the pool and hires another, if it finds a place: its node may be gone for good."""
-        self._actors.remove(dead)
-        hired = self._hire(1)
+    def _without(self, dead: Any, idle: Sequence[Any], update: Update) -> list[Any]:
+        """Takes an actor out of the pool, and the idle ones that went with it: on each a call would be tried in vain.
+
+        Returns who is idle then, with those that are hired instead. Their node may be gone for good: once one found no
+        place, none is waited for as long as others do the work.
+        """
+        left = those_alive([actor for actor in idle if actor != dead])
+        lost = [dead, *(actor for actor in idle if actor != dead and actor not in left)]
+        self._actors = [actor for actor in self._actors if actor not in lost]
+        if self._actors and self._lacks:
+            return left
+        hired = self._hire(len(lost), update)
+        self._lacks = len(hired) < len(lost)
         self._actors += hired
-        return hired
+        return left + hired
 
     @property
     def _gpu(self) -> bool:
@@ -118,37 +132,39 @@ class Pool:
         """CPU cores for each GPU, on the node that has the fewest."""
         return max(1, min(cpus // gpus for cpus, gpus in self._cluster.nodes if gpus))
 
-    def _hired(self, calls: int) -> list[Any]:
+    def _hired(self, calls: int, update: Update) -> list[Any]:
         """The pool, grown where so many calls have work for more: each actor is a process that holds the base model."""
         wanted = min(self._places, calls)
         if wanted > self._sought:
-            hired = self._hire(wanted - self._sought)
+            hired = self._hire(wanted - self._sought, update)
             self._actors += hired
             self._sought = wanted if len(hired) == wanted - self._sought else self._places  # or each would wait anew
         return self._actors
 
-    def _hire(self, count: int) -> list[Any]:
+    def _hire(self, count: int, update: Update) -> list[Any]:
         gpu = self._gpu
         # Not restarted by Ray: it would wait for the node that it was lost with, and others can do its work.
         actor = ray.remote(Worker).options(num_cpus=1, num_gpus=1 if gpu else 0)
         device, decoders = ("cuda", min(MOST_LOADERS, self._beside_a_gpu())) if gpu else ("cpu", 1)
         given = (self._store.url, self._config, device, decoders)
         place = "GPU" if gpu else "CPU core"
-        return those_ready([actor.remote(*given) for _ in range(count)], place, needed=not self._actors)
+        return those_ready([actor.remote(*given) for _ in range(count)], place, update, needed=not self._actors)
 
 
-def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[Any]:
+def those_ready(actors: Sequence[Any], place: str, update: Update, needed: bool = True) -> list[Any]:
     """Waits for actors to start, and returns those that did; the others are ended.
 
-    Not all need to start: other work may hold some of the cluster's cores. place: the resource that they need, for the
-    error where none came free. needed: whether at least one of them must start; False where other actors can do the
-    work. One that is lost while it starts (with its node, or for want of memory) counts as not started. Raises
-    TrainingError where none starts that is needed, and for one that says why it cannot.
+    Not all need to start: other work may hold some of the cluster's cores. place: the resource that they need, said
+    while they wait and in the error where none came free. needed: whether at least one of them must start; False where
+    other actors can do the work. One that is lost while it starts (with its node, or for want of memory) counts as not
+    started. Raises TrainingError where none starts that is needed, and for one that says why it cannot.
     """
     hired = {one.__ray_ready__.remote(): one for one in actors}
     ready, late = ray.wait(list(hired), num_returns=len(hired), timeout=HIRE_SECONDS)
-    if not ready and needed:
-        ready, late = ray.wait(late, timeout=LONGEST_HIRE_SECONDS)
+    until = time.monotonic() + LONGEST_HIRE_SECONDS
+    while not ready and needed and time.monotonic() < until:
+        update(0, 1, f"waiting for a {place} of the cluster to come free (`ray status`)")
+        ready, late = ray.wait(late, timeout=POLL_SECONDS)
     for ref in late:
         ray.kill(hired[ref])
     if not ready and needed:
@@ -167,4 +183,18 @@ def those_ready(actors: Sequence[Any], place: str, needed: bool = True) -> list[
             lost.append(error)
     if lost and needed and not alive:
         raise gone(lost[0])
+    return alive
+
+
+def those_alive(actors: Sequence[Any]) -> list[Any]:
+    """Those that are not gone, of actors with nothing to do: where one is lost, its whole node may be."""
+    asked = {one.__ray_ready__.remote(): one for one in actors}
+    if not asked:
+        return []
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    alive = [asked[ref] for ref in late]
+    for ref in ready:
+        with suppress(*GONE):
+            answer_of(ref)
+            alive.append(asked[ref])
     return alive

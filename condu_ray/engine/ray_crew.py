@@ -70,7 +70,7 @@ class RayCrew:
                 lambda report: actor.fit.remote(list(jobs), self._pool.threads(), report), steps, update
             )
 
-        self._pool.alone(fit)
+        self._pool.alone(fit, update)
 
     def features(self, pictures: Split, update: Update) -> Seen:
         return Seen.joined(self._pool.spread([("features", (chunk,)) for chunk in chunks(pictures)], update))
@@ -101,7 +101,7 @@ class RayCrew:
 
         self._refresh = propose
         propose()
-        return np.asarray(self._with_state(lambda: self._pool.alone(train)))
+        return np.asarray(self._with_state(lambda: self._pool.alone(train, update)))
 
     def fuse(
         self, key: str, parent: Manifest | None, task: str, delta: ObjectRef | None, rescalers: ObjectRef | None

@@ -7,8 +7,8 @@ restarted after a worker died, or a command that is given again, goes on where i
 
 from __future__ import annotations
 
-import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +37,7 @@ from condu_ray.methods.training import Place, all_steps_for
 from condu_ray.store import Store, object_path, open_store
 
 RESTARTS = 3
+STILL_SECONDS = 10.0
 
 
 def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Cluster, update: Update) -> None:
@@ -64,14 +65,14 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
     kept = [object_path(job.key, "delta") for job in jobs]
     kept += [object_path(features_key(store.header, config, job.data), each) for job in jobs for each in SEEN]
 
-    def tell(steps: Mapping[str, Step]) -> None:
-        show(steps, total, update) if steps else update(0, total, unplaced(group))
+    keeper, tell = Keeper(store, kept, name), teller(group, sum(_steps(job, config) for job in pending), update)
+
+    def look(steps: Mapping[str, Step]) -> None:
+        tell(steps)
         keeper.touch()
 
-    keeper = Keeper(store, kept, name)
     try:
-        total = sum(_steps(job, config) for job in pending)
-        _watch(trainer, board, tell)
+        _watch(trainer, board, look)
     finally:
         ray.kill(board)
         with suppress(StoreError):  # what is left of it goes with gc; an error of the training is what counts
@@ -82,6 +83,26 @@ def train(store: Store, config: SessionConfig, jobs: Sequence[Job], cluster: Clu
             f"the workers ended without the delta of {', '.join(missing)}",
             "every node must see the store's folder; run the same command again",
         )
+
+
+def teller(group: Group, total: int, update: Update) -> Callable[[Mapping[str, Step]], None]:
+    """Shows the newest step of each task; what the workers wait for where there is none, or no new one for long: their
+    node may be gone."""
+    last: dict[str, Step] = {}
+    since = [float("-inf")]
+
+    def tell(steps: Mapping[str, Step]) -> None:
+        if steps != last:
+            last.clear()
+            last.update(steps)
+            since[0] = time.monotonic()
+        waits = unplaced(group) if time.monotonic() - since[0] >= STILL_SECONDS else ""
+        if waits or not steps:
+            update(sum(step.step for step in steps.values()), total, waits)
+        else:
+            show(steps, total, update)
+
+    return tell
 
 
 def unplaced(group: Group) -> str:
@@ -111,12 +132,19 @@ def _storage(place: str) -> dict[str, Any]:
     import boto3
     from pyarrow.fs import S3FileSystem
 
-    scheme, _, host = os.environ.get("AWS_ENDPOINT_URL", "").rstrip("/").partition("://")
-    endpoint = {"endpoint_override": host, "scheme": scheme} if host else {}
-    region = boto3.Session().region_name
+    from condu_ray.store.bucket import endpoint
+
+    url, authority = endpoint()  # the store's own, wherever boto3 found it: Arrow looks in other places
+    scheme, _, host = (url or "").rstrip("/").partition("://")
+    given = {
+        "endpoint_override": host,
+        "scheme": scheme,
+        "region": boto3.Session().region_name,
+        "tls_ca_file_path": authority,
+    }
     return {
         "storage_path": place.removeprefix("s3://"),
-        "storage_filesystem": S3FileSystem(**endpoint, **({"region": region} if region else {})),
+        "storage_filesystem": S3FileSystem(**{name: value for name, value in given.items() if value}),
     }
 
 

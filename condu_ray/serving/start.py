@@ -6,8 +6,9 @@ import errno
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 
 from ray import serve
 
@@ -19,6 +20,7 @@ from condu_ray.store import open_store
 from condu_ray.voting.open import check_pictured
 
 NAME = "condu-ray"
+LOOK_SECONDS = 5.0
 
 
 @contextmanager
@@ -39,7 +41,8 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
             _check_room(config, found)
         serve.start(http_options={"host": config.host, "port": config.port})
         try:
-            serve.run(application(config), name=NAME, route_prefix="/")
+            with _waits_said():
+                serve.run(application(config), name=NAME, route_prefix="/")
             host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
             yield f"http://{f'[{host}]' if ':' in host else host}:{config.port}"
         except RuntimeError as error:
@@ -49,6 +52,29 @@ def serving(config: ServeConfig, cluster: Cluster | None = None) -> Iterator[str
             ) from error
         finally:
             _stop(found)
+
+
+@contextmanager
+def _waits_said() -> Iterator[None]:
+    """Passes on what Serve says of a deployment that does not come up, for want of cores say: it waits without end, and
+    writes of that into its controller's log only."""
+    through, said = threading.Event(), set[str]()
+
+    def look() -> None:
+        while not through.wait(LOOK_SECONDS):
+            with suppress(Exception):  # Serve itself may be slow to start
+                for name, each in serve.status().applications[NAME].deployments.items():
+                    if each.message and name not in said:
+                        said.add(name)
+                        print(" ".join(each.message.split()), file=sys.stderr, flush=True)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        through.set()
+        looking.join()
 
 
 def _check_free() -> None:

@@ -63,7 +63,7 @@ class Entry:
 
 
 def make_client() -> Any:
-    """A client with limits; the endpoint is AWS_ENDPOINT_URL's, if set. Raises StoreError where that is no URL."""
+    """A client with limits; the endpoint is where boto3 finds one. Raises StoreError where that is no URL."""
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -85,6 +85,19 @@ def make_client() -> Any:
         named = [name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if name in os.environ]
         place = named[0] if named else "endpoint_url in the AWS configuration file"
         raise StoreError(f"{place} is not a URL ({without_credentials(str(error))})", "give http://HOST:PORT") from None
+
+
+def endpoint() -> tuple[str | None, str | None]:
+    """(URL of the server, None: AWS's own; file of the certificates that it is told by, None: the usual ones), as boto3
+    finds them, for programs that do not look where boto3 looks."""
+    import boto3
+    from botocore.config import Config
+    from botocore.session import get_session
+
+    aws = boto3.client("s3", config=Config(ignore_configured_endpoint_urls=True)).meta.endpoint_url
+    found = str(make_client().meta.endpoint_url)
+    authority = get_session().get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+    return None if found == aws else found, authority or None
 
 
 class Bucket:

@@ -6,16 +6,18 @@ No trial actor a configuration: a pool of processes maps the logits and takes ba
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from condu_ray.config import VoteConfig
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.pool import those_ready
+from condu_ray.engine.pool import those_alive, those_ready
 from condu_ray.engine.progress import Update
-from condu_ray.engine.replies import TRIES, result_of
+from condu_ray.engine.replies import GONE, TRIES, answer_of, gone
 from condu_ray.store import open_store
 from condu_ray.tracking.matrix import mean
 from condu_ray.tuning.cache import Cached, load_versions
@@ -28,6 +30,9 @@ from condu_ray.tuning.space import Settings
 
 BATCH = 16
 """Configurations a call; while they are scored the search learns nothing of them."""
+
+Batch = list[tuple[int, Settings]]
+"""(number, settings) of each."""
 
 
 class Rescorer:
@@ -67,12 +72,20 @@ def search(sweep: Sweep, cached: Cached, folder: Path, cluster: Cluster, update:
     scores = Scores(folder)
     known = scores.all()
     proposals = Proposals(sweep, known=known)
-    actor = ray.remote(num_cpus=1, max_restarts=TRIES, max_task_retries=TRIES)(Rescorer)
+    # Not restarted by Ray: it would wait for the node that it was lost with, and others can do its work.
+    actor = ray.remote(num_cpus=1)(Rescorer)
     given = (cached, sweep.config.vote, sweep.asked, sweep.goals.unseen)
     places = max(1, min(cluster.cpus, sweep.config.workers or cluster.cpus))
-    pool = those_ready([actor.remote(*given) for _ in range(places)], "CPU core")
+    pool: list[Any] = []
+
+    def hire(count: int) -> list[Any]:
+        hired = those_ready([actor.remote(*given) for _ in range(count)], "CPU core", update)
+        pool.extend(hired)
+        return hired
+
     try:
-        _work(sweep, proposals, pool, scores, known, update)
+        hire(places)
+        _work(sweep, proposals, pool, hire, scores, known, update)
     finally:
         for each in pool:
             ray.kill(each)
@@ -80,22 +93,41 @@ def search(sweep: Sweep, cached: Cached, folder: Path, cluster: Cluster, update:
 
 
 def _work(
-    sweep: Sweep, proposals: Proposals, pool: list[object], scores: Scores, known: list[Record], update: Update
+    sweep: Sweep,
+    proposals: Proposals,
+    pool: list[Any],
+    hire: Callable[[int], list[Any]],
+    scores: Scores,
+    known: list[Record],
+    update: Update,
 ) -> None:
-    free, running = list(pool), {}
+    """The batch of a process that is gone is given to another; hire: brings one where none is left."""
+    free, running = list(pool), dict[Any, tuple[Any, Batch]]()
+    again, lost = list[Batch](), Counter[int]()
     done = len(known)
     while True:
-        while free and (batch := _batch(proposals)):
+        while free and (batch := again.pop() if again else _batch(proposals)):
             worker = free.pop()
-            ref = worker.scored.remote([settings for _, settings in batch])  # type: ignore[attr-defined]
-            running[ref] = (worker, batch)
+            running[worker.scored.remote([settings for _, settings in batch])] = (worker, batch)
         if not running:
             return
         (ready,), _ = ray.wait(list(running), num_returns=1)
         worker, batch = running.pop(ready)
+        try:
+            scored = answer_of(ready)
+        except GONE as error:
+            first, _ = batch[0]
+            lost[first] += 1
+            if lost[first] == TRIES:
+                raise gone(error) from None
+            again.append(batch)
+            left = those_alive(free)  # with one its whole node may be lost
+            pool[:] = [each for each in pool if each in left or (each != worker and each not in free)]
+            free = left if pool else hire(1)
+            continue
         free.append(worker)
         ended = []
-        for (number, settings), (figures, seconds) in zip(batch, result_of(ready), strict=True):
+        for (number, settings), (figures, seconds) in zip(batch, scored, strict=True):
             values = sweep.goals.values(figures)
             proposals.tell(number, values)
             ended.append(Record(number, settings, (Report(1, values, figures, 0, seconds),), "finished"))
@@ -104,8 +136,8 @@ def _work(
         update(done, sweep.most, "")
 
 
-def _batch(proposals: Proposals) -> list[tuple[int, Settings]]:
-    found: list[tuple[int, Settings]] = []
+def _batch(proposals: Proposals) -> Batch:
+    found: Batch = []
     while len(found) < BATCH and (one := proposals.ask()):
         found.append(one)
     return found

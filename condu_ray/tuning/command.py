@@ -10,7 +10,9 @@ from condu_ray.engine.cluster import Cluster, connected
 from condu_ray.engine.plan import open_data, store_for
 from condu_ray.engine.progress import Stage
 from condu_ray.engine.ray_crew import RayCrew
+from condu_ray.engine.reach import check_reached, one_of
 from condu_ray.errors import ConfigError, TrainingError
+from condu_ray.paths import check_lasting
 from condu_ray.store.documents import read, write
 from condu_ray.tracking.mlflow_run import open_tracking
 from condu_ray.tracking.pictures import draw_importance, draw_parallel
@@ -35,6 +37,7 @@ def run(file: Path, folder: Path, stage: Stage, cluster: Cluster | None = None) 
     Raises ConduError for bad input, before anything is written.
     """
     sweep = read_sweep(file)
+    check_lasting(folder.absolute(), f"--work {folder}")
     folder = folder.absolute()
     if folder.is_file():
         raise ConfigError(f"{folder} is a file", "give a folder by --work")
@@ -92,10 +95,13 @@ def _search(sweep: Sweep, folder: Path, stage: Stage, cluster: Cluster | None) -
     with connected(cluster) as found:
         if sweep.kind == "training":
             runs.resources(sweep.config, found)  # too small a cluster is said before anything is written
-            write(folder / "sweep.json", sweep.terms())
+        write(folder / "sweep.json", sweep.terms())
+        pictures = one_of({task.name: task.train for task in tasks})
+        # A trial on a node that lacks the folder would train, and write what it found where nobody looks.
+        check_reached(found, {"the folder of the sweep": str(folder / "sweep.json"), **pictures})
+        if sweep.kind == "training":
             with shown(sweep) as table:
                 return runs.search(sweep, tasks, folder, found, table)
-        write(folder / "sweep.json", sweep.terms())
         config = sweep.config.model_copy(update={"store": str(folder / "stream"), "tracking": "off"})
         store = store_for(config)
         crew = RayCrew(store, config, found)

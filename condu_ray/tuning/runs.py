@@ -37,6 +37,9 @@ from condu_ray.tuning.trial import Assignment, run
 RUNGS = 3
 """How often a trial of a single task is looked at: at 1, 1 / reduction and 1 / reduction² of its steps."""
 
+RESTARTS = 3
+"""How often a trial whose process died, with its node perhaps, goes on from its last checkpoint."""
+
 
 def resources(config: SessionConfig, cluster: Cluster) -> tuple[dict[str, float], int]:
     """(what a trial takes, how many run at once): as many as the cluster has places for, or `workers`.
@@ -84,7 +87,11 @@ def search(sweep: Sweep, tasks: list[TaskData], folder: Path, cluster: Cluster, 
                 reuse_actors=True,  # a process's start costs more than many a trial, and than all that is told again
             ),
             run_config=tune.RunConfig(
-                name=place.name, storage_path=str(place.parent), callbacks=[_Watch(trials, table)], verbose=0
+                name=place.name,
+                storage_path=str(place.parent),
+                callbacks=[_Watch(trials, table)],
+                failure_config=tune.FailureConfig(max_failures=RESTARTS),
+                verbose=0,
             ),
         )
         tuner.fit()
@@ -106,10 +113,15 @@ def workplace(folder: Path) -> Iterator[Path]:
 def _trial(config: Mapping[str, Any], assignment: Assignment) -> None:
     """What each trial of Tune runs."""
     number, settings = config["number"], config["settings"]
+    trials = Trials(assignment.folder)
+    known = trials.read(settings)
+    if known is not None and known.state == "failed":  # Tune starts again whatever failed; here its process did not die
+        tune.report({"score": float("-inf")})
+        return
     try:
         run(assignment, number, settings, lambda report: tune.report(_metrics(report, assignment)))
     except Exception as error:
-        Trials(assignment.folder).end(settings, "failed", _reason(error))
+        trials.end(settings, "failed", _reason(error))
         raise
 
 
@@ -152,6 +164,7 @@ class _Search(Searcher):
         super().__init__(metric="score", mode="max")
         self._proposals = proposals
         self._numbers: dict[str, int] = {}
+        self._told: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> Any:
         found = self._proposals.ask()
@@ -162,7 +175,10 @@ class _Search(Searcher):
         return {"number": number, "settings": settings}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._proposals.report(self._numbers[trial_id], result["budget"], result["values"][0])
+        # One whose process died says again what it said before, and one that failed has nothing to say.
+        if result.get("budget", 0) > self._told.get(trial_id, 0):
+            self._told[trial_id] = result["budget"]
+            self._proposals.report(self._numbers[trial_id], result["budget"], result["values"][0])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers[trial_id]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from in_process_crew import InProcessCrew, named_accuracy, silent
 
 from condu_ray import catalogue
+from condu_ray.benchmark import run as running
 from condu_ray.benchmark.results import OF_ALL_TASKS, OF_ONE_TASK, bounds_of, state_bytes
 from condu_ray.benchmark.routing import known_auroc, nearest_right, router_shares
 from condu_ray.benchmark.run import measure
@@ -23,6 +26,7 @@ from condu_ray.benchmark.systems import METHODS, SYSTEMS, System, check_methods,
 from condu_ray.config import ModelSpec, SessionConfig
 from condu_ray.data import Picture, Split
 from condu_ray.engine import work
+from condu_ray.engine.cluster import Cluster
 from condu_ray.errors import ConfigError, DataError
 from condu_ray.methods import registry
 from condu_ray.methods.stored import TASK_OBJECTS
@@ -405,3 +409,34 @@ def test_auroc_by_hand() -> None:
     known = np.array([True, True, False, False])
     assert known_auroc(np.array([3.0, 2.0, 1.0, 0.0]), known) == 1
     assert known_auroc(np.array([3.0, 1.0, 2.0, 1.0]), known) == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+
+
+def test_a_cluster_that_goes_on_keeps_no_fusion_actor_of_a_finished_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each system and seed one stayed on the head, with its process and the state of its store."""
+    events = list[str]()
+
+    class Crew:
+        def __init__(self, store: Any, config: SessionConfig, cluster: Cluster) -> None:
+            self._store = store.url
+
+        def close(self) -> None:
+            events.append(f"close {self._store}")
+
+        def dismiss(self) -> None:
+            events.append(f"dismiss {self._store}")
+
+    def use(benchmark: Any, crews: Any, stage: Any) -> dict[str, Any]:
+        for url in ("a", "a", "b"):
+            with crews(SimpleNamespace(url=url), SessionConfig()):
+                events.append(f"work {url}")
+        return {}
+
+    @contextmanager
+    def connected() -> Iterator[Cluster]:
+        yield Cluster(((2, 0),), joined=True)
+        events.append("left")
+
+    for name, stand_in in {"RayCrew": Crew, "measure": use, "connected": connected}.items():
+        monkeypatch.setattr(running, name, stand_in)
+    running.run(None, silent)  # type: ignore[arg-type]
+    assert events == ["work a", "close a", "work a", "close a", "dismiss a", "work b", "close b", "dismiss b", "left"]

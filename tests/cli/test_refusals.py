@@ -14,8 +14,9 @@ from command_line import Said, condu, process
 from in_process_crew import learn_here, opened
 from PIL import Image
 
+from condu_ray.paths import check_lasting
 from condu_ray.sources import resolve
-from condu_ray.store import open_store
+from condu_ray.store import absolute_url, open_store
 from condu_ray.store.header import fixed_settings
 
 
@@ -418,3 +419,23 @@ def test_a_cluster_that_is_not_there(copy: Path, picture_tasks: dict[str, Path])
     assert "Ray cluster 127.0.0.1:9" in said.err
     assert "unset RAY_ADDRESS" in said.err
     assert digest(copy) == before
+
+
+def test_nothing_is_kept_in_the_copy_of_a_folder_that_ray_makes_for_a_job(
+    picture_tasks: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray job submit --working-dir . -- python jobs/session.py birds --data birds`: the store would go with it."""
+    copy = tmp_path / "session_1" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    shutil.copytree(picture_tasks["places"], copy / "places")
+    (copy / "sweep.yaml").write_text("session: {tasks: {places: places}}\nspace: {train.lr: {log: [1e-5, 1e-3]}}\n")
+    monkeypatch.chdir(copy)
+    before = digest(copy)
+    for words, given in {
+        ("learn", "places", "--data", "places"): "--store ./condu-store",
+        ("sweep", "sweep.yaml"): "--work sweep",
+    }.items():
+        said = condu(*words)
+        check(said)
+        assert f"{given} lies in the copy of your folder that Ray made for this job" in said.err
+    assert digest(copy) == before
+    check_lasting(absolute_url("s3://bucket/store"), "--store s3://bucket/store")

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from ray._private import ray_constants
 from ray.serve.schema import ServeDeploySchema
 
 from condu_ray import __version__
@@ -92,6 +93,27 @@ def test_a_manifest_has_only_published_fields(name: str) -> None:
         for container in pod["containers"]:
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert {mount["name"] for mount in container.get("volumeMounts", [])} == volumes
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shared_memory_is_large_enough_for_ray_to_use_it(name: str) -> None:
+    """A smaller one Ray leaves aside and takes the disk. Without one, KubeRay mounts one as large as the memory."""
+    cluster = cluster_of(load(f"kuberay/{name}"))
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        for container in pod["containers"]:
+            memory = gib(container["resources"]["limits"]["memory"])
+            for mount in container.get("volumeMounts", []):
+                if mount["mountPath"] == "/dev/shm":
+                    size = gib(volumes[mount["name"]]["emptyDir"]["sizeLimit"])
+                    assert memory * ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION < size < memory
+
+
+def gib(size: str) -> float:
+    number, unit = size[:-2], size[-2:]
+    assert unit == "Gi"
+    return float(number)
 
 
 @pytest.mark.parametrize("name", ["serve.yaml", "kuberay/rayservice.yaml"])

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import ray
 from command_line import process
+from ray._private.utils import check_version_info, compute_version_info
 
 from condu_ray.engine import cluster
+from condu_ray.errors import TrainingError
 
 # Twice, as a program does that learns twice; in between nothing of the first cluster is left in the environment.
 TWICE = """
@@ -78,3 +80,40 @@ def test_what_the_environment_says_of_tokens_stands(
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     cluster.connect()
     assert started == {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": None}
+
+
+@pytest.mark.parametrize(("ray_there", "python_there"), [("2.61.0", None), (None, "3.11.99")])
+def test_a_cluster_of_other_releases_is_said_with_both(
+    ray_there: str | None, python_there: str | None, started: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray says them in lines below the first one."""
+    own_ray, own_python = compute_version_info()
+    there = {"ray_version": ray_there or own_ray, "python_version": python_there or own_python}
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "init", lambda **given: check_version_info(there, "node 10.0.0.2:6379"))
+    with pytest.raises(TrainingError) as refused:
+        cluster.connect()
+    assert str(refused.value) == (
+        f"Ray cluster auto runs Ray {there['ray_version']} and Python {there['python_version']}, this process "
+        f"Ray {own_ray} and Python {own_python}: use the same releases on every node."
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TimeoutError(), "TimeoutError"),
+        (ConnectionError("Failed to connect.\nSee the logs."), "Failed to connect."),
+        (ConnectionAbortedError("Failure from server:\nTraceback\n  no node"), "Failure from server: no node"),
+    ],
+)
+def test_what_ray_says_is_one_line(
+    error: Exception, reason: str, started: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(TrainingError) as refused:
+        cluster.connect()
+    assert refused.value.message == f"Ray cluster on this machine: {reason.rstrip('.')}"

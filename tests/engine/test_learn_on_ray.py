@@ -221,7 +221,7 @@ def test_a_process_that_cannot_start_is_one_sentence() -> None:
             raise OSError("no store there")
 
     with pytest.raises(TrainingError, match=r"a process of this session is gone \(.*no store there\)") as found:
-        those_ready([ray.remote(num_cpus=0)(Stillborn).remote()], "CPU core")
+        those_ready([ray.remote(num_cpus=0)(Stillborn).remote()], "CPU core", nothing)
     assert "let every node see the store" in str(found.value)
 
 
@@ -235,12 +235,12 @@ def test_one_that_is_lost_while_it_starts_ends_no_session_that_has_others() -> N
             return 1
 
     lost, well = (ray.remote(num_cpus=0)(Struck).remote(each) for each in (True, False))
-    assert those_ready([lost, well], "CPU core") == [well]
+    assert those_ready([lost, well], "CPU core", nothing) == [well]
     assert ray.get(well.answer.remote()) == 1
     lost = ray.remote(num_cpus=0)(Struck).remote(True)
-    assert those_ready([lost], "CPU core", needed=False) == []
+    assert those_ready([lost], "CPU core", nothing, needed=False) == []
     with pytest.raises(TrainingError, match="a process of this session is gone"):
-        those_ready([lost], "CPU core")
+        those_ready([lost], "CPU core", nothing)
 
 
 class Unlucky(RayCrew):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import boto3
 import pytest
 from command_line import condu, process
 from in_process_crew import contents, files_of, learn_here, opened, settings
@@ -65,6 +66,32 @@ def test_ray_train_keeps_its_notes_beside_without_credentials(s3_bucket: str, tm
     found = _storage(f"s3://{s3_bucket}/store/work/run")
     assert found["storage_path"] == f"{s3_bucket}/store/work/run"
     assert b"not-to-be-told" not in pickle.dumps(found["storage_filesystem"])
+
+
+@pytest.mark.parametrize("where", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "file"])
+def test_ray_train_asks_the_server_that_the_store_is_on(
+    where: str, s3_bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever boto3 found its address: the store was reached, and the training then asked AWS for its bucket."""
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it has read the file
+    if where == "file":
+        (tmp_path / "config").write_text(f"[default]\nendpoint_url = {s3_endpoint}\n", encoding="utf-8")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    else:
+        monkeypatch.setenv(where, s3_endpoint)
+    (tmp_path / "authority.pem").touch()
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "authority.pem"))
+    given = _storage(f"s3://{s3_bucket}/store/work/run")["storage_filesystem"].__reduce__()[1][0]
+    host = s3_endpoint.removeprefix("http://")
+    assert (given["scheme"], given["endpoint_override"], given["region"]) == ("http", host, "us-east-1")
+    assert given["tls_ca_file_path"] == str(tmp_path / "authority.pem")
+
+
+def test_ray_train_asks_aws_where_no_other_server_is_named(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    given = _storage(f"s3://{s3_bucket}/store/work/run")["storage_filesystem"].__reduce__()[1][0]
+    assert (given["scheme"], given["endpoint_override"]) == ("https", "")
 
 
 def test_checkpoints_cost_no_more_than_their_share(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -55,3 +56,26 @@ def test_what_others_serve_on_the_cluster_meanwhile_goes_on(
     monkeypatch.setattr(start, "serve", stands_for)
     start._stop(Cluster(((2, 0),), joined))
     assert said == done
+
+
+def test_a_server_that_waits_for_room_on_a_cluster_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may come, so nothing is refused; but Serve writes into its controller's log only."""
+    waits = SimpleNamespace(message="1 replicas have taken more than 30s\nto be scheduled. Resources required: 64")
+    found = {NAME: SimpleNamespace(deployments={"Replica": waits, "Front": SimpleNamespace(message="")})}
+    looks = list[int]()
+
+    def status() -> SimpleNamespace:
+        looks.append(1)
+        if len(looks) == 1:
+            raise RuntimeError("no controller yet")
+        return SimpleNamespace(applications=found)
+
+    monkeypatch.setattr(start, "serve", SimpleNamespace(status=status))
+    monkeypatch.setattr(start, "LOOK_SECONDS", 0.001)
+    with start._waits_said():
+        while len(looks) < 5:
+            time.sleep(0.001)
+    said = "1 replicas have taken more than 30s to be scheduled. Resources required: 64\n"
+    assert capsys.readouterr() == ("", said)

@@ -63,19 +63,20 @@ def test_a_finished_benchmark_prints_one_document(
 def test_a_cluster_that_is_joined_may_grow_before_each_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--node-wait-seconds`, as `learn` does it: see tests/engine/test_room.py."""
     small, grown = Cluster((), joined=True), Cluster(((4, 0),), joined=True)
-    closing_well = argparse.Namespace(close=lambda: None)
+    dismissed: list[str] = []
+    closing_well = argparse.Namespace(close=lambda: None, dismiss=lambda: dismissed.append("done"))
     asked: list[Any] = []
     crews: list[Any] = []
 
     def room(config: SessionConfig, jobs: int, cluster: Cluster, stage: Any) -> Any:
         asked.append((config.node_wait_seconds, jobs, cluster))
-        return nullcontext(grown)
+        return grown
 
     def measure_twice(benchmark: Any, crew: Any, stage: Any) -> dict[str, Any]:
         config = SessionConfig(node_wait_seconds=60, tasks={"a": "x", "b": "y"})
         for _ in range(2):
-            with crew("a store", config):
-                pass
+            with crew(argparse.Namespace(url="a store"), config):
+                assert not dismissed
         return {}
 
     monkeypatch.setattr(run_module, "connected", lambda: nullcontext(small))
@@ -85,6 +86,7 @@ def test_a_cluster_that_is_joined_may_grow_before_each_session(monkeypatch: pyte
     run_module.run(object(), silent)  # type: ignore[arg-type]
     assert asked == [(60, 2, small)] * 2
     assert crews == [grown, grown]
+    assert dismissed == ["done"]
 
 
 def test_wrong_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from condu_ray.config import SessionConfig
 from condu_ray.engine import pool as pools
 from condu_ray.engine.cluster import Cluster
 from condu_ray.engine.pool import Pool
-from condu_ray.engine.progress import unseen
+from condu_ray.engine.progress import no_update
 from condu_ray.errors import TrainingError
 
 
@@ -79,16 +79,16 @@ def test_work_of_one_actor_survives_a_node_with_many(made: Any) -> None:
     """A call was handed from one actor of the lost node to the next, three times."""
     doomed, well = Node(lives=1), Node()
     pool, sought = made([doomed] * 4 + [well])
-    pool._hired(5, unseen)
-    assert pool.alone(lambda actor: pools.answer_of(actor.double.remote(21)), unseen) == 42
+    pool._hired(5, no_update)
+    assert pool.alone(lambda actor: pools.answer_of(actor.double.remote(21)), no_update) == 42
     assert sought == [5, 4]
 
 
 def test_the_last_calls_of_a_step_survive_a_node_with_many(made: Any) -> None:
     doomed, well = Node(lives=1), Node()
     pool, sought = made([well] + [doomed] * 4)
-    pool._hired(5, unseen)
-    assert pool.spread([("double", (number,)) for number in range(2)], unseen) == [0, 2]
+    pool._hired(5, no_update)
+    assert pool.spread([("double", (number,)) for number in range(2)], no_update) == [0, 2]
     assert sought == [5, 3]
 
 
@@ -96,7 +96,7 @@ def test_a_place_for_what_is_lost_is_sought_once(made: Any) -> None:
     """Each try waits for a minute, and all other actors with it."""
     doomed, well = Node(lives=4), Node()
     pool, sought = made([well] + [doomed] * 4)
-    assert pool.spread([("double", (number,)) for number in range(5)], unseen) == [0, 2, 4, 6, 8]
+    assert pool.spread([("double", (number,)) for number in range(5)], no_update) == [0, 2, 4, 6, 8]
     assert sought == [5, 1]
     assert len(pool._actors) == 1
 
@@ -104,9 +104,9 @@ def test_a_place_for_what_is_lost_is_sought_once(made: Any) -> None:
 def test_a_call_that_ends_every_process_is_not_tried_for_ever(made: Any) -> None:
     pool, _ = made([Node(lives=1) for _ in range(6)])
     with pytest.raises(TrainingError, match="a process of this session is gone"):
-        pool.alone(lambda actor: pools.answer_of(actor.double.remote(1)), unseen)
+        pool.alone(lambda actor: pools.answer_of(actor.double.remote(1)), no_update)
     with pytest.raises(TrainingError, match="a process of this session is gone"):
-        pool.spread([("double", (1,))], unseen)
+        pool.spread([("double", (1,))], no_update)
 
 
 def test_a_pool_without_a_place_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:

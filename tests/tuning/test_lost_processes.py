@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 
 from condu_ray.engine import pool as pools
 from condu_ray.engine.cluster import Cluster
-from condu_ray.engine.progress import unseen
+from condu_ray.engine.progress import no_update
 from condu_ray.errors import TrainingError
 from condu_ray.tuning import answers, runs
 from condu_ray.tuning.records import Record, Report, Trials
@@ -72,7 +72,7 @@ def hire(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Scoring]]:
 
 def search(written: Written, folder: Path, cores: int) -> list[Any]:
     _, sweep = written(["colours"], SPACE, trials=100, objectives=["last"])
-    return answers.search(sweep, None, folder, Cluster(((cores, 0),), joined=True), unseen)  # type: ignore[arg-type]
+    return answers.search(sweep, None, folder, Cluster(((cores, 0),), joined=True), no_update)  # type: ignore[arg-type]
 
 
 def test_batches_of_a_node_that_is_lost_are_scored_elsewhere(written: Written, hire: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 
 from ray import serve
+from ray.exceptions import RayError
 
 from condu_ray.config import ServeConfig
 from condu_ray.engine.cluster import Cluster, connected
@@ -62,7 +63,7 @@ def _waits_said() -> Iterator[None]:
 
     def look() -> None:
         while not through.wait(LOOK_SECONDS):
-            with suppress(Exception):  # Serve itself may be slow to start
+            with suppress(KeyError, RayError):  # not deployed yet, or the controller is started anew
                 for name, each in serve.status().applications[NAME].deployments.items():
                     if each.message and name not in said:
                         said.add(name)

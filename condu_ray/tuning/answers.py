@@ -76,18 +76,17 @@ def search(sweep: Sweep, cached: Cached, folder: Path, cluster: Cluster, update:
     actor = ray.remote(num_cpus=1)(Rescorer)
     given = (cached, sweep.config.vote, sweep.asked, sweep.goals.unseen)
     places = max(1, min(cluster.cpus, sweep.config.workers or cluster.cpus))
-    pool: list[Any] = []
+    hired: list[Any] = []
 
     def hire(count: int) -> list[Any]:
-        hired = those_ready([actor.remote(*given) for _ in range(count)], "CPU core", update)
-        pool.extend(hired)
-        return hired
+        found = those_ready([actor.remote(*given) for _ in range(count)], "CPU core", update)
+        hired.extend(found)
+        return found
 
     try:
-        hire(places)
-        _work(sweep, proposals, pool, hire, scores, known, update)
+        _work(sweep, proposals, hire(places), hire, scores, known, update)
     finally:
-        for each in pool:
+        for each in hired:
             ray.kill(each)
     return scores.all()
 
@@ -95,14 +94,15 @@ def search(sweep: Sweep, cached: Cached, folder: Path, cluster: Cluster, update:
 def _work(
     sweep: Sweep,
     proposals: Proposals,
-    pool: list[Any],
+    free: list[Any],
     hire: Callable[[int], list[Any]],
     scores: Scores,
     known: list[Record],
     update: Update,
 ) -> None:
-    """The batch of a process that is gone is given to another; hire: brings one where none is left."""
-    free, running = list(pool), dict[Any, tuple[Any, Batch]]()
+    """The batch of a process that is gone is given to another. free: processes with nothing to do; hire: brings one
+    where none is left."""
+    running = dict[Any, tuple[Any, Batch]]()
     again, lost = list[Batch](), Counter[int]()
     done = len(known)
     while True:
@@ -121,9 +121,9 @@ def _work(
             if lost[first] == TRIES:
                 raise gone(error) from None
             again.append(batch)
-            left = those_alive(free)  # with one its whole node may be lost
-            pool[:] = [each for each in pool if each in left or (each != worker and each not in free)]
-            free = left if pool else hire(1)
+            free = those_alive(free)  # with one its whole node may be lost
+            if not free and not running:
+                free = hire(1)
             continue
         free.append(worker)
         ended = []

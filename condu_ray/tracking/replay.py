@@ -26,8 +26,8 @@ def record(store: Store, tracking: Tracking, versions: Collection[int], stage: S
     source: what asked for it. Raises StoreError for one of them that cannot be read; others are left out of pictures.
     """
     manifests, faults = readable(store)
-    for version in faults.keys() & set(versions):
-        raise faults[version]
+    if wrong := sorted(faults.keys() & set(versions)):
+        raise faults[wrong[0]]
     wanted = [manifest for manifest in manifests if manifest.version in versions]
     warnings = list[str]()
     with stage("recording") as update:

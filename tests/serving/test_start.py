@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayActorError
 
 from condu_ray.config import ServeConfig
 from condu_ray.engine.cluster import Cluster
@@ -69,7 +70,7 @@ def test_a_server_that_waits_for_room_on_a_cluster_says_so_once(
     def status() -> SimpleNamespace:
         looks.append(1)
         if len(looks) == 1:
-            raise RuntimeError("no controller yet")
+            raise RayActorError  # the controller is started anew
         return SimpleNamespace(applications=found)
 
     monkeypatch.setattr(start, "serve", SimpleNamespace(status=status))

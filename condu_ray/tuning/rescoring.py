@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from condu_ray.config import VoteConfig
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import strangeness
-from condu_ray.voting.labels import places_of
+from condu_ray.voting.labels import LabelSpace, Part, places_of
 from condu_ray.voting.router import STRANGE, Calibrated, Prior, prior_of, router_of
 from condu_ray.voting.routing import UNCALIBRATED, Thresholds, calibrate
 
@@ -178,6 +178,11 @@ class Version:
         rows, columns = self._pictures.rows(task), self._pictures.columns(task)
         prior = prior_of(self._pictures.classes[task], [expert.classes for expert in self._experts])
         routed = self._route(vote, rows, prior)
+        space = LabelSpace.of_candidates(self._pictures.classes[task])
+        parts = space.by_task(self._experts) if vote.union == "own" else {}
+        if parts and not any(space.whole(part) for part in parts.values()):
+            answers, run = self._in_parts(vote, routed, rows, columns, parts)
+            return answers + columns.start, run
         logits = self._logits[:, rows, columns].astype(np.float64)
         for voter, told in enumerate(self._evidence_of(vote.router, vote.within)):
             places = places_of(self._pictures.classes[task], self._experts[voter].classes)
@@ -185,11 +190,32 @@ class Version:
                 logits[voter] += told[rows, places]
         return self._answer(vote, routed, logits, None) + columns.start, _run(routed)
 
+    def _in_parts(
+        self, vote: VoteConfig, routed: _Routed, rows: slice, columns: slice, parts: Mapping[str, Part]
+    ) -> tuple[Indices, Indices]:
+        """As `Classifier` answers words that are all learned, but by no task alone: each expert scores those that are
+        its own."""
+        having = np.array([expert.name in parts for expert in self._experts])
+        weights = _weights(routed)
+        weights[:, :-1] *= having
+        weights[weights.sum(axis=1) == 0, -1] = 1
+        weights /= weights.sum(axis=1, keepdims=True)
+        told = self._evidence_of(vote.router, vote.within)
+        base = _shares(self._logits[-1, rows, columns].astype(np.float64))
+        scores = weights[:, -1:] * base
+        for voter in np.flatnonzero(having).tolist():
+            part, own = parts[self._experts[voter].name], self._pictures.columns(voter)
+            said = self._logits[voter, rows, own][:, part.classes].astype(np.float64)
+            if told:
+                said += told[voter][rows][:, part.classes]
+            scores[:, part.labels] += weights[:, voter, None] * _shares(said)
+        return scores.argmax(axis=1), np.where(routed.base < 1, (routed.chosen & having).sum(axis=1), 0)
+
     def _answer(
         self, vote: VoteConfig, routed: _Routed, logits: NDArray[np.floating[Any]], counted: NDArray[np.bool_] | None
     ) -> Indices:
         """Which label wins, i64[n]. logits: f32[V, n, c]. counted bool[n, c]: which labels count, None: all."""
-        weights = np.concatenate([(1 - routed.base)[:, None] * routed.shares, routed.base[:, None]], axis=1)
+        weights = _weights(routed)
         scores = np.zeros(logits.shape[1:])
         mixes = vote.combine == "weighted" and vote.average == "probabilities"
         for voter in range(len(logits)):
@@ -209,6 +235,17 @@ class Version:
 
 def _percent(right: NDArray[np.bool_]) -> float:
     return 100 * int(right.sum()) / len(right)
+
+
+def _weights(routed: _Routed) -> Doubles:
+    """Of every voter, f64[n, V], θ⁰'s last; they sum to 1."""
+    return np.concatenate([(1 - routed.base)[:, None] * routed.shares, routed.base[:, None]], axis=1)
+
+
+def _shares(logits: Doubles) -> Doubles:
+    """Softmax f64[n, c]."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
 def _run(routed: _Routed) -> Indices:

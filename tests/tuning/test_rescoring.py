@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from condu_ray.voting.classifier import Classifier
 from condu_ray.voting.labels import LabelSpace
 from condu_ray.voting.open import expert_maker, task_experts
 from condu_ray.voting.router import calibrated
+from condu_ray.voting.voters import Asked
 
 VOTES = st.fixed_dictionaries(
     {
@@ -53,21 +55,40 @@ Answers = Callable[[int, VoteConfig, "int | None"], list[int]]
 
 
 @pytest.fixture(scope="module")
-def classified(stream: Stream, tiny_clip: Clip) -> Answers:
-    """What a version answers, by the classifier itself: for the pictures of a task among its own labels, or (None) for
-    those of all learned tasks among all that are learned; labels count through the whole stream."""
-    pixels = []
+def pixels(stream: Stream, tiny_clip: Clip) -> list[torch.Tensor]:
+    """Of each task's validation pictures, f32[N, 3, H, W]."""
+    found = []
     for task in stream.tasks:
         seen = PictureSet(task.test, tiny_clip.eval_transform)
-        pixels.append(torch.stack([seen[place][0] for place in range(len(seen))]))
-    starts = np.cumsum([0, *(len(task.classes) for task in stream.tasks)])
+        found.append(torch.stack([seen[place][0] for place in range(len(seen))]))
+    return found
+
+
+ClassifierOf = Callable[[int, VoteConfig], Classifier]
+
+
+@pytest.fixture(scope="module")
+def classifier_of(stream: Stream, tiny_clip: Clip) -> ClassifierOf:
+    """A version that answers by a vote; its voters are made once."""
     voters: dict[int, Any] = {}
 
-    def answers(version: int, vote: VoteConfig, task: int | None) -> list[int]:
+    def made(version: int, vote: VoteConfig) -> Classifier:
         experts = task_experts(stream.store, stream.store.manifest(version))
         maker = expert_maker(stream.store, version, tiny_clip)
         whole = Classifier(tiny_clip, experts, maker, vote, calibrated(experts, vote), version)
-        classifier = whole.asking(voters=voters.setdefault(version, whole.voters))
+        return whole.asking(voters=voters.setdefault(version, whole.voters))
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def classified(stream: Stream, pixels: list[torch.Tensor], classifier_of: ClassifierOf) -> Answers:
+    """What a version answers, by the classifier itself: for the pictures of a task among its own labels, or (None) for
+    those of all learned tasks among all that are learned; labels count through the whole stream."""
+    starts = np.cumsum([0, *(len(task.classes) for task in stream.tasks)])
+
+    def answers(version: int, vote: VoteConfig, task: int | None) -> list[int]:
+        classifier = classifier_of(version, vote)
         if task is None:
             return classifier.label_indices(torch.cat(pixels[:version]), classifier.label_space()).tolist()
         space = LabelSpace.of_candidates(stream.tasks[task].classes, stream.tasks[task].templates)
@@ -85,6 +106,34 @@ def test_scored_again_is_what_the_classifier_answers(
     answers, experts = again.union(asked) if task is None else again.candidates(asked, task)
     assert answers.tolist() == classified(version, asked, task)
     assert 0 <= experts.min() <= experts.max() <= min(asked.k, version)
+
+
+@given(VOTES, st.sampled_from([((0, 0), (0, 2), (1, 1)), ((1, 0), (0, 1)), ((1, 2), (1, 0), (0, 0), (0, 1))]))
+@examples(max_examples=60)
+def test_a_task_to_come_whose_words_are_of_several_learned_tasks_is_answered_as_by_the_classifier(
+    stream: Stream,
+    pixels: list[torch.Tensor],
+    classifier_of: ClassifierOf,
+    versions: list[Version],
+    vote: dict[str, Any],
+    words: tuple[tuple[int, int], ...],
+) -> None:
+    """No task alone has them all, so each expert speaks for those that are its own."""
+    asked, first = VoteConfig.model_validate(vote), versions[1]._pictures
+    classifier = classifier_of(2, asked)
+    space = LabelSpace.of_candidates([stream.tasks[task].classes[place] for task, place in words])
+    voters = [*(expert.name for expert in classifier.experts), None]
+    every = torch.cat(pixels)
+    said = classifier.voters.logits(
+        every, None, [Asked(each, tuple(range(len(every))), space.blocks) for each in voters]
+    )
+    logits = np.concatenate([versions[1]._logits[:, :, :6], np.stack([block for [block] in said])], axis=2)
+    classes = (*first.classes[:2], tuple(label.name for label in space.labels))
+    experts = classifier.experts
+    again = Version(replace(first, classes=classes), experts, logits, calibrated(experts, asked))
+    answers, run = again.candidates(asked, 2)
+    assert answers.tolist() == (classifier.label_indices(pixels[2], space) + 6).tolist()
+    assert 0 <= run.min() <= run.max() <= min(asked.k, 2)
 
 
 def test_settings_of_the_vote_change_the_answers(versions: list[Version]) -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,9 @@ StoreOption = Annotated[
     str, typer.Option("--store", envvar="CONDU_STORE", help="folder or s3://BUCKET/FOLDER that holds the versions")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document")]
+GpuOption = Annotated[
+    Literal["auto", "no"], typer.Option("--gpu", envvar="CONDU_GPU", help="auto: a GPU where this process sees one")
+]
 PicturesOption = Annotated[Path | None, typer.Option("--pictures", help="folder to draw pictures into")]
 
 
@@ -208,6 +211,7 @@ def predict(
         str | None, typer.Option(help="ask a server instead of a store; its token comes from CONDU_SERVE__TOKEN")
     ] = None,
     store: StoreOption = DEFAULT_STORE,
+    gpu: GpuOption = "auto",
     pictures: PicturesOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -220,11 +224,13 @@ def predict(
         open_store(store).manifest(version)  # a wrong place is said before a model is loaded
         _make_folder(pictures)
         from condu_ray.engine.progress import stage
+        from condu_ray.models.load import device_of
         from condu_ray.voting.open import load_classifier
         from condu_ray.voting.pictures import classify_paths
 
         with stage("looking at pictures") as update:
-            answers = classify_paths(load_classifier(store, version), image, task, words, top, update, skipped.append)
+            classifier = load_classifier(store, version, device=device_of(gpu))
+            answers = classify_paths(classifier, image, task, words, top, update, skipped.append)
     else:
         _make_folder(pictures)
         from condu_ray.client import predict_paths
@@ -425,6 +431,7 @@ def drift(
     data: Annotated[list[str], typer.Option(help="pictures, or folders of pictures; may be given several times")],
     version: Annotated[int | None, typer.Option(help="version to look at", show_default="the newest")] = None,
     store: StoreOption = DEFAULT_STORE,
+    gpu: GpuOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Says whether pictures still look like what was learned, or a new task should be."""
@@ -432,11 +439,12 @@ def drift(
 
     open_store(store).manifest(version)
     from condu_ray.engine.progress import stage
+    from condu_ray.models.load import device_of
     from condu_ray.voting.drift import examine
 
     skipped: list[Skipped] = []
     with stage("looking at pictures") as update:
-        found = examine(store, version, data, update, skipped.append)
+        found = examine(store, version, data, update, skipped.append, device_of(gpu))
     reports.show_skipped(skipped)
     reports.emit(found) if json else reports.show_drift(found, data[0])
 

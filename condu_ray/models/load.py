@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
@@ -154,6 +154,11 @@ def _is_convolutional(model: nn.Module) -> bool:
     kernels = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     unsafe = any(m.kernel_size == (1, 1) and m.stride != (1, 1) and m.in_channels < 8 for m in kernels)
     return len(kernels) > 4 and not unsafe
+
+
+def device_of(gpu: Literal["auto", "no"]) -> str:
+    """Where one process looks at pictures: on a GPU, if it sees one and may use it."""
+    return "cuda" if gpu == "auto" and torch.cuda.is_available() else "cpu"
 
 
 def weights_sha256(model: nn.Module) -> str:

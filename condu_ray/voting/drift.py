@@ -84,12 +84,14 @@ def examine(
     data: Sequence[str | Path],
     progress: Callable[[int, int, str], None],
     on_skipped: Callable[[Skipped], None] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Compares pictures (files and folders; at most 1000 of them, drawn with a fixed seed) with a version.
 
-    on_skipped: as in `open_pictures`. Returns {"version", "pictures": how many were looked at, "of": how many there
-    are, "tasks": `TaskDrift` as objects, "drifted": share of the pictures that are nearest to a task that they no
-    longer look like}. Raises NotFound where nothing is learned, DataError for a path that is no picture.
+    on_skipped: as in `open_pictures`. device: where they are looked at. Returns {"version", "pictures": how many were
+    looked at, "of": how many there are, "tasks": `TaskDrift` as objects, "drifted": share of the pictures that are
+    nearest to a task that they no longer look like}. Raises NotFound where nothing is learned, DataError for a path
+    that is no picture.
     """
     store = open_store(url)
     manifest = store.manifest(version)
@@ -98,10 +100,10 @@ def examine(
         raise NotFound(f"version {manifest.version} has learned no task", "learn one with `condu-ray learn`")
     found = open_pictures(data, on_skipped)
     chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:MOST_PICTURES])
-    clip = load(ModelSpec(**store.header.model), expect_sha256=store.header.model_sha256)
+    clip = load(ModelSpec(**store.header.model), device, expect_sha256=store.header.model_sha256)
     pictures, parts = unlabelled([found[index] for index in chosen], clip.eval_transform), []
     for pixels, _ in in_batches(pictures, BATCH, torch.get_num_threads()):
-        parts.append(clip.images(pixels).numpy())
+        parts.append(clip.images(pixels).cpu().numpy())
         progress(sum(map(len, parts)), len(pictures), "")
     rows = drift(tasks, np.concatenate(parts))
     return {

@@ -6,12 +6,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import condu, process
 
 from condu_ray import reports
+from condu_ray.config import ModelSpec
+from condu_ray.models.clip import Clip
+from condu_ray.models.load import load
 
 
 def test_the_published_object(store: Path, picture: Path) -> None:
@@ -56,6 +61,26 @@ def test_one_object_a_picture_in_the_order_given(store: Path, picture_tasks: dic
     assert [each["image"] for each in answers] == [str(picture), *map(str, sorted(folder.iterdir()))]
     alone = condu("predict", picture, "--store", store, "--json").document
     assert answers[:1] == alone
+
+
+@pytest.mark.parametrize(("gpus", "asked", "used"), [(1, [], "cuda"), (1, ["--gpu", "no"], "cpu"), (0, [], "cpu")])
+@pytest.mark.parametrize("command", ["predict", "drift"])
+def test_pictures_are_looked_at_on_a_gpu_where_one_is_seen_and_may_be_used(
+    store: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, command: str, gpus: int, asked: list[str], used: str
+) -> None:
+    devices = []
+
+    def loaded(spec: ModelSpec, device: str = "cpu", *given: Any, **named: Any) -> Clip:
+        devices.append(device)
+        return load(spec, "cpu", *given, **named)
+
+    for place in ("open", "drift"):
+        monkeypatch.setattr(f"condu_ray.voting.{place}.load", loaded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    pictures = [picture] if command == "predict" else ["--data", picture]
+    said = condu(command, *pictures, *asked, "--store", store, "--json")
+    assert said.code == 0, said.err
+    assert devices == [used]
 
 
 def test_top_limits_the_labels_and_not_the_probabilities(store: Path, picture: Path) -> None:

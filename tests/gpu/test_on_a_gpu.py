@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from command_line import free_port, process
+from command_line import condu, free_port, process
 from in_process_crew import contents, learn_here, opened, settings
 from numpy.typing import NDArray
 from trainings import first_gradient
@@ -172,3 +172,20 @@ def test_serve_answers_from_a_gpu(
     with serving(ServeConfig(store=config.store, port=free_port(), cpus=0.01, gpus=0.5)) as url:
         said = httpx.post(f"{url}/v1/predict", files={"image": picture.read_bytes()}, timeout=60)
         assert said.status_code == 200, said.text
+
+
+def test_predict_and_drift_say_on_a_gpu_what_they_say_on_a_cpu(
+    tiny_model_dir: Path, picture_tasks: Folders, tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "store", tiny_model_dir)
+    learn_here(config, opened(picture_tasks, "colours", "stripes"))
+    folder = picture_tasks["stripes"] / "test"
+    shares, similarities = [], []
+    for asked in ([], ["--gpu=no"]):
+        answers = condu("predict", folder, *asked, "--store", config.store, "--json").document
+        shares.append([{(each["task"], each["label"]): each["probability"] for each in a["labels"]} for a in answers])
+        seen = condu("drift", "--data", folder, *asked, "--store", config.store, "--json").document
+        similarities.append({row["name"]: row["similarity"] for row in seen["tasks"] if row["pictures"]})
+    for one, other in zip(*shares, strict=True):
+        assert one == pytest.approx(other, abs=0.03)
+    assert similarities[0] == pytest.approx(similarities[1], abs=0.01)

@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -412,7 +413,7 @@ def torch_vehicles(state: FusionState, delta: NDArray[np.float32]) -> dict[str, 
         begun = time.perf_counter()
         run(step)
         found[f"{name} first"] = time.perf_counter() - begun
-        found[f"{name} {torch.get_num_threads()} threads"] = best(lambda step=step: run(step))
+        found[f"{name} {torch.get_num_threads()} threads"] = best(partial(run, step))
     return found
 
 

@@ -37,6 +37,7 @@ import torch
 from ending import job, some_of
 from fabricated import fabricate
 from PIL import Image
+from pydantic import SecretStr
 from serving_load import damaged, load, offline, wait_until_served
 from torch import Tensor
 
@@ -150,7 +151,7 @@ def lora_memory(classifier: Classifier, settings: dict[str, Any]) -> float:
     towers = settings.get("train__towers", "both")
     adapters = plan_adapters(classifier.clip.model, lora.rank, lora.targets, lora.seed, towers)
     factors = sum(factor.nbytes for factor in adapters.start.values())
-    return sum(held.values()) / (sum(base.values()) + len(experts) * factors)
+    return float(sum(held.values()) / (sum(base.values()) + len(experts) * factors))
 
 
 def adaptive(store: str, data: str, most: int) -> dict[str, Any]:
@@ -172,9 +173,9 @@ def adaptive(store: str, data: str, most: int) -> dict[str, Any]:
             pixels = torch.stack([transform(load_picture(picture)) for picture in part])
             for kind, classifier in classifiers.items():
                 for answer, label in zip(classifier.classify(pixels), labels, strict=True):
-                    right = (answer.label.task, answer.label.name) == (name, task.classes[int(label)])
+                    hit = (answer.label.task, answer.label.name) == (name, task.classes[int(label)])
                     experts = sum(vote.task is not None for vote in answer.votes)
-                    counts[kind] = [a + b for a, b in zip(counts[kind], (1, int(right), 1 + experts), strict=True)]
+                    counts[kind] = [a + b for a, b in zip(counts[kind], (1, int(hit), 1 + experts), strict=True)]
     for kind, (pictures_seen, right, run) in counts.items():
         found[f"passes_{kind}"] = run / pictures_seen
         found[f"accuracy_{kind}"] = 100 * right / pictures_seen
@@ -376,7 +377,7 @@ def png_of(width: int, height: int) -> bytes:
 def malformed(work: Path, count: int) -> dict[str, Any]:
     """So many requests that cannot be answered, and schemathesis; what they did to the server."""
     token = "a-token-of-the-benchmark"
-    config = ServeConfig(store=store_of("default", "condu", work), port=free_port(), token=token)
+    config = ServeConfig(store=store_of("default", "condu", work), port=free_port(), token=SecretStr(token))
     with serving(config) as url, httpx.Client(base_url=url, timeout=120) as client:
         good = {"authorization": f"Bearer {token}"}
 

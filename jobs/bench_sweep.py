@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def population(work: Path) -> dict[str, Any]:
                 if step == mark:
                     reached[member] = accuracy(clip, model, task, task.test, config)
 
-            resume = Resume(lambda kept=kept: kept[0], save)
+            resume = Resume(partial(kept.__getitem__, 0), save)
             with suppress(_Paused):
                 rated = applied(config, {"train.lr": float(rates[member])})
                 train_task(clip, method, layout, task, rated, resume=resume, watch=watch)

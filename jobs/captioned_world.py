@@ -45,18 +45,24 @@ HUES: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, flo
     "gray": ((0, 1), (0, 0.08), (0.4, 0.65)),
 }
 COLOURS = tuple(HUES)
-SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "crescent", "arrow", "pentagon", "hexagon")
-SHAPES += ("diamond", "rectangle", "oval", "line", "spiral")
+SHAPES = (
+    *("circle", "square", "triangle", "star", "cross", "heart", "ring", "crescent", "arrow", "pentagon", "hexagon"),
+    *("diamond", "rectangle", "oval", "line", "spiral"),
+)
 COUNTED = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "diamond")
 NUMBERS = ("two", "three", "four", "five", "six")
 PLACES = ("left", "right", "top", "bottom", "center")
-PATTERNS = ("striped", "banded", "chequered", "dotted", "zigzagged", "wavy", "grid", "brick", "woven", "cracked")
-PATTERNS += ("bubbly", "crosshatched", "crystalline", "blotchy", "cobwebbed", "marbled", "grainy", "bumpy", "braided")
+PATTERNS = (
+    *("striped", "banded", "chequered", "dotted", "zigzagged", "wavy", "grid", "brick", "woven", "cracked"),
+    *("bubbly", "crosshatched", "crystalline", "blotchy", "cobwebbed", "marbled", "grainy", "bumpy", "braided"),
+)
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 SPEEDS = tuple(f"speed limit {speed} km/h" for speed in (10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130))
-ARROWS = ("ahead only", "turn left ahead", "turn right ahead", "keep left", "keep right", "roundabout mandatory")
-ARROWS += ("go straight or right", "go straight or left")
+ARROWS = (
+    *("ahead only", "turn left ahead", "turn right ahead", "keep left", "keep right", "roundabout mandatory"),
+    *("go straight or right", "go straight or left"),
+)
 SIGNS = (*SPEEDS, *ARROWS, "stop", "yield", "no entry", "priority road", "general danger", "no vehicles allowed")
 SIGNS += ("end of all restrictions", "traffic lights ahead", "no overtaking")
 
@@ -140,7 +146,7 @@ def _image(pixels: Field) -> Image.Image:
 
 
 def _blend(first: Colour, second: Colour, level: Field) -> Field:
-    return (1 - level[..., None]) * np.array(first, float) + level[..., None] * np.array(second, float)
+    return np.asarray((1 - level[..., None]) * np.array(first, float) + level[..., None] * np.array(second, float))
 
 
 def _clouds(rng: Generator, cells: int, side: int = FINE) -> Field:
@@ -319,7 +325,7 @@ def _level(rng: Generator, kind: str) -> Field:
             away = np.hypot(x - cx, y - cy) / r
             shine = np.exp(-(((x - cx + 0.35 * r) ** 2 + (y - cy + 0.35 * r) ** 2) / (0.25 * r) ** 2))
             level = np.where(away < 1, 0.15 + 0.5 * away**4 + 0.8 * shine, level)
-        return np.clip(level, 0, 1)
+        return np.asarray(np.clip(level, 0, 1))
     if kind == "crosshatched":
         thin, tilt = rng.uniform(4, 9), rng.uniform(0.6, 1.2)
         a = np.sin(2 * math.pi / thin * (u + tilt * v) + 2 * _clouds(rng, 6, SIDE))
@@ -329,7 +335,7 @@ def _level(rng: Generator, kind: str) -> Field:
         near, second, which = _cells(rng, int(rng.integers(8, 40)), x, y)
         slope = rng.uniform(-1, 1, (40, 3))[which % 40]
         facet = 0.5 + 0.45 * slope[..., 2] + 0.02 * (slope[..., 0] * (x - 32) + slope[..., 1] * (y - 32))
-        return np.clip(facet + 0.5 * _soft(0.8 - (second - near), 4), 0, 1)
+        return np.asarray(np.clip(facet + 0.5 * _soft(0.8 - (second - near), 4), 0, 1))
     if kind == "blotchy":
         noise = ndimage.gaussian_filter(rng.normal(0, 1, (SIDE, SIDE)), rng.uniform(2, 5), mode="wrap")
         return _soft(noise / noise.std() - rng.uniform(0, 0.8), rng.uniform(2, 6))
@@ -346,11 +352,11 @@ def _level(rng: Generator, kind: str) -> Field:
         return np.asarray(np.abs(np.sin(wave / 4 * u + 2 * math.pi * flow)) ** rng.uniform(0.4, 1.5))
     if kind == "grainy":
         noise = ndimage.gaussian_filter(rng.normal(0, 1, (SIDE, SIDE)), rng.uniform(0.3, 0.9))
-        return np.clip(0.5 + 0.25 * noise / noise.std(), 0, 1)
+        return np.asarray(np.clip(0.5 + 0.25 * noise / noise.std(), 0, 1))
     if kind == "bumpy":
         hills = ndimage.gaussian_filter(rng.normal(0, 1, (SIDE, SIDE)), rng.uniform(1.8, 4), mode="wrap")
         light = ndimage.sobel(hills, 0) + ndimage.sobel(hills, 1)
-        return np.clip(0.5 + 0.3 * light / light.std(), 0, 1)
+        return np.asarray(np.clip(0.5 + 0.3 * light / light.std(), 0, 1))
     if kind == "braided":
         lane = u / (1.6 * step)
         strand = np.sin(wave / 1.3 * v + math.pi * np.floor(2 * lane)) + 1.6 * np.cos(2 * math.pi * lane)

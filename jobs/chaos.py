@@ -116,7 +116,7 @@ def eight_at_once(ground: Ground) -> Count:
     from condu_ray.store import open_store
 
     store = str(ground.out / "eight" / "store")
-    asked, names, children = {}, [], []
+    asked, names, children = {}, list[str](), []
     for number in range(SESSIONS):
         folder = list(ground.tasks.values())[number % len(ground.tasks)]
         name = f"task-{number}"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -67,21 +68,22 @@ def opened(folder: Path) -> Set:
     """A set; of a large one, a sample."""
     task = open_task(folder.name, folder)
     train, test = sample(task.train, PROBE_PICTURES, 0), sample(task.test, TEST_PICTURES, 0)
-    parts = [Material([load_picture(p) for p in s.pictures], torch.from_numpy(s.labels)) for s in (train, test)]
-    return Set(task.name, task.classes, task.templates, *parts, task)
+    known, asked = (Material([load_picture(p) for p in s.pictures], torch.from_numpy(s.labels)) for s in (train, test))
+    return Set(task.name, task.classes, task.templates, known, asked, task)
 
 
 def generated() -> Set:
     """Eight pictures for the probe and eight to test on, of each class that was held out of pretraining."""
     held = [one for one in CLASSES if one.held_out]
-    parts = [
+    train, test = (
         Material(
             [Image.fromarray(draw(one, np.random.default_rng((99, part, k)))) for one in held for k in range(8)],
             torch.arange(len(held)).repeat_interleave(8),
         )
         for part in (0, 1)
-    ]
-    return Set(GENERATED, tuple(one.caption for one in held), ("a photo of a {c}.", "a picture of a {c}."), *parts)
+    )
+    templates = ("a photo of a {c}.", "a picture of a {c}.")
+    return Set(GENERATED, tuple(one.caption for one in held), templates, train, test)
 
 
 def image_vectors(model: open_clip.CLIP, preprocess: Transform, pictures: Sequence[Image.Image]) -> Tensor:
@@ -161,7 +163,7 @@ def main() -> None:
         classes = class_vectors(model, tokenizer, of)
         best = (images @ classes.T).topk(min(5, len(classes))).indices == of.test.labels[:, None]
         known = image_vectors(model, preprocess, of.train.pictures)
-        row = {
+        row: dict[str, Any] = {
             "name": of.name,
             "seen": of.name in SEEN,
             "classes": len(classes),

@@ -17,7 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from ending import job
 from pretraining import Order, Place, pretrain, read_targets
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.queue import Queue
 from safetensors import SafetensorError
 
 from condu_ray.engine.cluster import connected
@@ -54,30 +59,49 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def work(settings: dict[str, Order]) -> None:
-    """What each worker runs."""
+def work(settings: dict[str, Any]) -> None:
+    """What each worker runs. settings: order; said: the queue of lines that the driver prints."""
     context = ray.train.get_context()
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    pretrain(settings["order"], Place(context.get_world_rank(), context.get_world_size(), str(device)))
+    place = Place(context.get_world_rank(), context.get_world_size(), str(device), settings["said"].put)
+    pretrain(settings["order"], place)
 
 
 def train(order: Order, workers: int, gpu: bool) -> None:
     """Runs the order on Ray Train, on the cluster of RAY_ADDRESS or one of this machine."""
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={"order": order},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
-        run_config=RunConfig(
-            name=f"pretrain-{uuid.uuid4().hex[:12]}",  # a name used before would go on where that run ended
-            storage_path=str(Path(order.work) / "ray"),
-            failure_config=FailureConfig(max_failures=3),
-        ),
-    )
-    with connected():
-        trainer.fit()
+    with connected(), _printed() as said:
+        TorchTrainer(
+            work,
+            train_loop_config={"order": order, "said": said},
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+            run_config=RunConfig(
+                name=f"pretrain-{uuid.uuid4().hex[:12]}",  # a name used before would go on where that run ended
+                storage_path=str(Path(order.work) / "ray"),
+                failure_config=FailureConfig(max_failures=3),
+            ),
+        ).fit()
+
+
+@contextmanager
+def _printed() -> Iterator[Queue]:
+    """A queue whose lines are printed on standard error: what workers print themselves stays in Ray's logs."""
+    said = Queue(actor_options={"num_cpus": 0})
+
+    def show() -> None:
+        while (line := said.get()) is not None:
+            print(line, file=sys.stderr, flush=True)
+
+    showing = threading.Thread(target=show, daemon=True)
+    showing.start()
+    try:
+        yield said
+    finally:
+        said.put(None)
+        showing.join()
+        said.shutdown(force=True)
 
 
 def configuration(path: Path) -> dict[str, Any]:

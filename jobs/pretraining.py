@@ -106,15 +106,16 @@ class Order:
 
 @dataclass(frozen=True)
 class Place:
-    """This worker among the workers."""
+    """This worker among the workers. tell: takes a line of progress."""
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
+    tell: Callable[[str], None] = print
 
     def say(self, message: str) -> None:
         if self.rank == 0:
-            print(time.strftime("%H:%M:%S"), message, flush=True)
+            self.tell(f"{time.strftime('%H:%M:%S')} {message}")
 
     def wait(self) -> None:
         if self.size > 1:
@@ -282,7 +283,7 @@ def fit(
         if not torch.isfinite(loss):
             raise FloatingPointError(f"{phase}: the loss is {loss.item()} at step {step}; use another --seed")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 5.0)
         optimiser.step()
         step += 1
@@ -317,6 +318,7 @@ class TextTower(nn.Module):
         self.token_embedding, self.positional_embedding = clip.token_embedding, clip.positional_embedding
         self.transformer, self.ln_final = clip.transformer, clip.ln_final
         self.text_projection = clip.text_projection
+        self.mask: Tensor
         self.register_buffer("mask", clip.attn_mask, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -376,7 +378,7 @@ def train_text(clip: open_clip.CLIP, targets: Targets, order: Order, place: Plac
         rows = np.concatenate(drawn)
         templates = rng.integers(len(TEMPLATES), size=len(rows))
         batch = tokenizer([TEMPLATES[t].format(c=texts[row]) for t, row in zip(templates, rows, strict=True)])
-        cosine = tower(batch.to(place.device)) @ wanted[rows].T
+        cosine: Tensor = tower(batch.to(place.device)) @ wanted[rows].T
         each = torch.arange(len(rows), device=place.device)
         return 1 - cosine.diagonal().mean() + 0.3 * F.cross_entropy(20 * cosine, each)
 
@@ -632,7 +634,8 @@ def train_image(
         other = world.family[None, :] != world.family[label][:, None]
         told = (scale * seen @ captions.T).masked_fill(other, -1e4)
         share = drawn / (size + drawn)
-        return (1 - share) * loss + share * F.cross_entropy(told, label)
+        together: Tensor = (1 - share) * loss + share * F.cross_entropy(told, label)
+        return together
 
     with torch.no_grad():
         clip.logit_scale.fill_(math.log(20))

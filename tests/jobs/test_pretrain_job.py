@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -31,7 +32,11 @@ def test_two_workers_train_one_model(order: Order, tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(JOBS)}
-    subprocess.run([sys.executable, script, json.dumps(asdict(order))], check=True, timeout=280, env=environment)
+    command = [sys.executable, script, json.dumps(asdict(order))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr
+    for phase in ("text", "image"):
+        assert re.search(rf"^[\d:]{{8}} {phase}: done, \d+ steps", done.stderr, re.MULTILINE), done.stderr
     assert (Path(order.out) / "open_clip_model.safetensors").exists()
     assert not list(Path(order.work).glob("*-of-*.npy")), "the workers' parts were put together"
 

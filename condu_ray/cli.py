@@ -221,15 +221,16 @@ def predict(
     if url is None:
         from condu_ray.store import open_store
 
-        open_store(store).manifest(version)  # a wrong place is said before a model is loaded
+        opened = open_store(store)
+        opened.manifest(version)  # a wrong place is said before a model is loaded
         _make_folder(pictures)
         from condu_ray.engine.progress import stage
         from condu_ray.models.load import device_of
-        from condu_ray.voting.open import load_classifier
+        from condu_ray.voting.open import base_of, load_classifier
         from condu_ray.voting.pictures import classify_paths
 
         with stage("looking at pictures") as update:
-            classifier = load_classifier(store, version, device=device_of(gpu))
+            classifier = load_classifier(store, version, clip=base_of(opened.header, device_of(gpu)))
             answers = classify_paths(classifier, image, task, words, top, update, skipped.append)
     else:
         _make_folder(pictures)

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from condu_ray.config import VoteConfig
 from condu_ray.voting.classifier import TaskExpert
 from condu_ray.voting.domains import strangeness
-from condu_ray.voting.labels import LabelSpace, Part, places_of
+from condu_ray.voting.labels import Label, LabelSpace, Part
 from condu_ray.voting.router import STRANGE, Calibrated, Prior, prior_of, router_of
 from condu_ray.voting.routing import UNCALIBRATED, Thresholds, calibrate
 
@@ -79,6 +80,7 @@ class Version:
         self._ranked = lru_cache(maxsize=None)(self._rank)
         self._own = lru_cache(maxsize=None)(self._best_of_own)
         self._evidence_of = lru_cache(maxsize=None)(self._evidence)
+        self._parts = lru_cache(maxsize=None)(self._parts_of)
 
     def row(self, vote: VoteConfig, labels: str, unseen: bool) -> tuple[list[float | None], float]:
         """(accuracy in percent by task of the stream, experts that run for a picture of a learned task, on average).
@@ -178,17 +180,22 @@ class Version:
         rows, columns = self._pictures.rows(task), self._pictures.columns(task)
         prior = prior_of(self._pictures.classes[task], [expert.classes for expert in self._experts])
         routed = self._route(vote, rows, prior)
-        space = LabelSpace.of_candidates(self._pictures.classes[task])
-        parts = space.by_task(self._experts) if vote.union == "own" else {}
-        if parts and not any(space.whole(part) for part in parts.values()):
+        parts, whole = self._parts(task)
+        if parts and not whole and vote.union == "own":
             answers, run = self._in_parts(vote, routed, rows, columns, parts)
             return answers + columns.start, run
         logits = self._logits[:, rows, columns].astype(np.float64)
         for voter, told in enumerate(self._evidence_of(vote.router, vote.within)):
-            places = places_of(self._pictures.classes[task], self._experts[voter].classes)
-            if places is not None:
-                logits[voter] += told[rows, places]
+            part = whole.get(self._experts[voter].name)
+            if part is not None:
+                logits[voter] += told[rows, part.classes]
         return self._answer(vote, routed, logits, None) + columns.start, _run(routed)
+
+    def _parts_of(self, task: int) -> tuple[dict[str, Part], dict[str, Part]]:
+        """(which of a task's labels are classes of each expert's task, those of them that are all labels)."""
+        space = LabelSpace("candidates", tuple(Label(None, name) for name in self._pictures.classes[task]), ())
+        parts = space.by_task(self._experts)
+        return parts, {name: part for name, part in parts.items() if space.whole(part)}
 
     def _in_parts(
         self, vote: VoteConfig, routed: _Routed, rows: slice, columns: slice, parts: Mapping[str, Part]
@@ -201,14 +208,13 @@ class Version:
         weights[weights.sum(axis=1) == 0, -1] = 1
         weights /= weights.sum(axis=1, keepdims=True)
         told = self._evidence_of(vote.router, vote.within)
-        base = _shares(self._logits[-1, rows, columns].astype(np.float64))
-        scores = weights[:, -1:] * base
+        scores = weights[:, -1:] * softmax(self._logits[-1, rows, columns].astype(np.float64), axis=1)
         for voter in np.flatnonzero(having).tolist():
             part, own = parts[self._experts[voter].name], self._pictures.columns(voter)
             said = self._logits[voter, rows, own][:, part.classes].astype(np.float64)
             if told:
                 said += told[voter][rows][:, part.classes]
-            scores[:, part.labels] += weights[:, voter, None] * _shares(said)
+            scores[:, part.labels] += weights[:, voter, None] * softmax(said, axis=1)
         return scores.argmax(axis=1), np.where(routed.base < 1, (routed.chosen & having).sum(axis=1), 0)
 
     def _answer(
@@ -240,12 +246,6 @@ def _percent(right: NDArray[np.bool_]) -> float:
 def _weights(routed: _Routed) -> Doubles:
     """Of every voter, f64[n, V], θ⁰'s last; they sum to 1."""
     return np.concatenate([(1 - routed.base)[:, None] * routed.shares, routed.base[:, None]], axis=1)
-
-
-def _shares(logits: Doubles) -> Doubles:
-    """Softmax f64[n, c]."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
 
 
 def _run(routed: _Routed) -> Indices:

@@ -151,14 +151,9 @@ class LabelSpace:
         return tuple(blocks)
 
 
-def places_of(labels: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64] | None:
-    """Where the labels stand among a task's classes, i64[C]; None where one of them is none. Spellings of the same
-    word (`word_key`) count as different only where the task has both."""
-    found = _places(labels, classes)
-    return None if None in found else np.array(found, dtype=np.int64)
-
-
 def _places(labels: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """Where each label stands among a task's classes, None where it is none. Spellings of the same word (`word_key`)
+    count as different only where the task has both."""
     exact = {name: place for place, name in enumerate(classes)}
     same = {word_key(name): place for name, place in exact.items()}
     return [exact.get(label, same.get(word_key(label))) for label in labels]

@@ -28,19 +28,18 @@ def load_classifier(
     vote: Mapping[str, Any] | None = None,
     clip: Clip | None = None,
     cache: int = 8,
-    device: str = "cpu",
 ) -> Classifier:
     """The version (None: the newest) as a classifier; `vote` changes settings of the vote by name.
 
     clip: the store's base model, where it is loaded already; its precision is that of the experts too. cache: how many
-    experts that are as large as models are kept. device: where the base model is loaded to, if it is not given.
+    experts that are as large as models are kept.
 
     Raises NotFound for no such store or version, DamagedObject, and ModelError for another base model.
     """
     store = open_store(url)
     manifest = store.manifest(version)
     experts = task_experts(store, manifest)
-    clip = replace(clip, domains=store.header.domains) if clip else base_of(store.header, device)
+    clip = replace(clip, domains=store.header.domains) if clip else base_of(store.header)
     learned = manifest.settings.get("vote", {})
     settings, calibrated = VoteConfig(**{**learned, **(vote or {})}), Calibrated.from_state(manifest.state)
     if experts and any(getattr(settings, name) != getattr(VoteConfig(**learned), name) for name in ("k", "prototypes")):
